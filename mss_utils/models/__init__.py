@@ -1,0 +1,58 @@
+"""The three models of the comparison: build one from settings, or load a trained one from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
+from mss_utils.models.unet import UNet
+from mss_utils.settings import MODELS, Settings
+
+
+def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module:
+    """Build `unet`, `demucs_lstm` or `demucs_attention` with the weights that `seed` stands for.
+
+    Every model maps a mixture `(batch, channels, samples)` to an estimate of the target of the same shape. Each part
+    draws its weights from a random stream of its own, so B1 and B2 start from the same encoder and decoder.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}; there are: {', '.join(MODELS)}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name == "unet":
+            return UNet(settings.channels, settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop)
+        demucs = Demucs(
+            settings.channels, settings.demucs_channels, settings.demucs_depth, settings.demucs_kernel, settings.demucs_stride
+        )
+        torch.manual_seed(seed + 1_000_003)
+        width = demucs.bottleneck_width
+        demucs.bottleneck = LSTMBottleneck(width) if name == "demucs_lstm" else AttentionBottleneck(width, settings.attention_heads)
+        return demucs
+
+
+def load_model(folder: Path | str) -> torch.nn.Module:
+    """Rebuild a trained model from `model.json` and `model.safetensors`; nothing is unpickled.
+
+    The model has attributes `sample_rate`, `channels`, `segment_s` and `target` taken from model.json. Raises
+    FileNotFoundError naming what a model folder holds when one of the two files is missing.
+    """
+    folder = Path(folder)
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0.")
+    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    settings = Settings.model_validate(description["settings"])
+    model = build_model(description["model"], settings)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    model.sample_rate, model.channels, model.segment_s = settings.sample_rate, settings.channels, settings.segment_s
+    model.target = description["target"]
+    return model.eval()
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Number of trained values in `module`."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,134 @@
+"""Models B1 and B2: a simplified Demucs on the raw waveform; the two differ in nothing but the bottleneck.
+
+After Defossez et al., "Music source separation in the waveform domain" (2019), without its resampling and with one
+target. Taught in notebooks 03 (BiLSTM) and 04 (self-attention).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+class Encoder(nn.Sequential):
+    """Strided convolution, GELU, then a 1x1 "rewrite" whose output a gated linear unit halves."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int):
+        super().__init__(
+            nn.Conv1d(channels_in, channels_out, kernel, stride),
+            nn.GroupNorm(1, channels_out),
+            nn.GELU(),
+            nn.Conv1d(channels_out, 2 * channels_out, 1),
+            nn.GLU(dim=1),
+        )
+
+
+class Decoder(nn.Sequential):
+    """Mirror of `Encoder`: rewrite with context, gate, transposed convolution; the last one has no activation."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, last: bool):
+        super().__init__(
+            nn.Conv1d(channels_in, 2 * channels_in, 3, padding=1),
+            nn.GLU(dim=1),
+            nn.ConvTranspose1d(channels_in, channels_out, kernel, stride),
+            *([] if last else [nn.GroupNorm(1, channels_out), nn.GELU()]),
+        )
+
+
+class Demucs(nn.Module):
+    """Mixture waveform -> strided encoder -> bottleneck -> transposed decoder with skips -> target waveform.
+
+    `bottleneck` maps `(batch, frames, width)` to the same shape; it is the identity until one is put in. The input is
+    scaled to unit variance and the output scaled back.
+    """
+
+    def __init__(self, channels: int, width: int, depth: int, kernel: int, stride: int):
+        super().__init__()
+        self.depth, self.kernel, self.stride = depth, kernel, stride
+        widths = [channels, *(width * 2**i for i in range(depth))]
+        self.bottleneck_width = widths[-1]
+        self.encoder = nn.ModuleList(Encoder(a, b, kernel, stride) for a, b in zip(widths, widths[1:]))
+        pairs = list(zip(widths, widths[1:]))[::-1]
+        self.decoder = nn.ModuleList(Decoder(b, a, kernel, stride, last=a is widths[0]) for a, b in pairs)
+        rescale_weights(self)
+        self.bottleneck = nn.Identity()
+
+    def valid_length(self, samples: int) -> int:
+        """Smallest length not under `samples` that every strided layer divides without a remainder."""
+        frames = samples
+        for _ in range(self.depth):
+            frames = max(1, math.ceil((frames - self.kernel) / self.stride) + 1)
+        for _ in range(self.depth):
+            frames = (frames - 1) * self.stride + self.kernel
+        return frames
+
+    def forward(self, mixture: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
+        samples = mixture.shape[-1]
+        scale = mixture.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-5
+        padding = self.valid_length(samples) - samples
+        x = nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2))
+        skips = []
+        for layer in self.encoder:
+            x = layer(x)
+            skips.append(x)
+        x = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)  # (batch, frames, width) inside
+        for layer in self.decoder:
+            x = layer(x + skips.pop())
+        return x[..., padding // 2 : padding // 2 + samples] * scale
+
+
+class LSTMBottleneck(nn.Module):
+    """B1: two bidirectional LSTM layers and a linear layer back to `width`; 42 width^2 weights."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.linear = nn.Linear(2 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(batch, frames, width)` -> the same shape."""
+        return self.linear(self.lstm(x)[0])
+
+
+class AttentionBottleneck(nn.Module):
+    """B2: three pre-norm self-attention layers with sinusoidal positions; 42 width^2 weights like B1's.
+
+    Each layer costs 4 width^2 for attention and 2 * 5 width^2 for its feed-forward part (Vaswani et al., 2017).
+    """
+
+    def __init__(self, width: int, heads: int, n_layers: int = 3, expansion: int = 5):
+        super().__init__()
+        layers = [
+            nn.TransformerEncoderLayer(
+                width, heads, expansion * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(n_layers)
+        ]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(batch, frames, width)` -> the same shape; any number of frames, positions are computed."""
+        x = x + sinusoidal_positions(x.shape[1], x.shape[2]).to(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def sinusoidal_positions(frames: int, width: int) -> torch.Tensor:
+    """Positional embedding `(frames, width)`: sines and cosines of geometrically spaced periods (Vaswani et al., 2017, 3.5)."""
+    position = torch.arange(frames)[:, None]
+    rate = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2) / width)
+    return torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)[:, :width]
+
+
+def rescale_weights(module: nn.Module, reference: float = 0.1) -> None:
+    """Scale every convolution so that its weights' standard deviation nears `reference` (Defossez et al., 2019, section 4.3)."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
+            scale = (layer.weight.std().detach() / reference) ** 0.5
+            layer.weight.data /= scale
+            if layer.bias is not None:
+                layer.bias.data /= scale

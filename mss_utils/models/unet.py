@@ -1,0 +1,101 @@
+"""Model A: a 2-D U-Net that estimates a soft mask over the magnitude spectrogram and keeps the mixture's phase.
+
+After Jansson et al., "Singing voice separation with deep U-Net convolutional networks" (ISMIR 2017). Taught in notebook 02.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class STFT(nn.Module):
+    """Short-time Fourier transform with a Hann window, and its inverse by overlap-add."""
+
+    def __init__(self, n_fft: int, hop: int):
+        super().__init__()
+        self.n_fft, self.hop = n_fft, hop
+        self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, samples)` -> complex `(batch, channels, bins, frames)`; frames are centred, edges zero-padded."""
+        flat = audio.flatten(0, 1)  # (batch * channels, samples)
+        spec = torch.stft(flat, self.n_fft, self.hop, window=self.window, pad_mode="constant", return_complex=True)
+        return spec.unflatten(0, audio.shape[:2])
+
+    def inverse(self, spec: torch.Tensor, samples: int) -> torch.Tensor:
+        """Complex `(batch, channels, bins, frames)` -> `(batch, channels, samples)`."""
+        audio = torch.istft(spec.flatten(0, 1), self.n_fft, self.hop, window=self.window, length=samples)
+        return audio.unflatten(0, spec.shape[:2])
+
+
+class Down(nn.Sequential):
+    """Halves bins and frames: strided 4x4 convolution, normalisation, leaky ReLU."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, 4, stride=2, padding=1),
+            nn.BatchNorm2d(channels_out),
+            nn.LeakyReLU(0.2, inplace=True),
+        )
+
+
+class Up(nn.Sequential):
+    """Doubles bins and frames: transposed 4x4 convolution, normalisation, ReLU."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__(
+            nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(inplace=True),
+        )
+
+
+class UNet(nn.Module):
+    """Mixture waveform -> STFT -> log magnitude -> U-Net -> mask in [0, 1] -> masked STFT -> target waveform.
+
+    2-D convolutions only. The highest bin (Nyquist) shares the mask of the bin below it, so that the number of bins is
+    a power of two; frames are padded to a multiple of `2 ** depth`.
+    """
+
+    def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int):
+        super().__init__()
+        self.stft, self.depth = STFT(n_fft, hop), depth
+        widths = [channels + 1, *(width * min(2**i, 16) for i in range(depth))]
+        self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
+        outs = [*reversed(widths[1:-1]), width]
+        ins = [widths[-1], *(2 * c for c in outs[:-1])]
+        self.decoder = nn.ModuleList(Up(a, b) for a, b in zip(ins, outs))
+        self.input_norm = nn.BatchNorm2d(channels)
+        self.head = nn.Conv2d(width + channels + 1, channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, mixture: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
+        spec = self.stft(mixture)  # (batch, channels, bins, frames)
+        return self.stft.inverse(spec * self.mask(spec.abs()), mixture.shape[-1])
+
+    def mask(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Soft mask in [0, 1] for a magnitude spectrogram `(batch, channels, bins, frames)`."""
+        frames = magnitude.shape[-1]
+        padding = -frames % 2**self.depth
+        x = nn.functional.pad(magnitude[:, :, :-1], (0, padding))  # without the Nyquist bin
+        level = magnitude.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-5
+        x = self.input_norm(torch.log1p(10 * x / level))
+        mask = torch.sigmoid(self._unet(self._with_frequency(x)))[..., :frames]
+        return torch.cat([mask, mask[:, :, -1:]], dim=2)
+
+    def _with_frequency(self, x: torch.Tensor) -> torch.Tensor:
+        """Append a channel that rises from -1 to 1 over the bins: a convolution alone cannot tell low from high."""
+        ramp = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
+        ramp = ramp[None, None, :, None].expand(x.shape[0], 1, -1, x.shape[3])
+        return torch.cat([x, ramp], dim=1).contiguous(memory_format=torch.channels_last)
+
+    def _unet(self, x: torch.Tensor) -> torch.Tensor:
+        skips = [x]
+        for layer in self.encoder:
+            skips.append(layer(skips[-1]))
+        x = skips.pop()
+        for layer in self.decoder:
+            x = torch.cat([layer(x), skips.pop()], dim=1)
+        return self.head(x)

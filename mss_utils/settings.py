@@ -1,0 +1,205 @@
+"""Settings of one run: profiles, validation, and where everything of a run lives.
+
+A *profile* is a named set of values on top of the defaults below. A *run* is a folder `results/<run>/` whose
+`settings.json` holds every resolved value; once written it wins over defaults, and an argument that contradicts it is
+an error. Taught in notebook 01.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("unet", "demucs_lstm", "demucs_attention")
+
+
+class Settings(BaseModel):
+    """Every value that shapes a run. Times end in `_s`, levels in `_db`, counts start with `n_`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    profile: str = "demo"
+    data: str | None = Field(None, description="dataset root; empty means the profile's own dataset")
+    target: str = Field("piano", description="stem to extract, or 'all'")
+    seeds: int = Field(1, ge=1, description="how many weight initialisations of each model are trained")
+
+    # data
+    sample_rate: Literal[16000, 22050, 44100] = 16000
+    channels: Literal[1, 2] = 1
+    n_train_songs: int = Field(100, ge=1, description="built-in songs only")
+    n_valid_songs: int = Field(12, ge=1, description="built-in songs only")
+    n_test_songs: int = Field(20, ge=1, description="built-in songs only")
+    song_min_s: float = Field(45.0, gt=0, description="built-in songs only")
+    song_max_s: float = Field(90.0, gt=0, description="built-in songs only")
+
+    # mixing
+    segment_s: float = Field(3.0, gt=0)
+    batch_size: int = Field(4, ge=1)
+    random_mix: bool = Field(True, description="stems of one example come from different songs")
+    coherent_share: float = Field(0.25, ge=0, le=1, description="share of examples that keep one song's stems together")
+    gain_db: float = Field(3.0, ge=0, description="each stem is scaled by a random gain in +-gain_db")
+    flip_polarity: bool = True
+    swap_channels: bool = Field(True, description="stereo only")
+    silent_share: float = Field(0.02, ge=0, le=1, description="share of examples that may have a silent target")
+    curriculum: bool = Field(True, description="two sources, then three, then all")
+    stage2_step: int = Field(300, ge=0, description="from this step on: three sources")
+    stage3_step: int = Field(800, ge=0, description="from this step on: all sources")
+
+    # models
+    n_fft: int = Field(1024, ge=16)
+    hop: int = Field(256, ge=4)
+    unet_channels: int = Field(16, ge=1)
+    unet_depth: int = Field(5, ge=1)
+    demucs_channels: int = Field(24, ge=1)
+    demucs_depth: int = Field(5, ge=1)
+    demucs_kernel: int = Field(8, ge=2)
+    demucs_stride: int = Field(4, ge=2)
+    attention_heads: int = Field(8, ge=1)
+
+    # training
+    steps: int = Field(3000, ge=1)
+    unet_lr: float = Field(2e-3, gt=0)
+    demucs_lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    grad_clip: float = Field(5.0, gt=0)
+    valid_every: int = Field(500, ge=1)
+    valid_s: float = Field(20.0, gt=0, description="seconds of each validation track that are scored while training")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+
+    # listening
+    excerpt_s: float = Field(10.0, gt=0, description="length of the excerpts one can listen to")
+
+    @property
+    def segment(self) -> int:
+        """Training segment in samples."""
+        return round(self.segment_s * self.sample_rate)
+
+
+# What each profile changes. `smoke` is for tests, `demo` for two CPU cores, `musdb7` for the 7-second excerpts,
+# `musdb18` for the full dataset on a GPU.
+PROFILES: dict[str, dict] = {
+    "smoke": dict(
+        n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
+        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, demucs_channels=4, demucs_depth=4, attention_heads=2,
+        steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
+    ),
+    "demo": dict(),
+    "musdb7": dict(target="vocals", steps=4000, valid_s=7.0, excerpt_s=6.0),
+    "musdb18": dict(
+        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, demucs_channels=48,
+        n_fft=2048, hop=512, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
+        valid_s=60.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, its settings and its folders under `results/<name>/`."""
+
+    name: str
+    settings: Settings
+    folder: Path
+
+    def model_folder(self, target: str, model: str, seed: int = 0) -> Path:
+        return self.folder / "models" / target / model / f"seed{seed}"
+
+    def table(self, name: str) -> Path:
+        return self.folder / "tables" / f"{name}.csv"
+
+    def figure(self, name: str) -> Path:
+        return self.folder / "figures" / name
+
+    def audio(self, track: str, target: str) -> Path:
+        return self.folder / "audio" / safe_name(track) / target
+
+
+def open_run(profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Run:
+    """Return the run called `run` (default: the profile's name), made on the first call.
+
+    `overrides` are `key=value` strings, or one string of them with spaces between. Empty arguments mean "as the run or
+    profile has it". Raises ValueError for an unknown profile, setting or value, and for an argument that contradicts
+    the run's own settings.json.
+    """
+    given = dict(_parse_overrides(overrides))
+    given |= {key: value for key, value in dict(data=data, target=target).items() if value}
+    if profile not in PROFILES:
+        raise ValueError(f"Unknown profile {profile!r}; there are: {', '.join(PROFILES)}.")
+    name = run or profile
+    if safe_name(name) != name:
+        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', not {name!r}.")
+    folder = results_folder() / name
+    stored = folder / "settings.json"
+    if stored.exists():
+        settings = _stored_settings(stored, {"profile": profile, **given})
+    else:
+        settings = _validated({"profile": profile, **PROFILES[profile], **given}, f"profile {profile}")
+        write_text(stored, settings.model_dump_json(indent=2) + "\n")
+    return Run(name, settings, folder)
+
+
+def results_folder() -> Path:
+    """Where runs live: `results/` of this repository, or MSS_RESULTS (the tests use it)."""
+    return Path(os.environ.get("MSS_RESULTS") or ROOT / "results")
+
+
+def cache_folder() -> Path:
+    """Where stem stores and built-in songs are kept: `.cache/` of this repository, or MSS_CACHE."""
+    return Path(os.environ.get("MSS_CACHE") or ROOT / ".cache").expanduser()
+
+
+def safe_name(name: str) -> str:
+    """`name` with everything but letters, digits, '.', '_', '-' and spaces inside replaced: fit for a file name."""
+    kept = "".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(" .")
+    return kept[:120] or "_"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary file in the same folder, so a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _parse_overrides(overrides: str | Iterable[str]) -> Iterable[tuple[str, str]]:
+    for item in overrides.split() if isinstance(overrides, str) else overrides:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f"A setting is given as key=value, not {item!r}.")
+        yield key, value
+
+
+def _validated(values: dict, where: str) -> Settings:
+    """Settings from `values`; pydantic's report is folded into one sentence."""
+    unknown = [key for key in values if key not in Settings.model_fields]
+    if unknown:
+        raise ValueError(f"Unknown setting {unknown[0]!r}; there are: {', '.join(Settings.model_fields)}.")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"Setting {first['loc'][0]!r} of {where} is {first['input']!r}: {first['msg']}.") from None
+
+
+def _stored_settings(path: Path, given: dict) -> Settings:
+    settings = _validated(json.loads(path.read_text()), str(path))
+    wanted = _validated(settings.model_dump() | given, "this call")
+    for key in given:
+        old, new = getattr(settings, key), getattr(wanted, key)
+        if old != new:
+            raise ValueError(
+                f"Run {path.parent.name!r} was made with {key}={old!r}, this call asks for {new!r}: "
+                f"leave {key} out, choose another run name, or delete {path.parent}."
+            )
+    return settings
