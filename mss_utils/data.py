@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from mss_utils import demo
-from mss_utils.settings import Settings, cache_folder, safe_name, write_text
+from mss_utils.settings import Settings, cache_folder, from_root, replacing, safe_name, write_text
 
 MIXTURE = "mixture"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -121,11 +120,23 @@ def open_store(settings: Settings) -> Store:
     return build_store(dataset_root(settings), settings.sample_rate, settings.channels)
 
 
+def check_target(settings: Settings) -> None:
+    """Raise ValueError listing the stems when the dataset has no stem `settings.target`; nothing is rendered or decoded."""
+    root = None if _is_built_in(settings) else dataset_root(settings)
+    stems = demo.STEMS if root is None else _common_stems(find_tracks(root), root)
+    if settings.target not in ("all", *stems):
+        raise ValueError(f"No stem {settings.target!r} in {root or 'the built-in songs'}; there are: {', '.join(stems)} (or 'all').")
+
+
+def _is_built_in(settings: Settings) -> bool:
+    return not settings.data and settings.profile in ("smoke", "demo")
+
+
 def dataset_root(settings: Settings) -> Path:
     """Folder of the run's dataset; the built-in songs are rendered and the 7-second excerpts fetched where missing."""
     if settings.data:
-        return Path(settings.data).expanduser()
-    if settings.profile in ("musdb7", "musdb18"):
+        return from_root(settings.data)
+    if not _is_built_in(settings):
         return _musdb_root(settings.profile)
     counts = settings.n_train_songs, settings.n_valid_songs, settings.n_test_songs
     durations = settings.song_min_s, settings.song_max_s
@@ -135,7 +146,7 @@ def dataset_root(settings: Settings) -> Path:
 
 def _musdb_root(profile: str) -> Path:
     if os.environ.get("MUSDB_PATH"):
-        return Path(os.environ["MUSDB_PATH"]).expanduser()
+        return from_root(os.environ["MUSDB_PATH"])
     if profile == "musdb18":
         raise FileNotFoundError("The musdb18 profile needs the dataset: pass --data DIR or set MUSDB_PATH to the MUSDB18 folder.")
     root = cache_folder() / "musdb18-7"
@@ -251,7 +262,8 @@ def _decode_track(source: SourceTrack, stems: tuple[str, ...], path: Path, sampl
     audio = np.concatenate([padded.get(MIXTURE, stacked.sum(axis=0))[None], stacked])
     scale = max(1.0, float(np.abs(audio).max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
-    _write_array(path, samples)
+    with replacing(path) as part, part.open("wb") as file:
+        np.save(file, samples)
     sha = hashlib.sha256(samples.tobytes()).hexdigest()
     return Track(source.name, source.split, path.name, length, scale, source.fingerprint, sha)
 
@@ -275,13 +287,6 @@ def _conform(audio: np.ndarray, rate: int, sample_rate: int, channels: int) -> n
     elif audio.shape[0] != channels:
         audio = np.repeat(audio[:1], channels, axis=0)
     return torchaudio.functional.resample(torch.from_numpy(audio), rate, sample_rate).numpy()
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as file:
-        np.save(file, array)
-    os.replace(file.name, path)
 
 
 def _sha(text: str) -> str:
@@ -313,6 +318,17 @@ def _audit_track(store: Store, track: Track) -> list[dict]:
             residual_db=residual_db,
         ))
     return rows
+
+
+def warnings_of(table: pd.DataFrame, store: Store) -> list[str]:
+    """What in an audit table a user should know of, one sentence each: stems that miss the mixture, short tracks, silence."""
+    mixtures, stems = table[table["stem"] == MIXTURE], table[table["stem"] != MIXTURE]
+    found = [f"{row.track}: the stems sum to the mixture only within {row.residual_db:.0f} dB."
+             for row in mixtures[mixtures["residual_db"] > -30].itertuples()]
+    found += [f"{row.track}: {row.duration_s:.2f} s is shorter than the one-second frame of the scores."
+              for row in mixtures[(mixtures["duration_s"] < 1) & (mixtures["split"] == "test")].itertuples()]
+    found += [f"{row.track}: {row.stem} is silent throughout." for row in stems[stems["silent_share"] == 1].itertuples()]
+    return found
 
 
 def silent_share(audio: np.ndarray, sample_rate: int, window_s: float = 0.5) -> float:

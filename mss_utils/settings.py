@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Literal
+from typing import Annotated, Iterable, Iterator, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("unet", "demucs_lstm", "demucs_attention")
+
+
+def _numbers(value: object) -> object:
+    """`8,4,2` on the command line is a tuple of numbers."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 class Settings(BaseModel):
@@ -43,30 +49,29 @@ class Settings(BaseModel):
     segment_s: float = Field(3.0, gt=0)
     batch_size: int = Field(4, ge=1)
     random_mix: bool = Field(True, description="stems of one example come from different songs")
-    coherent_share: float = Field(0.25, ge=0, le=1, description="share of examples that keep one song's stems together")
+    coherent_share: float = Field(0.5, ge=0, le=1, description="share of examples that keep one song's stems together")
     gain_db: float = Field(3.0, ge=0, description="each stem is scaled by a random gain in +-gain_db")
     flip_polarity: bool = True
     swap_channels: bool = Field(True, description="stereo only")
     silent_share: float = Field(0.02, ge=0, le=1, description="share of examples that may have a silent target")
     curriculum: bool = Field(True, description="two sources, then three, then all")
-    stage2_step: int = Field(300, ge=0, description="from this step on: three sources")
-    stage3_step: int = Field(800, ge=0, description="from this step on: all sources")
+    stage2_step: int = Field(50, ge=0, description="from this step on: three sources")
+    stage3_step: int = Field(150, ge=0, description="from this step on: all sources")
 
     # models
-    n_fft: int = Field(1024, ge=16)
-    hop: int = Field(256, ge=4)
+    n_fft: int = Field(2048, ge=16)
+    hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1)
     unet_depth: int = Field(5, ge=1)
-    demucs_channels: int = Field(24, ge=1)
-    demucs_depth: int = Field(5, ge=1)
-    demucs_kernel: int = Field(8, ge=2)
-    demucs_stride: int = Field(4, ge=2)
+    demucs_channels: int = Field(32, ge=1, description="of the first layer; they double from layer to layer")
+    demucs_max_channels: int = Field(256, ge=1, description="up to this many, the width of the bottleneck")
+    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = (8, 4, 4, 4, 2)
     attention_heads: int = Field(8, ge=1)
 
     # training
     steps: int = Field(3000, ge=1)
     unet_lr: float = Field(2e-3, gt=0)
-    demucs_lr: float = Field(1e-3, gt=0)
+    demucs_lr: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(200, ge=0)
     weight_decay: float = Field(1e-2, ge=0)
     grad_clip: float = Field(5.0, gt=0)
@@ -89,13 +94,13 @@ class Settings(BaseModel):
 PROFILES: dict[str, dict] = {
     "smoke": dict(
         n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
-        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, demucs_channels=4, demucs_depth=4, attention_heads=2,
+        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, demucs_channels=4, demucs_max_channels=16, attention_heads=2,
         steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
     ),
     "demo": dict(),
     "musdb7": dict(target="vocals", steps=4000, valid_s=7.0, excerpt_s=6.0),
     "musdb18": dict(
-        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, demucs_channels=48,
+        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, demucs_channels=64, demucs_max_channels=768,
         n_fft=2048, hop=512, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
         valid_s=60.0,
     ),
@@ -110,6 +115,10 @@ class Run:
     settings: Settings
     folder: Path
 
+    def write_settings(self) -> None:
+        """Keep the settings with the run; from then on they win over defaults. Called before the first result is written."""
+        write_text(self.folder / "settings.json", self.settings.model_dump_json(indent=2) + "\n")
+
     def model_folder(self, target: str, model: str, seed: int = 0) -> Path:
         return self.folder / "models" / target / model / f"seed{seed}"
 
@@ -123,38 +132,46 @@ class Run:
         return self.folder / "audio" / safe_name(track) / target
 
 
-def open_run(profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Run:
-    """Return the run called `run` (default: the profile's name), made on the first call.
+def resolve(profile: str = "demo", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Settings:
+    """The profile's settings with what is given on top; empty arguments mean "as the profile has it".
 
-    `overrides` are `key=value` strings, or one string of them with spaces between. Empty arguments mean "as the run or
-    profile has it". Raises ValueError for an unknown profile, setting or value, and for an argument that contradicts
-    the run's own settings.json.
+    `overrides` are `key=value` strings, or one string of them with spaces between. Raises ValueError for an unknown
+    profile, setting or value, in one sentence.
     """
-    given = dict(_parse_overrides(overrides))
-    given |= {key: value for key, value in dict(data=data, target=target).items() if value}
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; there are: {', '.join(PROFILES)}.")
+    return _validated({"profile": profile, **PROFILES[profile], **_given(data, target, overrides)}, f"profile {profile}")
+
+
+def open_run(profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Run:
+    """Return the run called `run` (default: the profile's name), with its stored settings if it has been begun.
+
+    Nothing is written yet, see `Run.write_settings`. Raises ValueError as `resolve` does, and for an argument that
+    contradicts the run's own settings.json.
+    """
+    settings = resolve(profile, data, target, overrides)
     name = run or profile
     if safe_name(name) != name:
         raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', not {name!r}.")
     folder = results_folder() / name
-    stored = folder / "settings.json"
-    if stored.exists():
-        settings = _stored_settings(stored, {"profile": profile, **given})
-    else:
-        settings = _validated({"profile": profile, **PROFILES[profile], **given}, f"profile {profile}")
-        write_text(stored, settings.model_dump_json(indent=2) + "\n")
+    if (folder / "settings.json").exists():
+        settings = _stored_settings(folder / "settings.json", {"profile": profile, **_given(data, target, overrides)})
     return Run(name, settings, folder)
 
 
 def results_folder() -> Path:
     """Where runs live: `results/` of this repository, or MSS_RESULTS (the tests use it)."""
-    return Path(os.environ.get("MSS_RESULTS") or ROOT / "results")
+    return from_root(os.environ.get("MSS_RESULTS") or "results")
 
 
 def cache_folder() -> Path:
     """Where stem stores and built-in songs are kept: `.cache/` of this repository, or MSS_CACHE."""
-    return Path(os.environ.get("MSS_CACHE") or ROOT / ".cache").expanduser()
+    return from_root(os.environ.get("MSS_CACHE") or ".cache")
+
+
+def from_root(path: str | Path) -> Path:
+    """A path as the user wrote it: absolute, below the home folder (~), or relative to the repository root, never the cwd."""
+    return ROOT / Path(path).expanduser()
 
 
 def safe_name(name: str) -> str:
@@ -164,12 +181,26 @@ def safe_name(name: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` through a temporary file in the same folder, so a reader never sees half of it."""
+    """Write `text` to `path` so that a reader never sees half of it, see `replacing`."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it takes the place of `path` if all goes well, else it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    part = path.with_name(f".part-{os.getpid()}-{threading.get_ident()}-{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _given(data: str, target: str, overrides: str | Iterable[str]) -> dict[str, str]:
+    named = {key: value for key, value in dict(data=data, target=target).items() if value}
+    return dict(_parse_overrides(overrides)) | named
 
 
 def _parse_overrides(overrides: str | Iterable[str]) -> Iterable[tuple[str, str]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Mixer
 from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
-from mss_utils.settings import Run, Settings, write_text
+from mss_utils.settings import Run, Settings, replacing, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "excerpt_s")
@@ -63,6 +62,7 @@ def train(
     folder = run.model_folder(target, model_name, seed)
     identity = dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump())
     if not is_trained(folder, identity):
+        run.write_settings()
         state = fit(run.settings, store, identity, folder, on_validation)
         description = identity | dict(
             parameters=count_parameters(build_model(model_name, run.settings)),
@@ -91,13 +91,7 @@ def fit(settings: Settings, store: Store, identity: dict, folder: Path, on_valid
             group["lr"] = learning_rate(state["step"], settings, peak_lr)
         batch = mixer.batch(state["step"])
         mixture, wanted = fabric.to_device((batch.mixture, batch.target))
-        loss = snr_loss(model(mixture), wanted, mixture)
-        fabric.backward(loss)
-        fabric.clip_gradients(model, optimizer, max_norm=settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-        losses.append(loss.item())
+        losses.append(descend(fabric, model, optimizer, mixture, wanted, settings.grad_clip))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"The loss of {name} is {losses[-1]} at step {state['step']}: set {_lr_name(name)} lower.")
         state["step"] += 1
@@ -113,6 +107,36 @@ def fit(settings: Settings, store: Store, identity: dict, folder: Path, on_valid
             losses, started = [], time.perf_counter()
     bar.close()
     return state
+
+
+def descend(fabric: Fabric, model, optimizer, mixture: torch.Tensor, wanted: torch.Tensor, grad_clip: float) -> float:
+    """One step downhill: forward, loss, backward, clip, update. Returns the loss in dB."""
+    loss = snr_loss(model(mixture), wanted, mixture)
+    fabric.backward(loss)
+    fabric.clip_gradients(model, optimizer, max_norm=grad_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def reconstruction_check(model_name: str, store: Store, settings: Settings, n_steps: int = 300, every: int = 25) -> pd.DataFrame:
+    """Can the network pass a signal through? Train it with the mixture itself as target; SDR in dB on an unseen song.
+
+    Returns columns step, sdr_db: one row each `every` steps, scored on up to 10 s of the first validation track.
+    """
+    fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
+    network = build_model(model_name, settings)
+    model, optimizer = fabric.setup(network, torch.optim.AdamW(network.parameters(), lr=1e-3))
+    mixer, unseen = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
+    mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
+    network.segment_s, rows = settings.segment_s, []
+    for step in tqdm(range(1, n_steps + 1), desc=f"{model_name} reconstructs", unit="step", mininterval=1):
+        heard = fabric.to_device(mixer.batch(settings.stage3_step + step).mixture)
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - step / (n_steps + 1)))
+        descend(fabric, model, optimizer, heard, heard, settings.grad_clip)
+        if step % every == 0 or step == n_steps:
+            rows.append(dict(step=step, sdr_db=utterance_sdr(mixture.T, separate(network, mixture, store.sample_rate).T)))
+    return pd.DataFrame(rows)
 
 
 def validate(model: torch.nn.Module, store: Store, settings: Settings, target: str) -> float:
@@ -169,15 +193,16 @@ def _record(state: dict, settings: Settings, loss: float, score: float, lr: floa
 
 def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
     """Keep the best weights, the history, and everything needed to go on; each file is written aside and renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
     score = state["history"][-1]["valid_sdr_db"]
     if score > state["best"] or not state["best_step"]:
         state.update(best=score, best_step=state["step"])
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        _replace(folder / "model.safetensors", lambda path: save_file(weights, path))
+        with replacing(folder / "model.safetensors") as part:
+            save_file(weights, part)
     write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
     checkpoint = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=state, identity=_fingerprint(identity))
-    _replace(folder / "last.ckpt", lambda path: torch.save(checkpoint, path))
+    with replacing(folder / "last.ckpt") as part:
+        torch.save(checkpoint, part)
 
 
 def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
@@ -192,8 +217,3 @@ def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimiz
     optimizer.load_state_dict(checkpoint["optimizer"])
     return checkpoint["state"]
 
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -25,9 +26,7 @@ def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module
         torch.manual_seed(seed)
         if name == "unet":
             return UNet(settings.channels, settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop)
-        demucs = Demucs(
-            settings.channels, settings.demucs_channels, settings.demucs_depth, settings.demucs_kernel, settings.demucs_stride
-        )
+        demucs = Demucs(settings.channels, settings.demucs_channels, settings.demucs_max_channels, settings.demucs_strides)
         torch.manual_seed(seed + 1_000_003)
         width = demucs.bottleneck_width
         demucs.bottleneck = LSTMBottleneck(width) if name == "demucs_lstm" else AttentionBottleneck(width, settings.attention_heads)
@@ -56,3 +55,21 @@ def load_model(folder: Path | str) -> torch.nn.Module:
 def count_parameters(module: torch.nn.Module) -> int:
     """Number of trained values in `module`."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
+    """Seconds of input that one output sample can depend on through the convolutions alone (bottleneck left out).
+
+    Each convolution widens the field by kernel - 1 steps of its input; each stride makes those steps longer.
+    """
+    reach, step = 1, 1  # in samples, or in STFT frames for a spectrogram model
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d)):
+            reach += (layer.kernel_size[-1] - 1) * step
+            step *= layer.stride[-1]
+        elif isinstance(layer, (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d)):
+            reach += (math.ceil(layer.kernel_size[-1] / layer.stride[-1]) - 1) * step
+            step //= layer.stride[-1]
+    if isinstance(model, UNet):  # frames to samples; a window at the STFT and another at its inverse
+        reach = (reach - 1) * model.stft.hop + 2 * model.stft.n_fft
+    return reach / sample_rate

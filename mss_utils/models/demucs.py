@@ -7,17 +7,18 @@ target. Taught in notebooks 03 (BiLSTM) and 04 (self-attention).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 
 class Encoder(nn.Sequential):
-    """Strided convolution, GELU, then a 1x1 "rewrite" whose output a gated linear unit halves."""
+    """Strided convolution, normalisation, GELU, then a 1x1 "rewrite" whose output a gated linear unit halves."""
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__(
-            nn.Conv1d(channels_in, channels_out, kernel, stride),
+            nn.Conv1d(channels_in, channels_out, 2 * stride, stride, padding=stride // 2),
             nn.GroupNorm(1, channels_out),
             nn.GELU(),
             nn.Conv1d(channels_out, 2 * channels_out, 1),
@@ -26,13 +27,13 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Mirror of `Encoder`: rewrite with context, gate, transposed convolution; the last one has no activation."""
+    """Mirror of `Encoder`: rewrite, gate, transposed convolution; the last one ends in samples, without activation."""
 
-    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int, last: bool):
+    def __init__(self, channels_in: int, channels_out: int, stride: int, last: bool):
         super().__init__(
-            nn.Conv1d(channels_in, 2 * channels_in, 3, padding=1),
+            nn.Conv1d(channels_in, 2 * channels_in, 1),
             nn.GLU(dim=1),
-            nn.ConvTranspose1d(channels_in, channels_out, kernel, stride),
+            nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, padding=stride // 2),
             *([] if last else [nn.GroupNorm(1, channels_out), nn.GELU()]),
         )
 
@@ -40,40 +41,34 @@ class Decoder(nn.Sequential):
 class Demucs(nn.Module):
     """Mixture waveform -> strided encoder -> bottleneck -> transposed decoder with skips -> target waveform.
 
+    Kernels are twice the stride, channels double from layer to layer up to `max_width`, the width of the bottleneck.
     `bottleneck` maps `(batch, frames, width)` to the same shape; it is the identity until one is put in. The input is
-    scaled to unit variance and the output scaled back.
+    scaled to unit power and the output scaled back. Raises ValueError for a stride that is odd or under 2.
     """
 
-    def __init__(self, channels: int, width: int, depth: int, kernel: int, stride: int):
+    def __init__(self, channels: int, width: int, max_width: int, strides: Sequence[int]):
         super().__init__()
-        self.depth, self.kernel, self.stride = depth, kernel, stride
-        widths = [channels, *(width * 2**i for i in range(depth))]
-        self.bottleneck_width = widths[-1]
-        self.encoder = nn.ModuleList(Encoder(a, b, kernel, stride) for a, b in zip(widths, widths[1:]))
-        pairs = list(zip(widths, widths[1:]))[::-1]
-        self.decoder = nn.ModuleList(Decoder(b, a, kernel, stride, last=a is widths[0]) for a, b in pairs)
+        if any(stride < 2 or stride % 2 for stride in strides):
+            raise ValueError(f"Demucs strides are {tuple(strides)}; expected even numbers, so that layers pad alike on both sides.")
+        widths = [channels, *(min(width * 2**layer, max_width) for layer in range(len(strides)))]
+        self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
+        layers = list(zip(widths, widths[1:], strides))
+        self.encoder = nn.ModuleList(Encoder(a, b, stride) for a, b, stride in layers)
+        self.decoder = nn.ModuleList(Decoder(b, a, stride, last=layer == 0) for layer, (a, b, stride) in enumerate(layers))
+        self.decoder = nn.ModuleList(reversed(self.decoder))
         rescale_weights(self)
         self.bottleneck = nn.Identity()
-
-    def valid_length(self, samples: int) -> int:
-        """Smallest length not under `samples` that every strided layer divides without a remainder."""
-        frames = samples
-        for _ in range(self.depth):
-            frames = max(1, math.ceil((frames - self.kernel) / self.stride) + 1)
-        for _ in range(self.depth):
-            frames = (frames - 1) * self.stride + self.kernel
-        return frames
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
         samples = mixture.shape[-1]
         scale = mixture.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-5
-        padding = self.valid_length(samples) - samples
+        padding = -samples % self.total_stride  # every layer divides the padded length without a remainder
         x = nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2))
         skips = []
         for layer in self.encoder:
             x = layer(x)
-            skips.append(x)
+            skips.append(x)  # (batch, width of the layer, frames)
         x = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)  # (batch, frames, width) inside
         for layer in self.decoder:
             x = layer(x + skips.pop())

@@ -63,11 +63,12 @@ class UNet(nn.Module):
         self.stft, self.depth = STFT(n_fft, hop), depth
         widths = [channels + 1, *(width * min(2**i, 16) for i in range(depth))]
         self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
-        outs = [*reversed(widths[1:-1]), width]
+        narrow = max(1, width // 2)  # full resolution is where the time goes
+        outs = [*reversed(widths[1:-1]), narrow]
         ins = [widths[-1], *(2 * c for c in outs[:-1])]
         self.decoder = nn.ModuleList(Up(a, b) for a, b in zip(ins, outs))
         self.input_norm = nn.BatchNorm2d(channels)
-        self.head = nn.Conv2d(width + channels + 1, channels, 3, padding=1)
+        self.head = nn.Conv2d(narrow + channels + 1, channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:

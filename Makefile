@@ -1,0 +1,41 @@
+# The whole project: `make report` trains, scores and writes; `make test` checks. Both set up what is missing first.
+PROFILE ?= demo
+RUN ?= $(PROFILE)
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+JUPYTER_LAB := $(VENV)/bin/jupyter lab
+
+.PHONY: report test lab setup ffmpeg apt clean
+
+report: setup
+	$(VENV)/bin/python -m mss_utils run --profile $(PROFILE) --run $(RUN) \
+		$(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(SET),--set $(SET))
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lab: setup
+	$(JUPYTER_LAB) notebooks
+
+setup: $(READY) ffmpeg
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, %s is %s" % (sys.executable, sys.version.split()[0]))'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory apt PACKAGE=python3-venv
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+ffmpeg:
+	@command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || $(MAKE) --no-print-directory apt PACKAGE=ffmpeg
+
+# Install PACKAGE with apt where that needs no password; otherwise say what to run.
+apt:
+	@if [ "$$(id -u)" = 0 ]; then root=; else root="sudo -n"; fi; \
+	$$root apt-get update -qq 2>/dev/null && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends $(PACKAGE) >/dev/null 2>&1 \
+		|| { echo "$(PACKAGE) is missing and could not be installed; run: sudo apt-get install $(PACKAGE)" >&2; [ $(PACKAGE) = ffmpeg ]; }
+
+clean:
+	rm -rf $(VENV) .cache results/smoke results/demo

@@ -1,0 +1,122 @@
+"""The command line: `python -m mss_utils run | check | separate | report`. Errors are one sentence and exit status 1."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from mss_utils.settings import PROFILES, Run, open_run, resolve, results_folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse and run one command; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mss_utils", description=__doc__.partition(". Errors")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands)
+    _add_check(commands)
+    _add_separate(commands)
+    _add_report(commands)
+    given = parser.parse_args(arguments)
+    from mss_utils.pipeline import StageError
+
+    try:
+        return given.function(given) or 0
+    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, StageError):
+            raise
+        print(f"mss_utils {given.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", default="demo", help=f"one of {', '.join(PROFILES)} (default: demo)")
+    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
+    parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
+    parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, or 'all'")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="any other setting")
+
+
+def _open(given: argparse.Namespace) -> Run:
+    return open_run(given.profile, given.run, given.data, given.target, given.set)
+
+
+def _add_run(commands) -> None:
+    parser = commands.add_parser("run", help="run the notebooks in order and write the report")
+    _add_run_arguments(parser)
+    parser.set_defaults(function=_run)
+
+
+def _run(given: argparse.Namespace) -> None:
+    from mss_utils.data import check_target
+    from mss_utils.pipeline import run_pipeline
+
+    run = _open(given)
+    check_target(run.settings)
+    run.write_settings()
+    run_pipeline(run)
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="write the report of a finished run again")
+    parser.add_argument("--run", required=True, metavar="NAME")
+    parser.set_defaults(function=_report)
+
+
+def _report(given: argparse.Namespace) -> None:
+    from mss_utils.pipeline import build_report
+
+    stored = results_folder() / given.run / "settings.json"
+    if not stored.exists():
+        names = sorted(path.parent.name for path in results_folder().glob("*/settings.json"))
+        raise FileNotFoundError(f"No run {given.run!r} under {results_folder()}; there are: {', '.join(names) or 'none'}.")
+    print(build_report(open_run(json.loads(stored.read_text())["profile"], given.run)))
+
+
+def _add_separate(commands) -> None:
+    parser = commands.add_parser("separate", help="pull the target out of a song")
+    parser.add_argument("song", type=Path)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="results/<run>/models/<target>/<model>/seed0")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
+    parser.set_defaults(function=_separate)
+
+
+def _separate(given: argparse.Namespace) -> None:
+    from mss_utils.models import load_model
+    from mss_utils.separation import separate_file
+
+    for path in separate_file(given.song, load_model(given.model), given.out):
+        print(path)
+
+
+def _add_check(commands) -> None:
+    parser = commands.add_parser("check", help="look over the environment and a dataset")
+    _add_run_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(function=_check)
+
+
+def _check(given: argparse.Namespace) -> None:
+    """What a run would find: versions, ffmpeg, memory, tracks and their audit; only what would stop a run is an error."""
+    from mss_utils.data import audit, open_store, warnings_of
+
+    store = open_store(resolve(given.profile, given.data, given.target, given.set))
+    table = audit(store)
+    found = dict(
+        python=sys.version.split()[0], cores=os.cpu_count(), ffmpeg=shutil.which("ffmpeg"), dataset=store.source,
+        sample_rate=store.sample_rate, stems=store.stems, tracks={split: len(store.split(split)) for split in ("train", "valid", "test")},
+        warnings=warnings_of(table, store),
+    )
+    if given.json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print("\n".join(f"warning    {line}" for line in value) if key == "warnings" else f"{key:<10} {value}")
+    print(table.groupby(["split", "stem"], sort=False)[["duration_s", "level_db", "peak", "silent_share"]].median().round(2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The built-in dataset: composed songs, played by sampled instruments, written as a MUSDB-style folder.
+
+`compose` writes the score of one song (composing.py), `render` plays it (playing.py).
+`render_songs` plays scores into stems and puts them where `musdb` and everything else that reads MUSDB finds them:
+
+    <root>/mus.yaml                           what `musdb` asks for, with the validation songs
+    <root>/train/<song>/{mixture,vocals,drums,bass,piano,other}.flac, onsets.json, song.json
+    <root>/test/<song>/...
+
+No recording is downloaded: the sounds are those of the SoundFont inside `pretty_midi`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from .composing import SPLITS, STEMS, Song, compose
+from .playing import SAMPLE_RATE, render
+
+__all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
+
+RECIPE = 1  # raise it when the same seed would give other songs: a folder rendered by an older recipe is then refused
+
+
+def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, seed: int = 0,
+                 duration_s: tuple[float, float] = (45.0, 90.0), n_jobs: int | None = None, progress: bool = True) -> Path:
+    """Compose and render songs into a MUSDB-style folder; returns the folder.
+
+    The same seed gives the same bytes, whatever `n_jobs` (None: one process a core) and whatever was there before.
+    Songs that are there are kept, so a stopped run goes on where it stopped and a larger number adds songs; songs
+    beyond the numbers asked for stay. A song appears under its name only when it is complete.
+    Raises ValueError if the folder was rendered with another seed, duration or recipe.
+    """
+    root = Path(root)
+    _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
+    wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
+    done = _finished(root)
+    todo = [(str(root), s, i, seed, tuple(duration_s)) for s, i in wanted if f"{s}-{i:03d}" not in done]
+    _write_yaml(root, seed, n_valid, tuple(duration_s))
+    _work(todo, n_jobs or os.cpu_count() or 1, progress)
+    return root
+
+
+def _finished(root: Path) -> set[str]:
+    """Songs that are there, as split-index."""
+    return {"-".join(path.name.split("-")[:2]) for path in root.glob("*/*") if path.is_dir() and path.name.split("-")[0] in SPLITS}
+
+
+def _claim(root: Path, parameters: dict) -> None:
+    """Note what a folder is rendered with, or check that it was rendered with the same."""
+    path = root / "demo.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != parameters:
+            raise ValueError(f"{root} holds songs rendered with {found}, asked for {parameters}: choose another folder or delete it")
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(parameters))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a text file so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, float]) -> None:
+    """The set-up file that `musdb.DB(root=root, setup_file="mus.yaml", is_wav=True)` reads."""
+    there = {path.name for path in root.glob("train/valid-*")}
+    names = sorted(there | {compose("valid", i, seed, duration_s).name for i in range(n_valid)})
+    lines = [f"sample_rate: {SAMPLE_RATE}", "mixture: mixture.flac", "stem_ids:", "  mixture: 0"]
+    lines += [f"  {stem}: {i}" for i, stem in enumerate(STEMS, 1)] + ["sources:"] + [f"  {stem}: {stem}.flac" for stem in STEMS]
+    lines += ["targets:"] + [f"  {stem}:\n    {stem}: 1" for stem in STEMS]
+    lines += ["  accompaniment:"] + [f"    {stem}: 1" for stem in STEMS if stem != "vocals"]
+    lines += ["  linear_mixture:"] + [f"    {stem}: 1" for stem in STEMS]
+    lines += ["validation_tracks:" if names else "validation_tracks: []"] + [f"- {name}" for name in names]
+    _replace(root / "mus.yaml", "\n".join(lines) + "\n")
+
+
+def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
+    """Render the songs, in this process or in several, and count songs and seconds."""
+    from joblib import Parallel, delayed
+    from tqdm.auto import tqdm
+
+    results = Parallel(max(1, min(n_jobs, len(todo))), return_as="generator_unordered")(delayed(_write_song)(job) for job in todo)
+    seconds = 0.0
+    with tqdm(total=len(todo), desc="built-in songs", unit="song", disable=not progress or not todo) as bar:
+        for duration_s in results:
+            seconds += duration_s
+            bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
+            bar.update()
+
+
+def _write_song(job: tuple) -> float:
+    """Compose, render and write one song under a temporary name, then give it its own; returns its seconds."""
+    import soundfile
+
+    root, split, index, seed, duration_s = job
+    song = compose(split, index, seed, duration_s)
+    target = Path(root) / ("test" if split == "test" else "train") / song.name
+    temporary = Path(root) / f".{song.name}.{os.getpid()}"
+    temporary.mkdir(exist_ok=True)
+    stems = render(song)
+    stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
+    for name, sound in stems.items():
+        soundfile.write(temporary / f"{name}.flac", sound, SAMPLE_RATE, subtype="PCM_16", compression_level=0.625)
+    (temporary / "onsets.json").write_text(json.dumps(song.onsets()))
+    (temporary / "song.json").write_text(json.dumps(song.metadata, indent=1))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(temporary)
+    else:
+        os.rename(temporary, target)
+    return song.duration_s

@@ -1,0 +1,171 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mss_utils.models import build_model, count_parameters, load_model, receptive_field_s
+from mss_utils.models.demucs import Demucs, sinusoidal_positions
+from mss_utils.models.unet import STFT
+from mss_utils.settings import MODELS, PROFILES, resolve
+from mss_utils.training import snr_loss
+
+WAVE_MODELS = ("demucs_lstm", "demucs_attention")
+
+
+def error_db(estimate, wanted):
+    return 10 * torch.log10((estimate - wanted).square().sum() / wanted.square().sum()).item()
+
+
+@pytest.mark.parametrize("n_fft, hop", [(1024, 256), (2048, 512)])
+@pytest.mark.parametrize("samples", [1, 255, 16000, 48001])
+def test_the_inverse_stft_returns_the_signal(n_fft, hop, samples):
+    audio = torch.randn(2, 2, samples)
+    stft = STFT(n_fft, hop)
+    assert error_db(stft.inverse(stft(audio), samples), audio) < -90
+
+
+def test_a_mask_of_ones_returns_the_mixture(small_settings, monkeypatch):
+    model, audio = build_model("unet", small_settings), torch.randn(1, 1, 12345)
+    monkeypatch.setattr(model, "mask", lambda magnitude: torch.ones_like(magnitude))
+    assert error_db(model(audio), audio) < -90
+
+
+def test_the_mask_is_soft_and_covers_every_bin(small_settings):
+    model = build_model("unet", small_settings).eval()
+    magnitude = torch.rand(2, 1, small_settings.n_fft // 2 + 1, 37)
+    mask = model.mask(magnitude)
+    assert mask.shape == magnitude.shape
+    assert 0 <= mask.min() and mask.max() <= 1
+
+
+def test_the_baseline_has_no_recurrence_and_no_attention():
+    kinds = {type(layer).__name__ for layer in build_model("unet", resolve("demo")).modules()}
+    assert kinds <= {"UNet", "STFT", "Down", "Up", "ModuleList", "Conv2d", "ConvTranspose2d", "BatchNorm2d", "LeakyReLU", "ReLU"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("samples", [1, 777, 16000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_output_length_is_input_length(small_settings, name, samples, channels):
+    model = build_model(name, small_settings.model_copy(update=dict(channels=channels))).eval()
+    for audio in (torch.randn(2, channels, samples), torch.zeros(2, channels, samples)):
+        estimate = model(audio)
+        assert estimate.shape == audio.shape
+        assert estimate.isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_batch_can_be_learnt_by_heart(small_settings, name):
+    """The cheapest honest end-to-end test: two fixed sines, one of them wanted."""
+    t = torch.arange(8000) / 16000
+    target = torch.sin(2 * torch.pi * 440 * t)[None, None]
+    mixture = target + torch.sin(2 * torch.pi * 2000 * t)[None, None]
+    model = build_model(name, small_settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = snr_loss(model(mixture), target, mixture)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < -8
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_two_bottlenecks_cost_the_same(profile):
+    sizes = [count_parameters(build_model(name, resolve(profile)).bottleneck) for name in WAVE_MODELS]
+    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
+
+
+def test_b1_and_b2_start_from_the_same_encoder_and_decoder():
+    lstm, attention = (build_model(name, resolve("demo"), seed=5).state_dict() for name in WAVE_MODELS)
+    shared = [key for key in lstm if not key.startswith("bottleneck")]
+    assert shared == [key for key in attention if not key.startswith("bottleneck")]
+    assert all(torch.equal(lstm[key], attention[key]) for key in shared)
+    again = build_model("demucs_lstm", resolve("demo"), seed=6).state_dict()
+    assert not torch.equal(lstm["encoder.0.0.weight"], again["encoder.0.0.weight"])
+
+
+def test_building_a_model_leaves_the_random_stream_alone(small_settings):
+    torch.manual_seed(0)
+    wanted = torch.rand(1)
+    torch.manual_seed(0)
+    build_model("demucs_attention", small_settings)
+    assert torch.equal(torch.rand(1), wanted)
+
+
+def test_attention_reaches_the_whole_segment_and_the_convolutions_do_not(small_settings):
+    model = build_model("demucs_attention", small_settings).eval()
+    audio = torch.randn(1, 1, 16 * model.total_stride, requires_grad=True)
+    model(audio)[0, 0, 0].backward()
+    assert audio.grad[0, 0, -100:].abs().max() > 0
+    model.bottleneck = torch.nn.Identity()
+    field = round(receptive_field_s(model, small_settings.sample_rate) * small_settings.sample_rate)
+    heard = reach(model, 16 * model.total_stride)
+    assert 0.5 * field < heard <= field
+
+
+def test_the_receptive_field_of_the_unet(small_settings):
+    model = build_model("unet", small_settings).eval()
+    field = round(receptive_field_s(model, small_settings.sample_rate) * small_settings.sample_rate)
+    monkey_mask = model.mask
+    # the input level is a statistic of the whole segment: held constant, only the convolutions are left
+    model.mask = lambda magnitude: monkey_mask(magnitude / magnitude.detach().square().mean().sqrt())
+    assert reach(model, 3 * field) <= 3 * field
+
+
+def reach(model, samples):
+    """Width of the stretch of input whose gradient reaches the middle output sample, normalisation statistics aside."""
+    for layer in list(model.modules()):
+        if isinstance(layer, torch.nn.GroupNorm):
+            layer.forward = lambda x: x
+    audio = torch.randn(1, 1, samples, requires_grad=True)
+    scale = audio.square().mean().sqrt().detach() + 1e-5
+    model(audio)[0, 0, samples // 2].backward()
+    gradient = audio.grad[0, 0].abs() / scale
+    touched = torch.nonzero(gradient > 1e-4 * gradient.max())
+    return (touched.max() - touched.min() + 1).item()
+
+
+def test_odd_strides_are_refused():
+    with pytest.raises(ValueError, match="strides.*even"):
+        Demucs(1, 4, 16, (4, 3))
+
+
+def test_positions_differ_and_have_unit_pairs():
+    table = sinusoidal_positions(200, 16)
+    assert table.shape == (200, 16)
+    assert torch.cdist(table, table).fill_diagonal_(1).min() > 1e-2
+    torch.testing.assert_close(table[:, 0::2] ** 2 + table[:, 1::2] ** 2, torch.ones(200, 8))
+
+
+def test_an_unknown_model_lists_the_models(small_settings):
+    with pytest.raises(ValueError, match="unet, demucs_lstm, demucs_attention"):
+        build_model("open_unmix", small_settings)
+
+
+def test_loading_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model.json.*results/<run>/models"):
+        load_model(tmp_path)
+
+
+def test_a_pickle_is_no_weights_file(tmp_path, small_settings):
+    torch.save(build_model("unet", small_settings).state_dict(), tmp_path / "model.safetensors")
+    description = dict(model="unet", target="piano", settings=small_settings.model_dump())
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match="model.safetensors"):
+        load_model(tmp_path)
+
+
+def test_the_loss_is_the_negative_snr():
+    rng = np.random.default_rng(0)
+    target = torch.from_numpy(rng.standard_normal((3, 1, 1000))).float()
+    mixture = target + torch.from_numpy(rng.standard_normal((3, 1, 1000))).float()
+    assert abs(snr_loss(torch.zeros_like(target), target, mixture).item()) < 1e-4
+    assert snr_loss(target, target, mixture) < -26
+    assert abs(snr_loss(1.1 * target, target, mixture, floor_db=-200).item() + 20) < 0.1
+    silent = torch.zeros_like(target)
+    assert snr_loss(silent, silent, mixture) == 0 and snr_loss(mixture, silent, mixture) > 25
+    levels = torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
+    loud = snr_loss(levels * mixture, levels * target, levels * mixture)
+    torch.testing.assert_close(loud, snr_loss(mixture, target, mixture), rtol=1e-2, atol=1e-2)

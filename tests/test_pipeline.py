@@ -1,0 +1,184 @@
+"""The smoke profile through all six notebooks, what it leaves, and how it stops, skips and goes on."""
+
+import json
+import os
+import shutil
+
+import nbformat
+import pytest
+from conftest import command
+
+import mss_utils.pipeline as pipeline
+from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
+from mss_utils.settings import MODELS, ROOT, open_run
+
+CONTRACT = [
+    "settings.json", "environment.json", "report.pdf",
+    *(f"notebooks/{name}.ipynb" for name in STAGES),
+    *(f"models/piano/{model}/seed0/{file}" for model in MODELS for file in ("model.safetensors", "model.json", "history.csv", "last.ckpt")),
+    *(f"tables/{name}.csv" for name in ("frames", "tracks", "summary", "paired", "cost")),
+]
+
+
+def test_the_whole_line_runs_and_leaves_what_the_contract_names(smoke_run):
+    done, folder = smoke_run
+    assert done.returncode == 0, done.stderr[-3000:]
+    missing = [path for path in CONTRACT if not (folder / path).stat().st_size]
+    assert not missing
+    assert (folder / "report.pdf").read_bytes().startswith(b"%PDF")
+    for name in ("unet", "mixture", "reference"):
+        assert list(folder.glob(f"audio/*/piano/{name}.mp3"))
+    svgs = {path.stem for path in folder.glob("figures/*.svg")}
+    assert svgs == {path.stem for path in folder.glob("figures/*.png")} and len(svgs) > 10
+    assert all(name in done.stdout for name in (*STAGES, "report", "total"))
+
+
+def test_nothing_half_written_is_left(smoke_run):
+    _, folder = smoke_run
+    assert not [path for path in folder.rglob("*") if ".part" in path.name]
+
+
+def test_no_path_of_this_machine_is_in_the_tables_and_settings(smoke_run):
+    _, folder = smoke_run
+    for path in [*folder.glob("*.json"), *folder.glob("tables/*.csv"), *folder.glob("models/*/*/*/model.json")]:
+        assert str(ROOT) not in path.read_text(), path
+
+
+def test_finished_stages_are_skipped_and_a_lost_product_is_made_again(smoke_run):
+    _, folder = smoke_run
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("notebooks/*.ipynb")}
+    (folder / "tables" / "paired.csv").unlink()
+    again = command("run", "--profile", "smoke")
+    assert again.returncode == 0, again.stderr[-3000:]
+    skipped = {name for name in STAGES if f"{name:<18} unchanged" in again.stdout}
+    assert skipped == set(STAGES) - {"05_evaluation"}
+    assert (folder / "tables" / "paired.csv").exists()
+    changed = {path.stem for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {"05_evaluation"}
+
+
+def test_an_argument_that_contradicts_the_run_is_an_error(smoke_run):
+    done = command("run", "--profile", "smoke", "--set", "steps=99")
+    assert done.returncode == 1
+    assert "steps=" in done.stderr and "99" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_trained_model_separates_a_song(smoke_run, tmp_path, own_folders):
+    _, folder = smoke_run
+    song = next((own_folders / "cache").glob("songs-*/test/*/mixture.flac"))
+    done = command("separate", str(song), "--model", str(folder / "models/piano/unet/seed0"), "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"mixture.piano.wav", "mixture.residual.wav"}
+
+
+def test_the_report_can_be_made_again(smoke_run):
+    _, folder = smoke_run
+    (folder / "report.pdf").unlink()
+    done = command("report", "--run", "smoke")
+    assert done.returncode == 0 and (folder / "report.pdf").exists()
+    done = command("report", "--run", "nothing")
+    assert done.returncode == 1 and "No run 'nothing'" in done.stderr and "smoke" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["run", "--profile", "dmeo"], ["dmeo", "smoke, demo, musdb7, musdb18"]),
+    (["run", "--profile", "smoke", "--run", "x", "--target", "violin"], ["No stem 'violin'", "piano"]),
+    (["run", "--profile", "smoke", "--run", "x", "--set", "stepz=1"], ["Unknown setting 'stepz'", "batch_size"]),
+    (["run", "--profile", "smoke", "--run", "x", "--data", "no/such/folder"], ["No dataset folder", "no/such/folder"]),
+    (["run", "--profile", "musdb18", "--run", "x"], ["musdb18 profile needs the dataset", "MUSDB_PATH"]),
+    (["separate", "no.wav", "--model", "nowhere"], ["No model.json in nowhere", "seed0"]),
+])
+def test_mistakes_are_one_sentence(arguments, words, own_folders):
+    done = command(*arguments, MUSDB_PATH="")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert not (own_folders / "results" / "x").exists()
+
+
+def test_check_prints_what_it_found(dataset):
+    done = command("check", "--profile", "smoke", "--data", str(dataset), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tracks"] == {"train": 4, "valid": 1, "test": 2}
+    assert found["stems"] == ["bass", "drums", "piano", "vocals"]
+
+
+# --- a little pipeline of made-up notebooks: one per way to fail -------------------------------------------------------
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """Two stages, `one` and `two` (which reads `one`), in a folder of their own."""
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(pipeline, "STAGES", {"one": (), "two": ("one",)})
+    monkeypatch.setattr(pipeline, "PRODUCTS", {"one": ("one.txt",), "two": ()})
+    monkeypatch.setattr(pipeline, "build_report", lambda run: None)
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
+    run = open_run("smoke", "little")
+    write_notebook(notebooks / "one.ipynb", f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')")
+    write_notebook(notebooks / "two.ipynb", "1 + 1")
+    return run, notebooks
+
+
+def write_notebook(path, source, parameters='profile: str = "demo"\nrun: str = ""'):
+    first = nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"]))
+    notebook = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell(source)])
+    notebook.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
+    nbformat.write(notebook, path)
+
+
+def test_stages_run_once_and_again_when_their_inputs_change(little, capsys):
+    run, notebooks = little
+    for _ in range(2):
+        pipeline.run_pipeline(run)
+    assert (run.folder / "one.txt").read_text() == "ran "
+    write_notebook(notebooks / "two.ipynb", "2 + 2")
+    pipeline.run_pipeline(run)
+    assert (run.folder / "one.txt").read_text() == "ran ", "one does not read two"
+    key = stage_key(run, "two")
+    write_notebook(notebooks / "one.ipynb", "3 + 3")
+    assert stage_key(run, "two") != key, "two reads one"
+    assert not is_finished(run, "one", stage_key(run, "one"))
+
+
+def test_a_failed_notebook_stops_the_run_in_three_lines(little):
+    run, notebooks = little
+    write_notebook(notebooks / "two.ipynb", "raise KeyError('the snare')")
+    with pytest.raises(StageError) as error:
+        pipeline.run_pipeline(run)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    # papermill adds a cell with the parameters it was given after the declared ones
+    assert "Notebook two failed in cell 3" in lines[0] and "KeyError: 'the snare'" in lines[1] and "two.ipynb" in lines[2]
+    assert (run.folder / "notebooks" / "two.ipynb").exists()
+    assert not is_finished(run, "two", stage_key(run, "two"))
+    write_notebook(notebooks / "two.ipynb", "1 + 1")
+    pipeline.run_pipeline(run)
+    assert (run.folder / "one.txt").read_text() == "ran ", "the finished stage is not repeated"
+
+
+def test_a_parameter_that_a_notebook_does_not_declare_is_an_error(little):
+    run, notebooks = little
+    write_notebook(notebooks / "one.ipynb", "1", parameters='profile: str = "demo"')
+    with pytest.raises(ValueError, match="one has no parameter 'run'.*profile"):
+        pipeline.run_pipeline(run)
+
+
+def test_the_report_says_what_a_run_lacks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
+    run = open_run("smoke", "begun")
+    run.write_settings()
+    with pytest.raises(FileNotFoundError, match="environment.json.*finish the run"):
+        pipeline.build_report(run)
+
+
+@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_the_environment_names_the_commit(smoke_run):
+    _, folder = smoke_run
+    found = json.loads((folder / "environment.json").read_text())
+    assert len(found["git_commit"]) == 40 and found["dataset"]["tracks"] == {"train": 3, "valid": 1, "test": 3}
+    assert found["cores"] == os.cpu_count()

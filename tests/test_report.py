@@ -1,0 +1,223 @@
+"""The report reads a run and nothing else: a small made-up run goes in, the words of the PDF come out."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import typst
+
+from mss_utils.settings import MODELS, PROFILES, ROOT, Settings
+
+METRICS = ("SDR", "ISR", "SIR", "SAR", "utterance_SDR", "SI_SDR")
+PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
+MEDIANS = dict(mixture=-7.25, unet=5.5, demucs_lstm=4.25, demucs_attention=4.5, irm=11.75)
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="70"><rect width="160" height="70" fill="#cde"/></svg>'
+COMMON_FIGURES = ("pipeline", "data_levels", "data_spectrograms", *(f"architecture_{model}" for model in MODELS))
+TARGET_FIGURES = ("training", "scores", "paired", "cost", "excerpt_best", "excerpt_median", "excerpt_worst")
+
+needs_pdftotext = pytest.mark.skipif(not shutil.which("pdftotext"), reason="pdftotext (poppler-utils) is not installed")
+
+
+class FakeRun:
+    """A run folder as the report needs it, below a Typst root of its own. Tables are lists of dicts until `text` writes them."""
+
+    def __init__(self, root, profile="demo", targets=("piano",), seeds=1, data=None, name="songs"):
+        self.root, self.folder, self.targets = root, root / "results" / "fake", targets
+        target = targets[0] if len(targets) == 1 else "all"
+        settings = {"profile": profile, **PROFILES[profile], "target": target, "seeds": seeds, "data": data}
+        self.settings = Settings(**settings).model_dump(mode="json")
+        self.environment = dict(
+            python="3.11.9", torch="2.11.0", platform="Linux", cpu="some processor", cores=2, gpu=None, git_commit="0a1b2c3d4e",
+            seeds=list(range(seeds)), data_hash="9f86d081", date="2026-02-03", sample_rate=self.settings["sample_rate"],
+            dataset=dict(name=name, tracks=dict(train=9, valid=2, test=2), hours=dict(train=0.2, valid=0.04, test=0.04), stems=["piano", "rest"]),
+        )
+        self.tables = dict(
+            summary=[self._summary(t, model, metric, seeds) for t in targets for model in MEDIANS for metric in METRICS],
+            paired=[self._paired(t, a, b, metric, seeds) for t in targets for a, b in PAIRS for metric in METRICS],
+            tracks=[self._track(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
+            cost=[self._cost(t, model) for t in targets for model in MODELS],
+        )
+
+    def _summary(self, target, model, metric, seeds):
+        middle = MEDIANS[model]
+        key = dict(references="stems" if len(self.targets) > 1 else "target+residual", target=target, model=model, metric=metric)
+        return key | dict(median=middle, mean=middle, ci_low=middle - 1, ci_high=middle + 1, tracks=2, seeds=seeds)
+
+    def _paired(self, target, a, b, metric, seeds):
+        key = dict(target=target, a=a, b=b, metric=metric, median_difference=0.25, ci_low=-0.5, ci_high=0.75)
+        return key | dict(p_wilcoxon=0.2, p_corrected=0.4, tracks=2, seeds=seeds)
+
+    def _track(self, target, name, model):
+        key = dict(references="target+residual", target=target, track=name, model=model, seed=0)
+        return key | {metric: MEDIANS[model] for metric in METRICS} | dict(frames=70, usable_frames=66)
+
+    def _cost(self, target, model):
+        key = dict(target=target, model=model, seed=0, parameters=1234567, train_s=600.0, steps=self.settings["steps"])
+        return key | dict(audio_s_per_s=40.0, inference_rtf=0.0125, peak_memory_mb=1500.0)
+
+    def change(self, table, where, **values):
+        """Set `values` in every row of `table` that agrees with `where`."""
+        rows = [row for row in self.tables[table] if all(row[key] == value for key, value in where.items())]
+        assert rows
+        for row in rows:
+            row.update(values)
+
+    def write(self):
+        shutil.copytree(ROOT / "report", self.root / "report", ignore=shutil.ignore_patterns("*.pdf"), dirs_exist_ok=True)
+        for folder in ("tables", "figures"):
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        (self.folder / "settings.json").write_text(json.dumps(self.settings))
+        (self.folder / "environment.json").write_text(json.dumps(self.environment))
+        for name, rows in self.tables.items():
+            with open(self.folder / "tables" / f"{name}.csv", "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        mixing = ["data_mixing"] if len(self.targets) == 1 else [f"data_mixing-{target}" for target in self.targets]
+        for name in (*COMMON_FIGURES, *mixing, *(f"{figure}-{target}" for figure in TARGET_FIGURES for target in self.targets)):
+            (self.folder / "figures" / f"{name}.svg").write_text(SVG)
+        for target in self.targets:
+            for model in MODELS:
+                self._write_model(target, model)
+
+    def _write_model(self, target, model, valid_sdr=5.0):
+        folder = self.folder / "models" / target / model / "seed0"
+        folder.mkdir(parents=True, exist_ok=True)
+        steps = self.settings["steps"]
+        described = dict(model=model, target=target, parameters=1234567, steps=steps, best_step=steps, valid_sdr=valid_sdr, train_s=600.0)
+        (folder / "model.json").write_text(json.dumps(described))
+
+    def compile(self):
+        pdf = self.root / "report.pdf"
+        typst.compile(self.root / "report" / "report.typ", output=pdf, root=self.root, sys_inputs={"run": "/results/fake"})
+        return pdf
+
+    def text(self):
+        """The words of the report, without any space or hyphen: where lines break does not matter."""
+        self.write()
+        pdf = self.compile()
+        return squeezed(subprocess.run(["pdftotext", pdf, "-"], capture_output=True, text=True, check=True).stdout)
+
+
+def squeezed(text):
+    return re.sub(r"[\s\u00ad\u2010-]", "", text)
+
+
+def says(text, sentence):
+    return squeezed(sentence) in text
+
+
+@needs_pdftotext
+def test_numbers_come_from_the_run(tmp_path):
+    run = FakeRun(tmp_path)
+    text = run.text()
+    assert says(text, "5.50 dB for A, 4.25 dB for B1 and 4.50 dB for B2, against −7.25 dB for the untouched mixture and 11.75 dB")
+    assert says(text, "12.75 dB above the untouched mixture")
+    assert says(text, "make report PROFILE=demo RUN=fake TARGET=piano") and says(text, "0a1b2c3d4e") and says(text, "3 February 2026")
+    assert says(text, "132 had one") and says(text, "12.5 ms/s") and says(text, "1,234,567")
+    run.change("summary", dict(model="unet", metric="SDR"), median=-9.876)
+    text = run.text()
+    assert says(text, "−9.88 dB for A") and not says(text, "5.50 dB for A")
+    assert says(text, "is that of B2, 4.50 dB")
+
+
+@needs_pdftotext
+def test_the_data_choose_the_sentence(tmp_path):
+    run, pair = FakeRun(tmp_path), dict(a="demucs_attention", b="demucs_lstm", metric="SDR")
+    undecided = "the interval does not tell B2 from B1 in SDR (+0.25 dB [−0.50, +0.75])"
+    text = run.text()
+    assert says(text, undecided) and says(text, "do not separate memory from attention")
+    assert not says(text, "B2 is ahead of B1") and not says(text, "B1 is ahead of B2")
+
+    run.change("paired", pair, median_difference=1.25, ci_low=0.5, ci_high=2.0, p_corrected=0.0004)
+    text = run.text()
+    assert says(text, "B2 is ahead of B1 in SDR by 1.25 dB [0.50, 2.00]") and not says(text, undecided)
+    assert says(text, "corrected p < 0.001") and says(text, "is no evidence for it")
+
+    run.change("paired", pair, median_difference=-1.25, ci_low=-2.0, ci_high=-0.5, p_corrected=0.06)
+    text = run.text()
+    assert says(text, "B1 is ahead of B2 in SDR by 1.25 dB [0.50, 2.00], although the corrected Wilcoxon test does not confirm it")
+    assert says(text, "it did not outweigh what it lost elsewhere")
+
+
+@needs_pdftotext
+@pytest.mark.parametrize("low, high, sentence", [
+    (0.5, 2.0, "Both waveform models leave fewer artifacts"),
+    (-2.0, -0.5, "Both waveform models leave more artifacts"),
+    (-0.5, 0.5, "The artifacts do not decide it"),
+])
+def test_artifacts(tmp_path, low, high, sentence):
+    run = FakeRun(tmp_path)
+    run.change("paired", dict(metric="SAR"), median_difference=(low + high) / 2, ci_low=low, ci_high=high)
+    assert says(run.text(), sentence)
+
+
+@needs_pdftotext
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_few_seeds_speak_of_weights(tmp_path, seeds):
+    text = FakeRun(tmp_path, seeds=seeds).text()
+    assert says(text, "For these trained weights") == (seeds < 3)
+    assert says(text, "nothing here is a claim about architectures") == (seeds < 3)
+
+
+@needs_pdftotext
+def test_several_targets(tmp_path):
+    run = FakeRun(tmp_path, targets=("vocals", "drums"))
+    run.change("summary", dict(target="drums", model="unet", metric="SDR"), median=1.125)
+    text = run.text()
+    assert says(text, "6.1 Vocals") and says(text, "6.2 Drums") and says(text, "The references are the stems themselves")
+    assert says(text, "1.13 dB for A") and says(text, "5.50 dB for A") and says(text, "TARGET=all")
+
+
+@needs_pdftotext
+@pytest.mark.parametrize("cell", ["nan", "", "inf", "-inf"])
+def test_cells_without_a_number(tmp_path, cell):
+    run = FakeRun(tmp_path)
+    run.change("summary", dict(model="mixture"), median=cell, ci_low=cell, ci_high=cell)
+    run.change("paired", dict(metric="SDR", a="demucs_lstm"), median_difference=cell, ci_low=cell, ci_high=cell, p_corrected=cell)
+    run.change("tracks", dict(model="demucs_lstm"), SDR=cell)
+    text = run.text()
+    assert says(text, "against – for the untouched mixture") and says(text, "B1 and A could not be compared in SDR")
+    assert says(text, "0 of 0")
+
+
+def test_a_validation_score_without_a_number(tmp_path):
+    run = FakeRun(tmp_path)
+    run.write()
+    run._write_model("piano", "unet", valid_sdr=float("nan"))  # Python writes NaN, which JSON does not know
+    run._write_model("piano", "demucs_lstm", valid_sdr=float("-inf"))
+    run.compile()
+
+
+@needs_pdftotext
+def test_each_dataset_in_its_own_words(tmp_path):
+    texts = {
+        "songs": FakeRun(tmp_path / "a").text(),
+        "excerpts": FakeRun(tmp_path / "b", profile="musdb7", targets=("vocals",), name="MUSDB18-7").text(),
+        "musdb": FakeRun(tmp_path / "c", profile="musdb18", targets=("vocals",), name="musdb18hq").text(),
+        "own": FakeRun(tmp_path / "d", data="/somewhere/private/garage", name="garage").text(),
+    }
+    sentences = {
+        "songs": "composed and played by a program", "excerpts": "freely available seven-second excerpts",
+        "musdb": "We use the whole songs", "own": "our own folder, “garage”",
+    }
+    for kind, sentence in sentences.items():
+        assert [name for name, text in texts.items() if says(text, sentence)] == [kind]
+    assert says(texts["own"], "DATA=<dataset folder>") and "private" not in texts["own"]
+
+
+def test_a_missing_figure_is_an_error(tmp_path):
+    run = FakeRun(tmp_path)
+    run.write()
+    (run.folder / "figures" / "scores-piano.svg").unlink()
+    with pytest.raises(typst.TypstError, match="not found"):
+        run.compile()
+
+
+def test_no_outcome_is_typed_in():
+    lines = (ROOT / "report" / "report.typ").read_text().splitlines()
+    prose = "\n".join(line for line in lines if not line.lstrip().startswith("//"))
+    assert not re.search(r"\d\.\d+[\s~]*dB", prose)

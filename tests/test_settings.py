@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from mss_utils.settings import PROFILES, ROOT, cache_folder, open_run, resolve, results_folder, safe_name, write_text
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_resolves(profile):
+    settings = resolve(profile)
+    assert settings.profile == profile
+    assert settings.stage2_step <= settings.stage3_step < settings.steps
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(profile="dmeo"), ["dmeo", "smoke", "demo", "musdb7", "musdb18"]),
+    (dict(overrides="stepz=3"), ["stepz", "steps", "batch_size"]),
+    (dict(overrides="steps=many"), ["steps", "many"]),
+    (dict(overrides="steps"), ["key=value", "steps"]),
+    (dict(overrides="sample_rate=48000"), ["sample_rate", "16000"]),
+    (dict(overrides="steps=0"), ["steps", "greater than or equal to 1"]),
+])
+def test_a_wrong_setting_is_one_sentence(arguments, words):
+    with pytest.raises(ValueError) as error:
+        resolve(**arguments)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_stored_settings_win_and_contradictions_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
+    run = open_run("smoke", "mine", overrides="steps=20 demucs_strides=4,4,2,2")
+    assert not list(tmp_path.iterdir()), "opening a run writes nothing"
+    run.write_settings()
+    again = open_run("smoke", "mine")
+    assert again.settings == run.settings and again.settings.steps == 20 and again.settings.demucs_strides == (4, 4, 2, 2)
+    assert open_run("smoke", "mine", overrides="steps=20") == again
+    with pytest.raises(ValueError, match="steps=20.*30.*another run name"):
+        open_run("smoke", "mine", overrides="steps=30")
+    with pytest.raises(ValueError, match="profile='smoke'.*'demo'"):
+        open_run("demo", "mine")
+
+
+def test_a_damaged_settings_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
+    write_text(tmp_path / "old" / "settings.json", json.dumps({"profile": "smoke", "gone": 1}))
+    with pytest.raises(ValueError, match="gone"):
+        open_run("smoke", "old")
+
+
+def test_a_run_name_cannot_leave_the_results():
+    with pytest.raises(ValueError, match="run name"):
+        open_run("smoke", "../elsewhere")
+
+
+def test_paths_are_relative_to_the_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MSS_CACHE", "some/cache")
+    monkeypatch.delenv("MSS_RESULTS")
+    assert cache_folder() == ROOT / "some" / "cache"
+    assert results_folder() == ROOT / "results"
+
+
+def test_safe_names():
+    assert safe_name("../a/b:c") == "_a_b_c"
+    assert safe_name("Al James - Schoolboy Facination") == "Al James - Schoolboy Facination"
+    assert safe_name("...") == "_"
+
+
+def test_half_a_file_is_never_left(tmp_path):
+    write_text(tmp_path / "a" / "b.txt", "whole")
+    with pytest.raises(TypeError):
+        write_text(tmp_path / "a" / "b.txt", None)
+    assert (tmp_path / "a" / "b.txt").read_text() == "whole"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
