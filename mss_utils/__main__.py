@@ -21,13 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     _add_separate(commands)
     _add_report(commands)
     given = parser.parse_args(arguments)
-    from mss_utils.pipeline import StageError
-
     try:
         return given.function(given) or 0
-    except (ValueError, FileNotFoundError, FloatingPointError, PermissionError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and type(error) not in (RuntimeError, StageError):
-            raise
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"mss_utils {given.command}: {error}", file=sys.stderr)
         return 1
 
@@ -51,10 +47,10 @@ def _add_run(commands) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
+    run = _open(given)  # before the imports that take seconds: a mistyped setting is answered at once
     from mss_utils.data import check_target
     from mss_utils.pipeline import run_pipeline
 
-    run = _open(given)
     check_target(run.settings)
     run.write_settings()
     run_pipeline(run)
@@ -101,9 +97,10 @@ def _add_check(commands) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """What a run would find: versions, ffmpeg, memory, tracks and their audit; only what would stop a run is an error."""
+    settings = resolve(given.profile, given.data, given.target, given.set)
     from mss_utils.data import audit, open_store, warnings_of
 
-    store = open_store(resolve(given.profile, given.data, given.target, given.set))
+    store = open_store(settings)
     table = audit(store)
     found = dict(
         python=sys.version.split()[0], cores=os.cpu_count(), ffmpeg=shutil.which("ffmpeg"), dataset=store.source,

@@ -158,7 +158,7 @@ def _musdb_root(profile: str) -> Path:
 def _import_musdb():
     """musdb imports stempeg, which needs ffmpeg: say so in one sentence rather than in stempeg's traceback."""
     if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
-        raise RuntimeError("Reading stem files needs ffmpeg and ffprobe on the PATH; install them with: apt-get install ffmpeg")
+        raise FileNotFoundError("Reading stem files needs ffmpeg and ffprobe on the PATH; install them with: apt-get install ffmpeg")
     import musdb
 
     return musdb

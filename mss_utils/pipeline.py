@@ -45,7 +45,7 @@ PRODUCTS = {
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")
 
 
-class StageError(RuntimeError):
+class StageError(ChildProcessError):
     """A notebook failed; the message names the notebook, the cell and the error, and where the executed copy lies."""
 
 
@@ -116,7 +116,7 @@ def _kernel_name() -> str:
 
     specs = KernelSpecManager().find_kernel_specs()
     if "python3" not in specs:
-        raise RuntimeError(f"No Jupyter kernel 'python3' (found: {', '.join(specs) or 'none'}); install it with: pip install ipykernel")
+        raise FileNotFoundError(f"No Jupyter kernel 'python3' (found: {', '.join(specs) or 'none'}); install it with: pip install ipykernel")
     return "python3"
 
 
@@ -137,15 +137,15 @@ def build_report(run: Run) -> Path:
     Typst reads only below one root: sources and results are linked or copied side by side in a temporary folder.
     Raises FileNotFoundError naming what is missing when the run has not been evaluated.
     """
-    for needed in ("settings.json", "environment.json", "tables/summary.csv", "tables/paired.csv", "tables/cost.csv"):
-        if not (run.folder / needed).exists():
+    for needed in ("settings.json", *(product for products in PRODUCTS.values() for product in products)):
+        if not any(run.folder.glob(needed)):
             raise FileNotFoundError(f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name}).")
     pdf = run.folder / "report.pdf"
     with tempfile.TemporaryDirectory() as root:
         shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf"))
         shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf"))
         with replacing(pdf) as part:
-            part.write_bytes(typst.compile(Path(root) / "report" / "report.typ", root=root, sys_inputs={"run": "/run"}))
+            part.write_bytes(typst.compile(Path(root) / "report" / "report.typ", root=root, sys_inputs={"run": "/run", "name": run.name}))
     return pdf
 
 

@@ -60,7 +60,7 @@ def train(
     validation. Raises FloatingPointError when the loss is no longer finite.
     """
     folder = run.model_folder(target, model_name, seed)
-    identity = dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump())
+    identity = dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump(mode="json"))
     if not is_trained(folder, identity):
         run.write_settings()
         state = fit(run.settings, store, identity, folder, on_validation)

@@ -87,7 +87,7 @@ def test_missing_ffmpeg_is_one_sentence(tmp_path, monkeypatch):
         (tmp_path / split).mkdir(exist_ok=True)
         (tmp_path / split / f"{name}.stem.mp4").write_bytes(b"")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="needs ffmpeg and ffprobe.*apt-get install ffmpeg"):
+    with pytest.raises(FileNotFoundError, match="needs ffmpeg and ffprobe.*apt-get install ffmpeg"):
         build_store(tmp_path, 16000, 1)
 
 

@@ -43,4 +43,5 @@ def test_cells_are_short_and_prose_keeps_up_with_code(path):
     cells = nbformat.read(path, as_version=4).cells
     lengths = sorted(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code")
     assert lengths[-1] <= 15 and lengths[len(lengths) // 2] <= 7
-    assert sum(cell.cell_type == "markdown" for cell in cells) >= 0.7 * len(lengths)
+    n_code = len(lengths) - 3  # parameters, set-up and imports speak for themselves
+    assert sum(cell.cell_type == "markdown" for cell in cells) >= 0.8 * n_code

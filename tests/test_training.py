@@ -42,7 +42,7 @@ def test_a_trained_model_is_loaded_unless_settings_or_data_changed(small_run, st
     with pytest.raises(pytest.fail.Exception):
         train(changed, store, "piano", "unet")
     folder = small_run.model_folder("piano", "unet")
-    identity = dict(model="unet", target="piano", seed=0, data="other music", settings=small_run.settings.model_dump())
+    identity = dict(model="unet", target="piano", seed=0, data="other music", settings=small_run.settings.model_dump(mode="json"))
     assert not is_trained(folder, identity)
     assert is_trained(folder, identity | dict(data=store.sha))
 

@@ -298,11 +298,11 @@ def render(song: Song) -> dict[str, np.ndarray]:
 
 
 def _balance(rng: np.random.Generator, stems: dict[str, np.ndarray]) -> None:
-    """Set the levels in place: the piano so that it lies some 6.5 dB below everything else together."""
-    for stem, level_db in (("vocals", 1.0), ("drums", 2.0), ("bass", -0.5), ("other", -4.5)):
+    """Set the levels in place: drums and voice in front, and the piano some 6 dB below everything else together."""
+    for stem, level_db in (("vocals", 0.0), ("drums", 3.5), ("bass", -1.5), ("other", -5.0)):
         gain_db = level_db + rng.uniform(-1.5, 1.5)
         stems[stem] *= np.float32(10.0 ** (gain_db / 20.0) / _active_rms(stems[stem]))
     residual = sum(stems[stem] for stem in STEMS if stem != "piano").mean(0)
-    wanted_db = float(np.clip(rng.normal(-6.6, 1.4), -9.5, -3.8))
+    wanted_db = float(np.clip(rng.normal(-5.9, 1.2), -9.0, -3.6))
     found_db = 10.0 * np.log10(np.square(stems["piano"].mean(0)).sum() / np.square(residual).sum())
     stems["piano"] *= np.float32(10.0 ** ((wanted_db - found_db) / 20.0))

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
@@ -37,7 +38,7 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     """Rebuild a trained model from `model.json` and `model.safetensors`; nothing is unpickled.
 
     The model has attributes `sample_rate`, `channels`, `segment_s` and `target` taken from model.json. Raises
-    FileNotFoundError naming what a model folder holds when one of the two files is missing.
+    FileNotFoundError naming what a model folder holds when one of the two files is missing, ValueError for weights in another format.
     """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
@@ -46,7 +47,10 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
     settings = Settings.model_validate(description["settings"])
     model = build_model(description["model"], settings)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'model.safetensors'} is no safetensors file ({error}): train the model again.") from None
     model.sample_rate, model.channels, model.segment_s = settings.sample_rate, settings.channels, settings.segment_s
     model.target = description["target"]
     return model.eval()
