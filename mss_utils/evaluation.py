@@ -80,8 +80,13 @@ def ratio_mask(mixture: np.ndarray, target: np.ndarray, residual: np.ndarray, se
     return stft.inverse(mixed * mask, mixture.shape[-1])[0].numpy()
 
 
-@lru_cache(maxsize=32)
 def _model(folder: Path) -> torch.nn.Module:
+    return _loaded(folder, (folder / "model.json").stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=32)
+def _loaded(folder: Path, _written_ns: int) -> torch.nn.Module:
+    """A model stays in memory until its folder is written anew."""
     return load_model(folder)
 
 

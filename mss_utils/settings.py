@@ -26,6 +26,11 @@ def _numbers(value: object) -> object:
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
+def _number(value: object) -> object:
+    """`22050` on the command line is a number, where only some numbers are allowed."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class Settings(BaseModel):
     """Every value that shapes a run. Times end in `_s`, levels in `_db`, counts start with `n_`."""
 
@@ -37,8 +42,8 @@ class Settings(BaseModel):
     seeds: int = Field(1, ge=1, description="how many weight initialisations of each model are trained")
 
     # data
-    sample_rate: Literal[16000, 22050, 44100] = 16000
-    channels: Literal[1, 2] = 1
+    sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_number)] = 16000
+    channels: Annotated[Literal[1, 2], BeforeValidator(_number)] = 1
     n_train_songs: int = Field(100, ge=1, description="built-in songs only")
     n_valid_songs: int = Field(12, ge=1, description="built-in songs only")
     n_test_songs: int = Field(20, ge=1, description="built-in songs only")
@@ -62,7 +67,7 @@ class Settings(BaseModel):
     n_fft: int = Field(2048, ge=16)
     hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1)
-    unet_depth: int = Field(5, ge=1)
+    unet_depth: int = Field(5, ge=2)
     demucs_channels: int = Field(32, ge=1, description="of the first layer; they double from layer to layer")
     demucs_max_channels: int = Field(256, ge=1, description="up to this many, the width of the bottleneck")
     demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = (8, 4, 4, 4, 2)
@@ -100,8 +105,8 @@ PROFILES: dict[str, dict] = {
     "demo": dict(),
     "musdb7": dict(target="vocals", steps=4000, valid_s=7.0, excerpt_s=6.0),
     "musdb18": dict(
-        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, demucs_channels=64, demucs_max_channels=768,
-        n_fft=2048, hop=512, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
+        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, demucs_channels=64,
+        demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
         valid_s=60.0,
     ),
 }

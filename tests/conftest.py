@@ -1,5 +1,6 @@
 """Shared by the tests: one small store, one folder for results and cache, one finished smoke run."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +71,24 @@ def small_run(small_settings, tmp_path, monkeypatch):
 
 def command(*arguments, **environment) -> subprocess.CompletedProcess:
     """`python -m mss_utils ...` as a user runs it."""
-    import os
+    return subprocess.run(_command(arguments), capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
-    return subprocess.run(
-        [sys.executable, "-m", "mss_utils", *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
-    )
+
+def _command(arguments) -> list[str]:
+    return [sys.executable, "-m", "mss_utils", *arguments]
 
 
 @pytest.fixture(scope="session")
 def smoke_run(own_folders):
-    """The whole smoke pipeline, once for the session: (finished process, run folder)."""
-    done = command("run", "--profile", "smoke")
-    return done, own_folders / "results" / "smoke"
+    """The whole smoke pipeline: killed when its second notebook is done, then called again.
+
+    Returns what the killed call had printed, the finished second call, and the run's folder.
+    """
+    killed = subprocess.Popen(_command(["run", "--profile", "smoke"]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    printed = []
+    for line in killed.stdout:
+        printed.append(line)
+        if line.startswith("02_baseline_unet"):
+            killed.kill()
+    killed.wait()
+    return "".join(printed), command("run", "--profile", "smoke"), own_folders / "results" / "smoke"

@@ -18,9 +18,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import soundfile
+import yaml
+from joblib import Parallel, delayed
+from tqdm.auto import tqdm
 
-from .composing import SPLITS, STEMS, Song, compose
-from .playing import SAMPLE_RATE, render
+from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
+from mss_utils.demo.playing import SAMPLE_RATE, render
+from mss_utils.settings import write_text
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
@@ -60,37 +65,27 @@ def _claim(root: Path, parameters: dict) -> None:
             raise ValueError(f"{root} holds songs rendered with {found}, asked for {parameters}: choose another folder or delete it")
         return
     root.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(parameters))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a text file so that a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_text(path, json.dumps(parameters))
 
 
 def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, float]) -> None:
     """The set-up file that `musdb.DB(root=root, setup_file="mus.yaml", is_wav=True)` reads."""
     there = {path.name for path in root.glob("train/valid-*")}
-    names = sorted(there | {compose("valid", i, seed, duration_s).name for i in range(n_valid)})
-    lines = [f"sample_rate: {SAMPLE_RATE}", "mixture: mixture.flac", "stem_ids:", "  mixture: 0"]
-    lines += [f"  {stem}: {i}" for i, stem in enumerate(STEMS, 1)] + ["sources:"] + [f"  {stem}: {stem}.flac" for stem in STEMS]
-    lines += ["targets:"] + [f"  {stem}:\n    {stem}: 1" for stem in STEMS]
-    lines += ["  accompaniment:"] + [f"    {stem}: 1" for stem in STEMS if stem != "vocals"]
-    lines += ["  linear_mixture:"] + [f"    {stem}: 1" for stem in STEMS]
-    lines += ["validation_tracks:" if names else "validation_tracks: []"] + [f"- {name}" for name in names]
-    _replace(root / "mus.yaml", "\n".join(lines) + "\n")
+    accompaniment = {stem: 1 for stem in STEMS if stem != "vocals"}
+    setup = dict(
+        sample_rate=SAMPLE_RATE, mixture="mixture.flac",
+        stem_ids={stem: i for i, stem in enumerate(("mixture", *STEMS))}, sources={stem: f"{stem}.flac" for stem in STEMS},
+        targets={stem: {stem: 1} for stem in STEMS} | dict(accompaniment=accompaniment, linear_mixture={stem: 1 for stem in STEMS}),
+        validation_tracks=sorted(there | {compose("valid", i, seed, duration_s).name for i in range(n_valid)}),
+    )
+    write_text(root / "mus.yaml", yaml.safe_dump(setup, sort_keys=False))
 
 
 def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
     """Render the songs, in this process or in several, and count songs and seconds."""
-    from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
-
     results = Parallel(max(1, min(n_jobs, len(todo))), return_as="generator_unordered")(delayed(_write_song)(job) for job in todo)
     seconds = 0.0
-    with tqdm(total=len(todo), desc="built-in songs", unit="song", disable=not progress or not todo) as bar:
+    with tqdm(total=len(todo), desc="Built-in songs", unit="song", disable=not progress or not todo) as bar:
         for duration_s in results:
             seconds += duration_s
             bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
@@ -99,8 +94,6 @@ def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
 
 def _write_song(job: tuple) -> float:
     """Compose, render and write one song under a temporary name, then give it its own; returns its seconds."""
-    import soundfile
-
     root, split, index, seed, duration_s = job
     song = compose(split, index, seed, duration_s)
     target = Path(root) / ("test" if split == "test" else "train") / song.name

@@ -61,14 +61,13 @@ class UNet(nn.Module):
     def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int):
         super().__init__()
         self.stft, self.depth = STFT(n_fft, hop), depth
-        widths = [channels + 1, *(width * min(2**i, 16) for i in range(depth))]
-        self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
-        narrow = max(1, width // 2)  # full resolution is where the time goes
-        outs = [*reversed(widths[1:-1]), narrow]
-        ins = [widths[-1], *(2 * c for c in outs[:-1])]
-        self.decoder = nn.ModuleList(Up(a, b) for a, b in zip(ins, outs))
+        widths = [channels + 1, *(width * 2**level for level in range(depth))]
         self.input_norm = nn.BatchNorm2d(channels)
-        self.head = nn.Conv2d(narrow + channels + 1, channels, 3, padding=1)
+        self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
+        # Full resolution is where the time goes: the last layer up makes the mask itself, without further channels.
+        outs = widths[-2:0:-1]
+        self.decoder = nn.ModuleList(Up(a, b) for a, b in zip([widths[-1], *(2 * c for c in outs)], outs))
+        self.head = nn.ConvTranspose2d(2 * width, channels, 4, stride=2, padding=1)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
@@ -93,9 +92,10 @@ class UNet(nn.Module):
         return torch.cat([x, ramp], dim=1).contiguous(memory_format=torch.channels_last)
 
     def _unet(self, x: torch.Tensor) -> torch.Tensor:
-        skips = [x]
+        skips = []
         for layer in self.encoder:
-            skips.append(layer(skips[-1]))
+            x = layer(x)
+            skips.append(x)  # (batch, channels of the level, bins / 2, frames / 2) and so on
         x = skips.pop()
         for layer in self.decoder:
             x = torch.cat([layer(x), skips.pop()], dim=1)
