@@ -21,6 +21,7 @@ import numpy as np
 import soundfile
 import yaml
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
 from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
@@ -90,6 +91,7 @@ def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
             seconds += duration_s
             bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
             bar.update()
+    get_reusable_executor().shutdown()  # idle workers would stay for minutes, also when this process is killed
 
 
 def _write_song(job: tuple) -> float:
