@@ -4,7 +4,6 @@ RUN ?= $(PROFILE)
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-JUPYTER_LAB := $(VENV)/bin/jupyter lab
 
 .PHONY: report test lab setup ffmpeg apt clean
 
@@ -16,7 +15,7 @@ test: setup
 	$(VENV)/bin/python -m pytest
 
 lab: setup
-	$(JUPYTER_LAB) notebooks
+	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 setup: $(READY) ffmpeg
 

@@ -18,12 +18,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import soundfile
+import torch
 from IPython.display import HTML, display
 
 from mss_utils import figures
 from mss_utils.data import Store, Track
 from mss_utils.evaluation import estimates
 from mss_utils.figures import LABELS
+from mss_utils.metrics import utterance_sdr
+from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Run, replacing
 
 PEAK_DB = -1.0
@@ -107,6 +110,19 @@ def track_versions(run: Run, store: Store, track: Track, target: str) -> dict[st
     _, stems = store.load(track)
     everything = {"reference": stems[store.stem_index(target)], **estimates(run, store, track, target)}
     return {name: everything[name] for name in VERSIONS}
+
+
+def validation_excerpt(store: Store, model: torch.nn.Module, name: str, target: str, excerpt_s: float) -> Excerpt:
+    """Mixture, reference and the estimate of one model in the first validation song; scores are utterance SDR in dB.
+
+    Used by notebooks 02 to 04: the test songs stay untouched until the evaluation.
+    """
+    song = store.split("valid")[0]
+    mixture, stems = store.load(song)
+    reference = stems[store.stem_index(target)]
+    found = {"mixture": mixture, name: separate(model, mixture, store.sample_rate)}
+    scores = {version: utterance_sdr(reference.T, audio.T) for version, audio in found.items()}
+    return cut_excerpt({"mixture": mixture, "reference": reference} | found, song.name, target, store.sample_rate, excerpt_s, scores)
 
 
 def excerpts(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> dict[str, Excerpt]:

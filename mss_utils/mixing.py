@@ -6,6 +6,8 @@ training goes on with the batch it would have had. Taught in notebook 01.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +46,19 @@ class Mixer:
     def batch(self, step: int) -> Batch:
         """The batch of training step `step`, always the same for the same seed and step."""
         rng = np.random.default_rng([self.seed, step])
-        stems = torch.from_numpy(np.stack([self.example(rng, step) for _ in range(self.settings.batch_size)]))
-        return Batch(stems.sum(dim=1), stems[:, self.target], stems)
+        stems = np.stack([self.example(rng, step) for _ in range(self.settings.batch_size)])
+        mixture = stems.sum(axis=1)
+        return Batch(*map(torch.from_numpy, (mixture, stems[:, self.target], stems)))
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """The batches of steps `first` up to, not including, `last`; the next one is mixed while the caller computes."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.batch, first)
+            for step in range(first, last):
+                batch = coming.result()
+                if step + 1 < last:
+                    coming = pool.submit(self.batch, step + 1)
+                yield batch
 
     def example(self, rng: np.random.Generator, step: int) -> np.ndarray:
         """Stems of one example, `(stems, channels, samples)`; those that the curriculum leaves out are silent."""

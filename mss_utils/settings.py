@@ -74,13 +74,13 @@ class Settings(BaseModel):
     attention_heads: int = Field(8, ge=1)
 
     # training
-    steps: int = Field(1500, ge=1)
+    steps: int = Field(1350, ge=1)
     unet_lr: float = Field(2e-3, gt=0)
     demucs_lr: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-2, ge=0)
     grad_clip: float = Field(5.0, gt=0)
-    valid_every: int = Field(250, ge=1)
+    valid_every: int = Field(225, ge=1)
     valid_s: float = Field(20.0, gt=0, description="seconds of each validation track that are scored while training")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"

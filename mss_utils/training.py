@@ -86,10 +86,9 @@ def fit(settings: Settings, store: Store, identity: dict, folder: Path, on_valid
     bar = tqdm(total=settings.steps, initial=state["step"], desc=f"{name} on {target}", unit="step", mininterval=1)
     losses, started = [], time.perf_counter()
 
-    while state["step"] < settings.steps:
+    for batch in mixer.batches(state["step"], settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state["step"], settings, peak_lr)
-        batch = mixer.batch(state["step"])
         mixture, wanted = fabric.to_device((batch.mixture, batch.target))
         losses.append(descend(fabric, model, optimizer, mixture, wanted, settings.grad_clip))
         if not math.isfinite(losses[-1]):
@@ -131,8 +130,9 @@ def reconstruction_check(model_name: str, store: Store, settings: Settings, n_st
     mixer, unseen = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
     mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
     network.segment_s, rows = settings.segment_s, []
-    for step in tqdm(range(1, n_steps + 1), desc=f"{model_name} reconstructs", unit="step", mininterval=1):
-        heard = fabric.to_device(mixer.batch(settings.stage3_step + step).mixture)
+    batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps)
+    for step, batch in enumerate(tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1), 1):
+        heard = fabric.to_device(batch.mixture)
         optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
         descend(fabric, model, optimizer, heard, heard, settings.grad_clip)
         if step % every == 0 or step == n_steps:

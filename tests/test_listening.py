@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
 from mss_utils import listening
 from mss_utils.data import Track, level_db
@@ -123,3 +124,13 @@ def test_the_chooser_separates_on_demand_and_shows_its_first_state(versions, mon
     menus.children[0].value = tracks[0]
     assert separated == ["<b>one</b>", "two"], "a track that was heard is not separated again"
     assert "two" in shown[-3] and "data:image/png" in shown[-1]
+
+
+def test_the_example_of_the_training_notebooks_is_a_validation_song(store, small_settings):
+    model = torch.nn.Identity()
+    model.segment_s = 0.5
+    excerpt = listening.validation_excerpt(store, model, "unet", "piano", excerpt_s=1.0)
+    assert excerpt.track == store.split("valid")[0].name
+    assert list(excerpt.versions) == ["mixture", "reference", "unet"]
+    assert excerpt.versions["unet"].shape == (1, RATE)
+    assert excerpt.scores["unet"] == pytest.approx(excerpt.scores["mixture"])

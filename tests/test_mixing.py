@@ -20,6 +20,13 @@ def test_a_batch_depends_on_seed_and_step_alone(store, small_settings):
     assert not torch.equal(one.batch(0).stems, Mixer(store, small_settings, "piano", 4).batch(0).stems)
 
 
+def test_batches_mixed_ahead_are_the_same_batches(store, small_settings):
+    mixer = Mixer(store, small_settings, "piano")
+    ahead = list(mixer.batches(3, 7))
+    assert len(ahead) == 4 and not list(mixer.batches(7, 7))
+    assert all(torch.equal(batch.stems, mixer.batch(step).stems) for step, batch in zip(range(3, 7), ahead))
+
+
 def test_the_mixture_is_the_sum_of_what_it_contains(store, small_settings):
     batch = Mixer(store, small_settings, "piano").batch(100)
     assert batch.mixture.shape == batch.target.shape == (2, 1, small_settings.segment)
