@@ -28,9 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="demo", help=f"one of {', '.join(PROFILES)} (default: demo)")
-    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
     parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
     parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, or 'all'")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="any other setting")
@@ -42,7 +41,8 @@ def _open(given: argparse.Namespace) -> Run:
 
 def _add_run(commands) -> None:
     parser = commands.add_parser("run", help="run the notebooks in order and write the report")
-    _add_run_arguments(parser)
+    _add_settings(parser)
+    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
     parser.set_defaults(function=_run)
 
 
@@ -90,7 +90,7 @@ def _separate(given: argparse.Namespace) -> None:
 
 def _add_check(commands) -> None:
     parser = commands.add_parser("check", help="look over the environment and a dataset")
-    _add_run_arguments(parser)
+    _add_settings(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(function=_check)
 

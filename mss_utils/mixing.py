@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mss_utils.data import SILENCE_DB, Store, Track, level_db
+from mss_utils.data import SILENCE_DB, Store, level_db
 from mss_utils.settings import Settings
 
 MAX_TRIES = 20

@@ -43,9 +43,6 @@ PRODUCTS = {
     "06_listening": ("audio/*/*/*.mp3",),
 }
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")
-# glibc hands large freed blocks back at once, and each training step on a CPU pays for them in page faults again: a
-# quarter of A's time. The kernels inherit these; a value that the user has set stays.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 class StageError(ChildProcessError):
@@ -58,7 +55,6 @@ def run_pipeline(run: Run) -> None:
     Prints one line a stage with its seconds. Raises StageError when a notebook fails; what it wrote stays for reading.
     """
     started = time.perf_counter()
-    os.environ |= ALLOCATOR | os.environ
     print(f"{'data':<18} {_timed(open_store, run.settings):7.1f} s", flush=True)
     for name in STAGES:
         key = stage_key(run, name)
