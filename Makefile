@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 report: setup
 	$(VENV)/bin/python -m mss_utils run --profile $(PROFILE) --run $(RUN) \
-		$(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(SET),--set $(SET))
+		$(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(SET),--set $(foreach setting,$(SET),'$(setting)'))
 
 test: setup
 	$(VENV)/bin/python -m pytest

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mss_utils.settings import PROFILES, Run, open_run, resolve, results_folder
+from mss_utils.settings import PROFILES, SPLITS, Run, open_run, resolve, results_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def _add_check(commands) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """What a run would find: versions, ffmpeg, memory, tracks and their audit; only what would stop a run is an error."""
+    """What a run would find: versions, ffmpeg, tracks and their audit; only what would stop a run is an error."""
     settings = resolve(given.profile, given.data, given.target, given.set)
     from mss_utils.data import audit, open_store, warnings_of
 
@@ -104,15 +104,26 @@ def _check(given: argparse.Namespace) -> None:
     table = audit(store)
     found = dict(
         python=sys.version.split()[0], cores=os.cpu_count(), ffmpeg=shutil.which("ffmpeg"), dataset=store.source,
-        sample_rate=store.sample_rate, stems=store.stems, tracks={split: len(store.split(split)) for split in ("train", "valid", "test")},
-        warnings=warnings_of(table, store),
+        source_rates=sorted(set(table["source_rate"].tolist())), store=str(store.folder), store_mb=round(store.n_bytes / 1e6),
+        sample_rate=store.sample_rate, channels=store.channels, stems=store.stems,
+        tracks={split: len(store.split(split)) for split in SPLITS},
+        minutes={split: round(sum(track.samples for track in store.split(split)) / store.sample_rate / 60, 1) for split in SPLITS},
+        warnings=warnings_of(store, settings.segment_s),
     )
     if given.json:
         print(json.dumps(found))
         return
     for key, value in found.items():
-        print("\n".join(f"warning    {line}" for line in value) if key == "warnings" else f"{key:<10} {value}")
-    print(table.groupby(["split", "stem"], sort=False)[["duration_s", "level_db", "peak", "silent_share"]].median().round(2))
+        print("\n".join(f"warning      {line}" for line in value) if key == "warnings" else f"{key:<12} {_listed(value)}")
+    print("\nmedian over the tracks:")
+    print(table.groupby(["split", "stem"], sort=False)[["duration_s", "level_db", "peak", "silent_share", "residual_db"]].median().round(2).to_string())
+
+
+def _listed(value: object) -> str:
+    """A setting or finding without Python's brackets and quotes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 if __name__ == "__main__":

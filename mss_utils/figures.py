@@ -126,6 +126,23 @@ def data_levels(audit: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
     return axes
 
 
+def co_activity(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Where the row's stem sounds, how often the column's does too: `data.co_activity` as a table of shades and per cents."""
+    ax = _make(ax, 2.6 + 0.7 * len(shares))
+    values = 100 * shares.to_numpy()
+    ax.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        text = "-" if np.isnan(value) else f"{value:.0f} %"
+        ax.text(column, row, text, ha="center", va="center", color="white" if value > 60 else INK, fontsize=8)
+    ax.set_xticks(range(len(shares)), shares.columns)
+    ax.set_yticks(range(len(shares)), shares.index)
+    ax.set(xlabel="... this one sounds too", ylabel="where this one sounds ...", title="Who plays together (share of half seconds)")
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    return ax
+
+
 def _strips(ax: Axes, table: pd.DataFrame, value: str, group: str, groups: Sequence[str], spread: float = 0.12) -> None:
     """Horizontal strips of dots, one row a group from the top down; splits lie beside each other within a row."""
     for offset, (split, colour) in zip((-0.25, 0, 0.25), SPLITS.items()):

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterable, Iterator, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("unet", "demucs_lstm", "demucs_attention")
+SPLITS = ("train", "valid", "test")
 
 
 def _numbers(value: object) -> object:
@@ -29,6 +32,19 @@ def _numbers(value: object) -> object:
 def _number(value: object) -> object:
     """`22050` on the command line is a number, where only some numbers are allowed."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _groups(value: object) -> object:
+    """`synth+fx->other,kick+snare->drums` on the command line: stems added up under a new name."""
+    if not isinstance(value, str):
+        return value
+    groups = {}
+    for text in filter(None, value.split(",")):
+        members, arrow, group = text.partition("->")
+        if not (arrow and group.strip() and all(stem.strip() for stem in members.split("+"))):
+            raise ValueError(f"a group is written stem+stem->name, not {text!r}")
+        groups[group.strip()] = tuple(stem.strip() for stem in members.split("+"))
+    return groups
 
 
 class Settings(BaseModel):
@@ -44,6 +60,7 @@ class Settings(BaseModel):
     # data
     sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_number)] = 16000
     channels: Annotated[Literal[1, 2], BeforeValidator(_number)] = 1
+    groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_groups)] = Field({}, description="stems added up under a new name: synth+fx->other")
     n_train_songs: int = Field(100, ge=1, description="built-in songs only")
     n_valid_songs: int = Field(12, ge=1, description="built-in songs only")
     n_test_songs: int = Field(20, ge=1, description="built-in songs only")
@@ -58,7 +75,9 @@ class Settings(BaseModel):
     gain_db: float = Field(3.0, ge=0, description="each stem is scaled by a random gain in +-gain_db")
     flip_polarity: bool = True
     swap_channels: bool = Field(True, description="stereo only")
-    silent_share: float = Field(0.02, ge=0, le=1, description="share of examples that may have a silent target")
+    silent_share: float = Field(0.02, ge=0, le=1, description="share of examples whose target is silent; in all others it sounds")
+    speed_semitones: int = Field(0, ge=0, le=12, description="each stem is played higher and faster, or lower and slower, by up to so many semitones")
+    loader_workers: int = Field(2, ge=1, description="threads that read training segments ahead")
     curriculum: bool = Field(True, description="two sources, then three, then all")
     stage2_step: int = Field(50, ge=0, description="from this step on: three sources")
     stage3_step: int = Field(150, ge=0, description="from this step on: all sources")
@@ -201,6 +220,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _given(data: str, target: str, overrides: str | Iterable[str]) -> dict[str, str]:

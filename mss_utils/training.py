@@ -27,7 +27,7 @@ from mss_utils.separation import separate
 from mss_utils.settings import Run, Settings, replacing, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
-NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "excerpt_s")
+NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "excerpt_s", "loader_workers")
 
 
 def snr_loss(estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0) -> torch.Tensor:
@@ -86,11 +86,10 @@ def fit(settings: Settings, store: Store, identity: dict, folder: Path, on_valid
     bar = tqdm(total=settings.steps, initial=state["step"], desc=f"{name} on {target}", unit="step", mininterval=1)
     losses, started = [], time.perf_counter()
 
-    for batch in mixer.batches(state["step"], settings.steps):
+    for batch in mixer.batches(state["step"], settings.steps, fabric.device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state["step"], settings, peak_lr)
-        mixture, wanted = fabric.to_device((batch.mixture, batch.target))
-        losses.append(descend(fabric, model, optimizer, mixture, wanted, settings.grad_clip))
+        losses.append(descend(fabric, model, optimizer, batch.mixture, batch.target, settings.grad_clip))
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"The loss of {name} is {losses[-1]} at step {state['step']}: set {_lr_name(name)} lower.")
         state["step"] += 1
@@ -130,11 +129,10 @@ def reconstruction_check(model_name: str, store: Store, settings: Settings, n_st
     mixer, unseen = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
     mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
     network.segment_s, rows = settings.segment_s, []
-    batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps)
+    batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps, fabric.device)
     for step, batch in enumerate(tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1), 1):
-        heard = fabric.to_device(batch.mixture)
         optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
-        descend(fabric, model, optimizer, heard, heard, settings.grad_clip)
+        descend(fabric, model, optimizer, batch.mixture, batch.mixture, settings.grad_clip)
         if step % every == 0 or step == n_steps:
             rows.append(dict(step=step, sdr_db=utterance_sdr(mixture.T, separate(network, mixture, store.sample_rate).T)))
     return pd.DataFrame(rows)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
 from mss_utils.demo.playing import SAMPLE_RATE, render
-from mss_utils.settings import write_text
+from mss_utils.settings import one_at_a_time, write_text
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
@@ -43,12 +43,15 @@ def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, 
     Raises ValueError if the folder was rendered with another seed, duration or recipe.
     """
     root = Path(root)
-    _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
-    wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
-    done = _finished(root)
-    todo = [(str(root), s, i, seed, tuple(duration_s)) for s, i in wanted if f"{s}-{i:03d}" not in done]
-    _write_yaml(root, seed, n_valid, tuple(duration_s))
-    _work(todo, n_jobs or os.cpu_count() or 1, progress)
+    with one_at_a_time(root):
+        _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
+        for unfinished in root.glob(".*/"):  # of a call that was killed: nobody else is at work here
+            shutil.rmtree(unfinished)
+        wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
+        done = _finished(root)
+        todo = [(str(root), s, i, seed, tuple(duration_s)) for s, i in wanted if f"{s}-{i:03d}" not in done]
+        _write_yaml(root, seed, n_valid, tuple(duration_s))
+        _work(todo, n_jobs or os.cpu_count() or 1, progress)
     return root
 
 
@@ -99,7 +102,7 @@ def _write_song(job: tuple) -> float:
     root, split, index, seed, duration_s = job
     song = compose(split, index, seed, duration_s)
     target = Path(root) / ("test" if split == "test" else "train") / song.name
-    temporary = Path(root) / f".{song.name}.{os.getpid()}"
+    temporary = Path(root) / f".{song.name}"
     temporary.mkdir(exist_ok=True)
     stems = render(song)
     stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
@@ -108,8 +111,5 @@ def _write_song(job: tuple) -> float:
     (temporary / "onsets.json").write_text(json.dumps(song.onsets()))
     (temporary / "song.json").write_text(json.dumps(song.metadata, indent=1))
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        shutil.rmtree(temporary)
-    else:
-        os.rename(temporary, target)
+    os.rename(temporary, target)
     return song.duration_s

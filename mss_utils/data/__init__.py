@@ -1,0 +1,18 @@
+"""From a dataset folder to a stem store, and what is in it.
+
+    dataset root --find_tracks, read_track (sources.py)--> stems at their own rate
+                 --build_store (store.py)--> Store, memory-mapped int16 at the working rate --> segments, whole tracks
+                 --audit, co_activity, warnings_of (auditing.py)--> what a user should know
+
+Taught in notebook 01.
+"""
+
+from mss_utils.data.auditing import audit, co_activity, warnings_of
+from mss_utils.data.levels import SILENCE_DB, active_windows, level_db, rms, window_levels_db
+from mss_utils.data.sources import MIXTURE, SourceTrack, dataset_root, find_tracks
+from mss_utils.data.store import Store, Track, build_store, check_target, open_store, read_store
+
+__all__ = [
+    "MIXTURE", "SILENCE_DB", "SourceTrack", "Store", "Track", "active_windows", "audit", "build_store", "check_target", "co_activity",
+    "dataset_root", "find_tracks", "level_db", "open_store", "read_store", "rms", "warnings_of", "window_levels_db",
+]

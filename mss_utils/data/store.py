@@ -1,0 +1,302 @@
+"""The stem store: every track decoded once, at the working rate, ready to be cut into segments.
+
+    SourceTrack --read_track--> stems at their own rate --build_store--> Store (memory-mapped int16 and an index)
+
+Whoever trains or separates reads the store alone: neither musdb nor ffmpeg is needed. Taught in notebook 01.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchaudio
+from tqdm.auto import tqdm
+
+from mss_utils import demo
+from mss_utils.data.levels import active_windows, rms
+from mss_utils.data.sources import (
+    MIXTURE, Groups, Recording, SourceTrack, common_stems, dataset_root, find_tracks, group_of, is_built_in, named, read_track, sha,
+)
+from mss_utils.settings import Settings, cache_folder, one_at_a_time, replacing, safe_name, write_text
+
+FULL_SCALE = 32767
+FORMAT = 2  # raise it when what a store holds changes: stores of another format are not read
+MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is decoded
+
+
+@dataclass(frozen=True)
+class Track:
+    """One track of a store. Lists go in the order of its rows: mixture, then stems; `scale` makes floats of int16."""
+
+    name: str
+    split: str
+    file: str
+    source: str
+    fingerprint: str
+    sha: str
+    samples: int
+    scale: float
+    source_rates: list[int]  # Hz, each rate that the track's files have
+    source_samples: list[int]  # each length in samples of the store that they have
+    rms: list[float]  # relative to full scale, as all levels here
+    peak: list[float]
+    residual_rms: float  # mixture minus sum of stems
+    active: list[list[int]]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
+    n_windows: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """Decoded tracks of one dataset at one rate; every array is `(1 + stems, channels, samples)`, mixture first."""
+
+    folder: Path
+    source: str
+    sample_rate: int
+    channels: int
+    stems: tuple[str, ...]
+    tracks: tuple[Track, ...]
+
+    def split(self, name: str) -> list[Track]:
+        """The tracks of 'train', 'valid' or 'test'."""
+        return [track for track in self.tracks if track.split == name]
+
+    def raw(self, track: Track) -> np.ndarray:
+        """The memory-mapped int16 samples of a track, `(1 + stems, channels, samples)`."""
+        return np.load(self.folder / track.file, mmap_mode="r")
+
+    def load(self, track: Track, start: int = 0, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Mixture `(channels, samples)` and stems `(stems, channels, samples)` as float32."""
+        end = track.samples if length is None else start + length
+        audio = self.raw(track)[..., start:end].astype(np.float32) * np.float32(track.scale)
+        return audio[0], audio[1:]
+
+    def stem_index(self, stem: str) -> int:
+        """Row of `stem`; ValueError with the list of stems when there is none of that name."""
+        if stem not in self.stems:
+            raise ValueError(f"No stem {stem!r} in {self.source}; there are: {', '.join(self.stems)}.")
+        return self.stems.index(stem)
+
+    def targets(self, target: str) -> tuple[str, ...]:
+        """The stems to train for: all of them for 'all', else the one that `target` names."""
+        return self.stems if target == "all" else (self.stems[self.stem_index(target)],)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of all samples on disk."""
+        return sum(2 * (1 + len(self.stems)) * self.channels * track.samples for track in self.tracks)
+
+    @property
+    def sha(self) -> str:
+        """Hash of the decoded samples of every track: two runs with the same hash saw the same data."""
+        return sha([(track.name, track.split, track.sha) for track in self.tracks])
+
+
+def open_store(settings: Settings) -> Store:
+    """The decoded store of a run's dataset, built (and the built-in songs rendered) where it is missing.
+
+    A dataset folder may be a stem store itself, made elsewhere and carried here; ValueError when it does not fit.
+    """
+    root = dataset_root(settings)
+    if not (root / "index.json").exists():
+        return build_store(root, settings.sample_rate, settings.channels, settings.groups)
+    store = read_store(root)
+    for name in ("sample_rate", "channels"):
+        if getattr(store, name) != getattr(settings, name):
+            raise ValueError(
+                f"The stem store {root} has {name}={getattr(store, name)}, the run asks for {getattr(settings, name)}: "
+                f"set {name}={getattr(store, name)}, or give the dataset it was made from."
+            )
+    if settings.groups:
+        raise ValueError(f"The stem store {root} is decoded already, into {', '.join(store.stems)}: leave groups out, or give the dataset it was made from.")
+    return store
+
+
+def check_target(settings: Settings) -> None:
+    """Raise ValueError listing the stems when the dataset has no stem `settings.target`; nothing is rendered or decoded."""
+    stems = _stems_of(settings)
+    if settings.target not in ("all", *stems):
+        where = "the built-in songs" if is_built_in(settings) else dataset_root(settings)
+        raise ValueError(f"No stem {settings.target!r} in {where}; there are: {', '.join(stems)} (or 'all').")
+
+
+def _stems_of(settings: Settings) -> tuple[str, ...]:
+    if is_built_in(settings):
+        return tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in demo.STEMS))
+    root = dataset_root(settings)
+    return read_store(root).stems if (root / "index.json").exists() else common_stems(find_tracks(root), root, settings.groups)
+
+
+def read_store(folder: Path) -> Store:
+    """The finished store in `folder`. Raises ValueError when it is of another format or incomplete."""
+    index = _read_index(folder)
+    if index.get("format") != FORMAT or not index.get("complete"):
+        state = f"format {index.get('format')}" if index.get("format") != FORMAT else "not finished"
+        raise ValueError(f"The stem store {folder} is {state}; expected a finished one of format {FORMAT}: build it again from the dataset.")
+    missing = [track.file for track in _tracks(index) if not (folder / track.file).exists()]
+    if missing:
+        raise ValueError(f"The stem store {folder} lacks {len(missing)} files, {missing[0]} first: copy the whole folder, or build it again.")
+    return Store(folder, index["source"], index["sample_rate"], index["channels"], tuple(index["stems"]), _tracks(index))
+
+
+# --- building -----------------------------------------------------------------------------------------------------------
+
+
+def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = {}, n_jobs: int | None = None) -> Store:
+    """Decode every track under `root` that the store does not hold yet, and return the store.
+
+    Tracks are decoded in parallel by `n_jobs` threads (default: one a core, up to 8); ffmpeg, libsndfile and torch
+    release the interpreter lock. Each track enters the index when it is complete, so an interrupted build goes on where
+    it was; of several builders one works and the others wait for it. `groups` are stems added up under a new name.
+    Raises what `find_tracks` and `read_track` raise, for all unreadable tracks at once, and OSError for a full disk.
+    """
+    sources = find_tracks(root)
+    stems = common_stems(sources, root, groups)
+    head = dict(format=FORMAT, source=str(root), sample_rate=sample_rate, channels=channels, stems=stems)
+    place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
+    folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
+    wanted = {_file_name(source): source for source in sources}
+    if not _is_current(folder, wanted, head):
+        with _told_when_full(folder), one_at_a_time(folder):
+            tracks = _current(folder, wanted, head)
+            _decode_missing(folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS))
+            _write_index(folder, wanted, tracks, head | dict(complete=True))
+            _clear(folder, {*wanted, "index.json", ".lock"})
+    return read_store(folder)
+
+
+@contextmanager
+def _told_when_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"No room left for the stem store {folder} ({error.strerror}). What is decoded stays, and the same command goes "
+            "on: free space there, or set MSS_CACHE to a folder on a larger disk."
+        ) from None
+
+
+def _file_name(source: SourceTrack) -> str:
+    return f"{source.split}-{safe_name(source.name)}-{sha(source.name)[:6]}.npy"
+
+
+def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> bool:
+    """Whether the store is finished and holds the tracks of the dataset, no fewer and no more."""
+    index = _read_index(folder)
+    return bool(index.get("complete")) and len(index["tracks"]) == len(wanted) == len(_current(folder, wanted, head))
+
+
+def _current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> dict[str, Track]:
+    """The tracks of the index whose samples are there and whose source has not changed since."""
+    index = _read_index(folder)
+    if any(index.get(key) != (list(value) if isinstance(value, tuple) else value) for key, value in head.items()):
+        return {}
+    fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and (folder / track.file).exists()
+    return {track.file: track for track in _tracks(index) if fits(track)}
+
+
+def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: dict, groups: Groups, n_jobs: int) -> None:
+    """Decode what `tracks` lacks and add it there and to the index, track by track; one error names all that failed."""
+    missing = {file: source for file, source in wanted.items() if file not in tracks}
+    failed: list[Exception] = []
+    pool = ThreadPoolExecutor(n_jobs)
+    jobs = {pool.submit(_decode_track, source, head, groups, folder / file): file for file, source in missing.items()}
+    try:
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="Stem store", unit="track", disable=not jobs):
+            try:
+                tracks[jobs[job]] = job.result()
+            except (ValueError, PermissionError) as error:  # what is wrong with one track is told together with the others
+                failed.append(error)
+            _write_index(folder, wanted, tracks, head)
+    finally:  # also when interrupted: the tracks that were under way are finished and kept
+        pool.shutdown(cancel_futures=True)
+        tracks.update({file: job.result() for job, file in jobs.items() if not job.cancelled() and not job.exception()})
+        _write_index(folder, wanted, tracks, head)
+    if len(failed) == 1:
+        raise failed[0]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(wanted)} tracks cannot be used:\n" + named(sorted(map(str, failed)), "\n"))
+
+
+def _clear(folder: Path, kept: set[str]) -> None:
+    """Take away what no track of the index owns: songs that left the dataset, and parts that a killed build left."""
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+def _read_index(folder: Path) -> dict:
+    index = folder / "index.json"
+    return json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+
+
+def _tracks(index: dict) -> tuple[Track, ...]:
+    return tuple(Track(**track) for track in index["tracks"])
+
+
+def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: dict) -> None:
+    """The index in the order of the dataset, whatever order the tracks came in."""
+    write_text(folder / "index.json", json.dumps(head | dict(tracks=[asdict(tracks[file]) for file in wanted if file in tracks])))
+
+
+def _decode_track(source: SourceTrack, head: dict, groups: Groups, path: Path) -> Track:
+    """Write one track as int16 `(1 + stems, channels, samples)`; a per-track scale keeps samples beyond full scale.
+
+    Files of other rates are brought to the working rate, and the shorter ones end in silence; the index says so.
+    """
+    parts = read_track(source)
+    rates = sorted({rate for _, rate in parts.values()})
+    parts = {name: _conform(part, head["sample_rate"], head["channels"]) for name, part in parts.items()}
+    lengths = sorted({audio.shape[-1] for audio in parts.values()})
+    audio = _stack(parts, head["stems"], groups, lengths[-1])
+    peak = np.abs(audio).max(axis=(1, 2))
+    scale = max(1.0, float(peak.max())) / FULL_SCALE
+    samples = np.round(audio / scale).astype(np.int16)
+    _write_samples(path, samples)
+    active = active_windows(audio, head["sample_rate"]).astype(np.int64)  # (1 + stems, windows)
+    return Track(
+        name=source.name, split=source.split, file=path.name, source=str(source.path), fingerprint=source.fingerprint,
+        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale, source_rates=rates,
+        source_samples=lengths, rms=[rms(row) for row in audio], peak=peak.tolist(),
+        residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)), active=(active @ active.T).tolist(), n_windows=active.shape[1],
+    )
+
+
+def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarray:
+    """`(samples, any channels)` at any rate -> `(channels, samples)` at the working rate, float32.
+
+    One channel is the mean of all; two are the first two, or the only one twice.
+    """
+    audio, rate = recording[0].T, recording[1]
+    audio = audio.mean(axis=0, keepdims=True) if channels == 1 else np.resize(audio[:channels], (channels, audio.shape[1]))
+    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), rate, sample_rate).numpy()
+
+
+def _stack(parts: dict[str, np.ndarray], stems: tuple[str, ...], groups: Groups, length: int) -> np.ndarray:
+    """Mixture and stems `(1 + stems, channels, length)`; without a mixture file the mixture is the sum of the stems."""
+    channels = next(iter(parts.values())).shape[0]
+    audio = np.zeros((1 + len(stems), channels, length), np.float32)
+    for name, part in parts.items():
+        row = 0 if name == MIXTURE else 1 + stems.index(group_of(name, groups))
+        audio[row, :, : part.shape[-1]] += part
+    if MIXTURE not in parts:
+        audio[0] = audio[1:].sum(axis=0)
+    return audio
+
+
+def _write_samples(path: Path, samples: np.ndarray) -> None:
+    """As `np.save` does, but with an error that says why where the disk is full."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(samples))
+        file.write(samples.data)
