@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: report test lab setup ffmpeg apt clean
+.PHONY: report test lab bench setup ffmpeg apt clean
 
 report: setup
 	$(VENV)/bin/python -m mss_utils run --profile $(PROFILE) --run $(RUN) \
@@ -16,6 +16,10 @@ test: setup
 
 lab: setup
 	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
+
+bench: setup
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	$(VENV)/bin/python benchmarks/throughput.py
 
 setup: $(READY) ffmpeg
 

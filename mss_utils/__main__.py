@@ -98,7 +98,7 @@ def _add_check(commands) -> None:
 def _check(given: argparse.Namespace) -> None:
     """What a run would find: versions, ffmpeg, tracks and their audit; only what would stop a run is an error."""
     settings = resolve(given.profile, given.data, given.target, given.set)
-    from mss_utils.data import audit, open_store, warnings_of
+    from mss_utils.data import audit, co_activity, open_store, warnings_of
 
     store = open_store(settings)
     table = audit(store)
@@ -117,6 +117,8 @@ def _check(given: argparse.Namespace) -> None:
         print("\n".join(f"warning      {line}" for line in value) if key == "warnings" else f"{key:<12} {_listed(value)}")
     print("\nmedian over the tracks:")
     print(table.groupby(["split", "stem"], sort=False)[["duration_s", "level_db", "peak", "silent_share", "residual_db"]].median().round(2).to_string())
+    print("\nof the half seconds in which a row's stem sounds, the share in which a column's does:")
+    print(co_activity(store).round(2).to_string())
 
 
 def _listed(value: object) -> str:

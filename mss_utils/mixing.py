@@ -30,14 +30,13 @@ MAX_DENOMINATOR = 32  # four cents off at the most
 
 @dataclass(frozen=True)
 class Draw:
-    """What a batch is made of, as the loader hands it over: read, but not yet turned into floats, changed or added up.
+    """What a batch is made of, as the loader hands it over: copied (channels swapped on the way), but not yet floats, changed or added up.
 
     All but `segments` are `(batch, stems)`. A stem that an example leaves out has gain 0.
     """
 
     segments: torch.Tensor  # int16 (batch, stems, channels, samples); longer than a segment where the speed may change
     gains: torch.Tensor  # float32: from int16 to full scale, gain and polarity in one factor
-    swapped: torch.Tensor  # bool: left and right exchanged
     semitones: torch.Tensor  # int64: how much higher, and so faster
 
     def pinned(self) -> Draw:
@@ -79,16 +78,20 @@ class Mixer:
         return self.assemble(self.draw(step), device)
 
     def batches(self, first: int, last: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """The batches of steps `first` up to, not including, `last`; `loader_workers` threads read ahead of the caller."""
-        on_gpu = torch.device(device).type == "cuda"
-        read = lambda step: self.draw(step).pinned() if on_gpu else self.draw(step)
+        """The batches of steps `first` up to, not including, `last`, read ahead and assembled on `device`."""
+        for draw in self.draws(first, last, pinned=torch.device(device).type == "cuda"):
+            yield self.assemble(draw, device)
+
+    def draws(self, first: int, last: int, pinned: bool = False) -> Iterator[Draw]:
+        """The draws of steps `first` up to, not including, `last`; `loader_workers` threads read ahead of the caller."""
+        read = lambda step: self.draw(step).pinned() if pinned else self.draw(step)
         steps = iter(range(first, last))
         with ThreadPoolExecutor(self.settings.loader_workers) as pool:
             coming = deque(pool.submit(read, step) for step in islice(steps, self.settings.loader_workers + 1))
             while coming:
                 draw = coming.popleft().result()
                 coming.extend(pool.submit(read, step) for step in islice(steps, 1))
-                yield self.assemble(draw, device)
+                yield draw
 
     def stage(self, step: int) -> int:
         """Curriculum stage at `step`: 1 is target plus one source, 2 three sources, 3 all of them."""
@@ -103,17 +106,16 @@ class Mixer:
         rng = np.random.default_rng([self.seed, step])
         shape = self.settings.batch_size, len(self.store.stems)
         segments = np.zeros((*shape, self.store.channels, self.samples), np.int16)
-        gains, swapped = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        semitones = np.zeros(shape, np.int64)
+        gains, semitones = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
         for example in range(self.settings.batch_size):
             coherent = not self.settings.random_mix or rng.random() < self.settings.coherent_share
             together = self._draw_semitones(rng)
             for stem, (song, start) in self._draw_places(rng, step, coherent).items():
-                segments[example, stem] = self._cut(song, stem, start)
+                left_to_right = -1 if rng.random() < 0.5 * self.settings.swap_channels else 1
+                segments[example, stem] = self._cut(song, stem, start)[::left_to_right]
                 gains[example, stem] = self.tracks[song].scale * self._draw_gain(rng)
-                swapped[example, stem] = rng.random() < 0.5 * self.settings.swap_channels
                 semitones[example, stem] = together if coherent else self._draw_semitones(rng)
-        return Draw(*map(torch.from_numpy, (segments, gains, swapped, semitones)))
+        return Draw(*map(torch.from_numpy, (segments, gains, semitones)))
 
     def _draw_places(self, rng: np.random.Generator, step: int, coherent: bool) -> dict[int, tuple[int, int]]:
         """Song and position for every stem of one example; those that the curriculum leaves out are missing."""
@@ -157,15 +159,13 @@ class Mixer:
     # --- assembling, on the device
 
     def assemble(self, draw: Draw, device: torch.device | str = "cpu") -> Batch:
-        """The batch of a draw, on `device`: to floats, gain, polarity, channels, speed, and the sum of it all.
+        """The batch of a draw, on `device`: to floats, gain, polarity, speed, and the sum of it all.
 
         Speed changes pitch and tempo together and keeps attacks sharp. Source: T. Ko et al., "Audio augmentation for speech
         recognition", Interspeech 2015.
         """
         draw = draw.to(device)
-        stems = draw.segments.float() * draw.gains[..., None, None]  # (batch, stems, channels, samples)
-        if draw.swapped.any():
-            stems = torch.where(draw.swapped[..., None, None], stems.flip(2), stems)
+        stems = draw.segments.float().mul_(draw.gains[..., None, None])  # (batch, stems, channels, samples)
         whole, stems = stems, stems[..., : self.settings.segment]  # more was read where the speed may change
         for semitones in draw.semitones.unique().tolist() if self.settings.speed_semitones else []:
             at = draw.semitones == semitones  # (batch, stems)

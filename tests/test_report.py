@@ -15,7 +15,7 @@ METRICS = ("SDR", "ISR", "SIR", "SAR", "utterance_SDR", "SI_SDR")
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
 MEDIANS = dict(mixture=-7.25, unet=5.5, demucs_lstm=4.25, demucs_attention=4.5, irm=11.75)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="70"><rect width="160" height="70" fill="#cde"/></svg>'
-COMMON_FIGURES = ("pipeline", "data_levels", "data_spectrograms", *(f"architecture_{model}" for model in MODELS))
+COMMON_FIGURES = ("pipeline", "data_levels", "data_together", "data_spectrograms", *(f"architecture_{model}" for model in MODELS))
 TARGET_FIGURES = ("training", "scores", "paired", "cost", "excerpt_best", "excerpt_median", "excerpt_worst")
 
 needs_pdftotext = pytest.mark.skipif(not shutil.which("pdftotext"), reason="pdftotext (poppler-utils) is not installed")

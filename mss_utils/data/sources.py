@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Iterator, Mapping
 
@@ -117,8 +117,12 @@ def import_musdb():
     """musdb imports stempeg, which needs ffmpeg: say so in one sentence rather than in stempeg's traceback."""
     if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
         raise FileNotFoundError("Reading MUSDB18 needs ffmpeg and ffprobe on the PATH; install them with: apt-get install ffmpeg")
+    import ffmpeg
     import musdb
 
+    # stempeg asks ffprobe about a file twice, and starting ffprobe takes a tenth of a second: the first answer will do.
+    if not hasattr(ffmpeg.probe, "cache_clear"):
+        ffmpeg.probe = lru_cache(maxsize=64)(ffmpeg.probe)
     return musdb
 
 
@@ -307,6 +311,8 @@ def _read_musdb(source: SourceTrack) -> dict[str, Recording]:
     # stempeg raises bare Warnings and fails on streams that are no audio
     except (ffmpeg.Error, Warning, AttributeError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"Cannot read {source.path} ({_reason(error)}); expected the mixture and four stems of MUSDB18: fetch the file again or remove it.") from None
+    finally:
+        ffmpeg.probe.cache_clear()  # the file may be another one by the next time
     for name, audio in found.items():
         if len(audio) < track.samples - TRUNCATED_S * track.rate:
             raise ValueError(

@@ -210,6 +210,8 @@ def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: 
     """Decode what `tracks` lacks and add it there and to the index, track by track; one error names all that failed."""
     missing = {file: source for file, source in wanted.items() if file not in tracks}
     failed: list[Exception] = []
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # every core has a track of its own to resample
     pool = ThreadPoolExecutor(n_jobs)
     jobs = {pool.submit(_decode_track, source, head, groups, folder / file): file for file, source in missing.items()}
     try:
@@ -222,6 +224,7 @@ def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: 
     finally:  # also when interrupted: the tracks that were under way are finished and kept
         pool.shutdown(cancel_futures=True)
         tracks.update({file: job.result() for job, file in jobs.items() if not job.cancelled() and not job.exception()})
+        torch.set_num_threads(torch_threads)
         _write_index(folder, wanted, tracks, head)
     if len(failed) == 1:
         raise failed[0]
