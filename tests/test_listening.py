@@ -1,6 +1,7 @@
 """Excerpts: which track, which seconds, one common level in the files, and players that cannot be broken by a name."""
 
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,7 +113,8 @@ def test_the_chooser_separates_on_demand_and_shows_its_first_state(versions, mon
     shown, separated = [], []
     handle = SimpleNamespace(update=lambda content: shown.append(content.data))
     monkeypatch.setattr(listening, "display", lambda content, display_id=None: shown.append(content) or handle)
-    tracks = [Track(name, "test", "file.npy", 4 * RATE, 1.0, "", "") for name in ("<b>one</b>", "two")]
+    track = Track("", "test", "file.npy", "", "", "", 4 * RATE, 1.0, (RATE,), (4 * RATE,), (), (), 0.0, (), 8)
+    tracks = [replace(track, name=name) for name in ("<b>one</b>", "two")]
     store = SimpleNamespace(split=lambda _: tracks, sample_rate=RATE)
     everything = {name: versions["unet"] for name in listening.VERSIONS}
     run = SimpleNamespace(settings=Settings(excerpt_s=1.0))

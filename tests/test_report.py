@@ -144,6 +144,16 @@ def test_the_data_choose_the_sentence(tmp_path):
 
 
 @needs_pdftotext
+def test_what_is_switched_on_is_said(tmp_path):
+    run = FakeRun(tmp_path)
+    assert not says(run.text(), "slower by up to") and not says(run.text(), "is the sum of")
+    run.settings |= dict(groups={"other": ["synth", "fx"]}, speed_semitones=2, swap_channels=False)
+    text = run.text()
+    assert says(text, "The stem other is the sum of synth and fx.") and says(text, "synth+fx→other")
+    assert says(text, "played higher and faster or lower and slower by up to 2 semitones")
+
+
+@needs_pdftotext
 @pytest.mark.parametrize("low, high, sentence", [
     (0.5, 2.0, "Both waveform models leave fewer artifacts"),
     (-2.0, -0.5, "Both waveform models leave more artifacts"),

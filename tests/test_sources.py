@@ -77,7 +77,7 @@ def test_folders_with_own_stem_names(tmp_path, suffix, options, slack_s, mixture
 @pytest.mark.parametrize("rate", [16000, 22050, 44100])
 def test_every_rate_is_brought_to_the_working_rate(tmp_path, source_rate, rate):
     store = build_store(write_tracks(tmp_path, rate=source_rate), rate, 2)
-    assert store.tracks[0].source_rates == [source_rate]
+    assert store.tracks[0].source_rates == (source_rate,)
     assert_content(store, rate, 2)
 
 

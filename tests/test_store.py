@@ -42,7 +42,7 @@ def test_the_store_holds_what_the_files_hold(dataset):
 def test_the_index_says_where_everything_comes_from(dataset):
     store = build_store(dataset, 16000, 1)
     track = store.split("test")[1]
-    assert track.source == str(dataset / "test" / "test song 1") and track.samples == 48000 and track.source_rates == [16000]
+    assert track.source == str(dataset / "test" / "test song 1") and track.samples == 48000 and track.source_rates == (16000,)
     assert [round(20 * np.log10(rms)) for rms in track.rms[1:]] == [round(20 * np.log10(0.02 * (row + 1))) for row in range(4)]
 
 

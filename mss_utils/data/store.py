@@ -36,7 +36,7 @@ MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is
 
 @dataclass(frozen=True)
 class Track:
-    """One track of a store. Lists go in the order of its rows: mixture, then stems; `scale` makes floats of int16."""
+    """One track of a store. Rows are the mixture, then the stems; `scale` makes floats of int16."""
 
     name: str
     split: str
@@ -46,12 +46,12 @@ class Track:
     sha: str
     samples: int
     scale: float
-    source_rates: list[int]  # Hz, each rate that the track's files have
-    source_samples: list[int]  # each length in samples of the store that they have
-    rms: list[float]  # relative to full scale, as all levels here
-    peak: list[float]
+    source_rates: tuple[int, ...]  # Hz, each rate that the track's files have
+    source_samples: tuple[int, ...]  # each length in samples of the store that they have
+    rms: tuple[float, ...]  # of each row, relative to full scale, as all levels here
+    peak: tuple[float, ...]  # of each row
     residual_rms: float  # mixture minus sum of stems
-    active: list[list[int]]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
+    active: tuple[tuple[int, ...], ...]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
     n_windows: int
 
 
@@ -245,7 +245,12 @@ def _read_index(folder: Path) -> dict:
 
 
 def _tracks(index: dict) -> tuple[Track, ...]:
-    return tuple(Track(**track) for track in index["tracks"])
+    return tuple(Track(**{key: _frozen(value) for key, value in track.items()}) for track in index["tracks"])
+
+
+def _frozen(value: object) -> object:
+    """The lists of JSON as tuples, so that a track can be a key."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: dict) -> None:
@@ -270,9 +275,9 @@ def _decode_track(source: SourceTrack, head: dict, groups: Groups, path: Path) -
     active = active_windows(audio, head["sample_rate"]).astype(np.int64)  # (1 + stems, windows)
     return Track(
         name=source.name, split=source.split, file=path.name, source=str(source.path), fingerprint=source.fingerprint,
-        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale, source_rates=rates,
-        source_samples=lengths, rms=[rms(row) for row in audio], peak=peak.tolist(),
-        residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)), active=(active @ active.T).tolist(), n_windows=active.shape[1],
+        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale, source_rates=tuple(rates),
+        source_samples=tuple(lengths), rms=tuple(map(rms, audio)), peak=tuple(peak.tolist()),
+        residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)), active=_frozen((active @ active.T).tolist()), n_windows=active.shape[1],
     )
 
 
