@@ -35,7 +35,8 @@ BATCH_MB = BATCH_S * len(MUSDB_STEMS) * 2 * 2 * 44100 / 1e6  # as int16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--musdb", default=os.environ.get("MUSDB_PATH", ""), metavar="DIR", help="stem files to decode (default: MUSDB_PATH)")
+    stem_files = os.environ.get("MUSDB_PATH", "")
+    parser.add_argument("--musdb", default=stem_files, metavar="DIR", help="stem files to decode (default: MUSDB_PATH)")
     parser.add_argument("--batches", type=int, default=40, help="batches that each loader hands over")
     parser.add_argument("--tracks", type=int, default=0, help="decode this many tracks only (default: all)")
     given = parser.parse_args()
@@ -47,7 +48,8 @@ def main() -> None:
 
 
 def show(title: str, table: pd.DataFrame) -> None:
-    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}\n{table.to_string(index=False, float_format='{:.2f}'.format)}", flush=True)
+    print(f"\n{title}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(table.to_string(index=False, float_format="{:.2f}".format), flush=True)
 
 
 def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
@@ -129,11 +131,12 @@ def open_unmix(root: Path):
         return
     data.load_info = lambda path: dict(samplerate=44100, duration=soundfile.info(path).duration)
     data.load_audio = _load_audio
-    common = dict(seq_duration=8.0, source_augmentations=data.aug_from_str(["gain", "channelswap"]))
+    augmentations = data.aug_from_str(["gain", "channelswap"])
+    common = dict(root=str(root), seq_duration=8.0, random_track_mix=True, source_augmentations=augmentations)
     files = dict(target_file="vocals.wav", interferer_files=["bass.wav", "drums.wav", "other.wav"])
     datasets = {
-        "open-unmix, MUSDB18-HQ through musdb": data.MUSDBDataset(root=str(root), is_wav=True, random_track_mix=True, **common),
-        "open-unmix, track folders": data.FixedSourcesTrackFolderDataset(root=str(root), random_chunks=True, random_track_mix=True, **files, **common),
+        "open-unmix, MUSDB18-HQ through musdb": data.MUSDBDataset(is_wav=True, **common),
+        "open-unmix, track folders": data.FixedSourcesTrackFolderDataset(random_chunks=True, **files, **common),
     }
     for name, dataset in datasets.items():
         sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**6)

@@ -116,7 +116,8 @@ def _check(given: argparse.Namespace) -> None:
     for key, value in found.items():
         print("\n".join(f"warning      {line}" for line in value) if key == "warnings" else f"{key:<12} {_listed(value)}")
     print("\nmedian over the tracks:")
-    print(table.groupby(["split", "stem"], sort=False)[["duration_s", "level_db", "peak", "silent_share", "residual_db"]].median().round(2).to_string())
+    shown = ["duration_s", "level_db", "peak", "silent_share", "residual_db"]
+    print(table.groupby(["split", "stem"], sort=False)[shown].median().round(2).to_string())
     print("\nof the half seconds in which a row's stem sounds, the share in which a column's does:")
     print(co_activity(store).round(2).to_string())
 

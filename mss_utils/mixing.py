@@ -70,7 +70,8 @@ class Mixer:
         self.tracks = [track for track in store.split("train") if track.samples >= self.samples]
         if not self.tracks:
             longest = max(track.samples for track in store.split("train")) / store.sample_rate
-            raise ValueError(f"No training track lasts segment_s={settings.segment_s} s; the longest has {longest:.1f} s: set segment_s lower.")
+            wanted = f"segment_s={settings.segment_s} s"
+            raise ValueError(f"No training track lasts {wanted}; the longest has {longest:.1f} s: set segment_s lower.")
         self._audio = [store.raw(track) for track in self.tracks]
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:

@@ -60,7 +60,9 @@ class Settings(BaseModel):
     # data
     sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_number)] = 16000
     channels: Annotated[Literal[1, 2], BeforeValidator(_number)] = 1
-    groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_groups)] = Field({}, description="stems added up under a new name: synth+fx->other")
+    groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_groups)] = Field(
+        {}, description="stems added up under a new name: synth+fx->other"
+    )
     n_train_songs: int = Field(100, ge=1, description="built-in songs only")
     n_valid_songs: int = Field(12, ge=1, description="built-in songs only")
     n_test_songs: int = Field(20, ge=1, description="built-in songs only")
@@ -76,7 +78,7 @@ class Settings(BaseModel):
     flip_polarity: bool = True
     swap_channels: bool = Field(True, description="stereo only")
     silent_share: float = Field(0.02, ge=0, le=1, description="share of examples whose target is silent; in all others it sounds")
-    speed_semitones: int = Field(0, ge=0, le=12, description="each stem is played higher and faster, or lower and slower, by up to so many semitones")
+    speed_semitones: int = Field(0, ge=0, le=12, description="stems are played higher and faster, or lower and slower, by up to so many")
     loader_workers: int = Field(2, ge=1, description="threads that read training segments ahead")
     curriculum: bool = Field(True, description="two sources, then three, then all")
     stage2_step: int = Field(50, ge=0, description="from this step on: three sources")
@@ -199,9 +201,9 @@ def from_root(path: str | Path) -> Path:
 
 
 def safe_name(name: str) -> str:
-    """`name` with everything but letters, digits, '.', '_', '-' and spaces inside replaced: fit for a file name."""
+    """`name` with everything but letters, digits, '.', '_', '-' and spaces inside replaced, in 120 bytes: fit for a file name."""
     kept = "".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(" .")
-    return kept[:120] or "_"
+    return kept.encode()[:120].decode(errors="ignore") or "_"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -38,6 +38,13 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(root, tmp_path):
     assert fingerprints(tmp_path) == fingerprints(root)
 
 
+def test_what_a_killed_call_left_is_cleared_away(root, tmp_path):
+    (tmp_path / ".train-000-half").mkdir()
+    (tmp_path / ".train-000-half" / "bass.flac").write_bytes(b"half")
+    demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"] and len(songs(tmp_path)) == 1
+
+
 def test_another_seed_gives_other_songs():
     first, second = (demo.compose("train", 0, seed, SHORT) for seed in (0, 1))
     assert [part.notes for part in first.parts] != [part.notes for part in second.parts]

@@ -1,8 +1,10 @@
 import json
+import threading
+import time
 
 import pytest
 
-from mss_utils.settings import PROFILES, ROOT, cache_folder, open_run, resolve, results_folder, safe_name, write_text
+from mss_utils.settings import PROFILES, ROOT, cache_folder, one_at_a_time, open_run, resolve, results_folder, safe_name, write_text
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -19,6 +21,8 @@ def test_every_profile_resolves(profile):
     (dict(overrides="steps"), ["key=value", "steps"]),
     (dict(overrides="sample_rate=48000"), ["sample_rate", "16000"]),
     (dict(overrides="steps=0"), ["steps", "greater than or equal to 1"]),
+    (dict(overrides="groups=synth+fx"), ["groups", "a group is written stem+stem->name, not 'synth+fx'"]),
+    (dict(overrides="groups=synth+->other"), ["groups", "stem+stem->name"]),
 ])
 def test_a_wrong_setting_is_one_sentence(arguments, words):
     with pytest.raises(ValueError) as error:
@@ -40,6 +44,17 @@ def test_stored_settings_win_and_contradictions_are_named(tmp_path, monkeypatch)
         open_run("smoke", "mine", overrides="steps=30")
     with pytest.raises(ValueError, match="profile='smoke'.*'demo'"):
         open_run("demo", "mine")
+
+
+def test_stem_groups_are_read_stored_and_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
+    text = ["groups=synth + fx -> other, kick+my snare->drums"]
+    run = open_run("smoke", "mine", overrides=text)
+    assert run.settings.groups == {"other": ("synth", "fx"), "drums": ("kick", "my snare")}
+    run.write_settings()
+    assert open_run("smoke", "mine").settings == run.settings == open_run("smoke", "mine", overrides=text).settings
+    with pytest.raises(ValueError, match="groups=.*this call asks for"):
+        open_run("smoke", "mine", overrides="groups=synth+fx->rest")
 
 
 def test_a_damaged_settings_file_is_named(tmp_path, monkeypatch):
@@ -66,6 +81,27 @@ def test_safe_names():
     assert safe_name("../a/b:c") == "_a_b_c"
     assert safe_name("Al James - Schoolboy Facination") == "Al James - Schoolboy Facination"
     assert safe_name("...") == "_"
+    assert safe_name("日本語" * 40) == "日本語" * 13 + "日", "a file name may have 255 bytes, not letters"
+
+
+def test_one_at_a_time(tmp_path):
+    """The second waits until the first is out, in order and whatever happens inside."""
+    order, inside = [], threading.Event()
+
+    def first():
+        with pytest.raises(ZeroDivisionError), one_at_a_time(tmp_path / "place"):
+            inside.set()
+            time.sleep(0.2)  # the other comes to wait
+            order.append("first")
+            raise ZeroDivisionError
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait()
+    with one_at_a_time(tmp_path / "place"):
+        order.append("second")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 def test_half_a_file_is_never_left(tmp_path):

@@ -312,10 +312,10 @@ def test_several_broken_tracks_are_named_together_and_the_good_ones_kept(tmp_pat
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("cut at the end", r"Cannot read .*train song.stem.mp4 \(.*(moov|Invalid data).*expected the mixture and four stems"),
+    ("cut at the end", r"Cannot read .*train song.stem.mp4 \(.*(moov|Invalid data).*expected MUSDB18's mixture and four stems"),
     ("cut, header first", r"train song.stem.mp4.*(ends after \d\.\d s of 2\.0 s|streams differ in length).*was cut off"),
-    ("wav by the name of a stem file", r"1 audio streams\); expected the mixture and four stems"),
-    ("one stream", r"1 audio streams\); expected the mixture and four stems"),
+    ("wav by the name of a stem file", r"1 audio streams\); expected MUSDB18's mixture and four stems"),
+    ("one stream", r"1 audio streams\); expected MUSDB18's mixture and four stems"),
     ("text", r"Cannot read .*train song.stem.mp4"),
 ])
 def test_a_broken_stem_file(tmp_path, kind, words):

@@ -64,7 +64,8 @@ def warnings_of(store: Store, segment_s: float = 0.0) -> list[str]:
     found = {
         "{} whose stems do not add up to the mixture": [f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()],
         "{} too short for the one-second frames of the scores": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
-        f"{{}} shorter than a training segment of {segment_s:g} s, not used": [f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()],
+        f"{{}} shorter than a training segment of {segment_s:g} s, not used": [
+            f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()],
         "{} with files of different lengths, the shorter ones end in silence": _uneven(store),
         "{} with files of different sample rates, all resampled": [
             f"{track.name} ({', '.join(map(str, track.source_rates))} Hz)" for track in store.tracks if len(track.source_rates) > 1],
@@ -88,8 +89,11 @@ def _leaks(store: Store) -> list[str]:
             artists[artist].add("test" if track.split == "test" else "train or valid")
     copies = [", ".join(f"{track.split}/{track.name}" for track in same) for same in tracks.values() if len(same) > 1]
     both = sorted(artist for artist, sides in artists.items() if len(sides) == 2)
-    lines = [f"{len(copies)} recordings are there more than once: " + named(copies)] if copies else []
-    return lines + ([f"{len(both)} artists stand on both sides of the split, in test and in train or valid: " + named(both)] if both else [])
+    found = {
+        "recordings are there more than once": copies,
+        "artists stand on both sides of the split, in test and in train or valid": both,
+    }
+    return [f"{len(names)} {text}: {named(names)}" for text, names in found.items() if names]
 
 
 def _artist(name: str) -> str:

@@ -109,7 +109,9 @@ def _download_excerpts(root: Path) -> None:
         try:
             musdb.DB(root=f"{part}/{root.name}", download=True)
         except OSError as error:
-            raise ConnectionError(f"musdb could not fetch the 7-second excerpts ({error}); pass --data DIR or set MUSDB_PATH to a folder that holds them.") from None
+            raise ConnectionError(
+                f"musdb could not fetch the 7-second excerpts ({error}); pass --data DIR or set MUSDB_PATH to a folder that holds them."
+            ) from None
         os.replace(f"{part}/{root.name}", root)
 
 
@@ -179,7 +181,8 @@ def _listing(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except PermissionError:
-        raise PermissionError(f"No permission to look into {folder}: make it readable (chmod u+rx) or leave it out of the dataset.") from None
+        message = f"No permission to look into {folder}: make it readable (chmod u+rx) or leave it out of the dataset."
+        raise PermissionError(message) from None
 
 
 def _find_split(root: Path, split: str) -> Iterator[SourceTrack]:
@@ -222,7 +225,8 @@ def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tupl
             "Complete or remove what differs, or form groups, as in --set 'groups=synth+fx->other'."
         )
     if len(stems) < 2:
-        raise ValueError(f"The tracks under {root} have the stem {', '.join(stems) or '(none)'} only; expected two or more stems in each.")
+        only = ", ".join(stems) or "(none)"
+        raise ValueError(f"The tracks under {root} have the stem {only} only; expected two or more stems in each.")
     return tuple(sorted(stems))
 
 
@@ -247,7 +251,8 @@ def _check_groups(groups: Groups, there: set[str]) -> None:
         if unknown:
             raise ValueError(f"Group {group!r} adds up {unknown[0]!r}, which no track has; there are: {', '.join(sorted(there))}.")
         if group in there - set(members):
-            raise ValueError(f"Group {group!r} has the name of a stem that it leaves out: add it, as in groups={'+'.join((group, *members))}->{group}.")
+            better = f"groups={'+'.join((group, *members))}->{group}"
+            raise ValueError(f"Group {group!r} has the name of a stem that it leaves out: add it, as in {better}.")
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -266,7 +271,8 @@ def read_track(source: SourceTrack) -> dict[str, Recording]:
         if not audio.size:
             raise ValueError(f"{source.path}: {name} has no samples; expected audio: replace the file or remove the track.")
         if not np.isfinite(audio).all():
-            raise ValueError(f"{source.path}: {name} holds NaN or infinite samples; expected finite ones: mend the file or remove the track.")
+            message = f"{source.path}: {name} holds NaN or infinite samples; expected finite ones: mend the file or remove the track."
+            raise ValueError(message)
     return parts
 
 
@@ -281,7 +287,8 @@ def _read_file(file: Path) -> Recording:
     try:
         return soundfile.read(file, dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"Cannot read {file} ({error.error_string}); expected a {'/'.join(AUDIO_SUFFIXES)} file: replace it or remove the track.") from None
+        kinds = "/".join(AUDIO_SUFFIXES)
+        raise ValueError(f"Cannot read {file} ({error.error_string}); expected a {kinds} file: replace it or remove the track.") from None
 
 
 def _is_musdb_hq(source: SourceTrack) -> bool:
@@ -310,7 +317,9 @@ def _read_musdb(source: SourceTrack) -> dict[str, Recording]:
         found = _musdb_stems(track) if source.is_stem_file else _musdb_files(musdb, track, source)
     # stempeg raises bare Warnings and fails on streams that are no audio
     except (ffmpeg.Error, Warning, AttributeError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"Cannot read {source.path} ({_reason(error)}); expected the mixture and four stems of MUSDB18: fetch the file again or remove it.") from None
+        raise ValueError(
+            f"Cannot read {source.path} ({_reason(error)}); expected MUSDB18's mixture and four stems: fetch the file again or remove it."
+        ) from None
     finally:
         ffmpeg.probe.cache_clear()  # the file may be another one by the next time
     for name, audio in found.items():

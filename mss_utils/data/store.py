@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -117,7 +118,8 @@ def open_store(settings: Settings) -> Store:
                 f"set {name}={getattr(store, name)}, or give the dataset it was made from."
             )
     if settings.groups:
-        raise ValueError(f"The stem store {root} is decoded already, into {', '.join(store.stems)}: leave groups out, or give the dataset it was made from.")
+        stems = ", ".join(store.stems)
+        raise ValueError(f"The stem store {root} is decoded already, into {stems}: leave groups out, or give the dataset it was made from.")
     return store
 
 
@@ -141,17 +143,19 @@ def read_store(folder: Path) -> Store:
     index = _read_index(folder)
     if index.get("format") != FORMAT or not index.get("complete"):
         state = f"format {index.get('format')}" if index.get("format") != FORMAT else "not finished"
-        raise ValueError(f"The stem store {folder} is {state}; expected a finished one of format {FORMAT}: build it again from the dataset.")
+        expected = f"expected a finished one of format {FORMAT}: build it again from the dataset"
+        raise ValueError(f"The stem store {folder} is {state}; {expected}.")
     missing = [track.file for track in _tracks(index) if not (folder / track.file).exists()]
     if missing:
-        raise ValueError(f"The stem store {folder} lacks {len(missing)} files, {missing[0]} first: copy the whole folder, or build it again.")
+        message = f"The stem store {folder} lacks {len(missing)} files, {missing[0]} first: copy the whole folder, or build it again."
+        raise ValueError(message)
     return Store(folder, index["source"], index["sample_rate"], index["channels"], tuple(index["stems"]), _tracks(index))
 
 
 # --- building -----------------------------------------------------------------------------------------------------------
 
 
-def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = {}, n_jobs: int | None = None) -> Store:
+def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = MappingProxyType({}), n_jobs: int | None = None) -> Store:
     """Decode every track under `root` that the store does not hold yet, and return the store.
 
     Tracks are decoded in parallel by `n_jobs` threads (default: one a core, up to 8); ffmpeg, libsndfile and torch
@@ -275,9 +279,10 @@ def _decode_track(source: SourceTrack, head: dict, groups: Groups, path: Path) -
     active = active_windows(audio, head["sample_rate"]).astype(np.int64)  # (1 + stems, windows)
     return Track(
         name=source.name, split=source.split, file=path.name, source=str(source.path), fingerprint=source.fingerprint,
-        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale, source_rates=tuple(rates),
-        source_samples=tuple(lengths), rms=tuple(map(rms, audio)), peak=tuple(peak.tolist()),
-        residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)), active=_frozen((active @ active.T).tolist()), n_windows=active.shape[1],
+        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale,
+        source_rates=tuple(rates), source_samples=tuple(lengths), rms=tuple(map(rms, audio)), peak=tuple(peak.tolist()),
+        residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)),
+        active=_frozen((active @ active.T).tolist()), n_windows=active.shape[1],
     )
 
 
