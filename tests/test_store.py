@@ -63,6 +63,7 @@ def test_a_second_call_decodes_nothing_and_a_changed_song_is_decoded_again(tmp_p
     first = build_store(root, 16000, 1)
     before = stamps(first)
     assert build_store(root, 16000, 1) == first and stamps(first) == before
+    assert stamps(build_store(root / ".." / "data", 16000, 1)) == before, "the same folder by another path"
     soundfile.write(root / "train" / "train song 0" / "bass.wav", np.zeros(16000), 16000)
     changed = build_store(root, 16000, 1)
     assert changed.sha != first.sha

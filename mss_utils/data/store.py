@@ -165,7 +165,7 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
     """
     sources = find_tracks(root)
     stems = common_stems(sources, root, groups)
-    head = dict(format=FORMAT, source=str(root), sample_rate=sample_rate, channels=channels, stems=stems)
+    head = dict(format=FORMAT, source=str(root), sample_rate=sample_rate, channels=channels, stems=list(stems))
     place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
     folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
     wanted = {_file_name(source): source for source in sources}
@@ -204,7 +204,7 @@ def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> boo
 def _current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> dict[str, Track]:
     """The tracks of the index whose samples are there and whose source has not changed since."""
     index = _read_index(folder)
-    if any(index.get(key) != (list(value) if isinstance(value, tuple) else value) for key, value in head.items()):
+    if any(index.get(key) != head[key] for key in ("format", "sample_rate", "channels", "stems")):
         return {}
     fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and (folder / track.file).exists()
     return {track.file: track for track in _tracks(index) if fits(track)}
@@ -296,7 +296,7 @@ def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarra
     return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), rate, sample_rate).numpy()
 
 
-def _stack(parts: dict[str, np.ndarray], stems: tuple[str, ...], groups: Groups, length: int) -> np.ndarray:
+def _stack(parts: dict[str, np.ndarray], stems: list[str], groups: Groups, length: int) -> np.ndarray:
     """Mixture and stems `(1 + stems, channels, length)`; without a mixture file the mixture is the sum of the stems."""
     channels = next(iter(parts.values())).shape[0]
     audio = np.zeros((1 + len(stems), channels, length), np.float32)
