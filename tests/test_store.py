@@ -235,7 +235,7 @@ def test_the_audit_finds_what_is_wrong(tmp_path):
     assert found[0].startswith("1 track whose stems do not add up to the mixture: train song 0 (off by ")
     assert "1 track too short for the one-second frames of the scores: test song 0 (0.60 s)" in found
     assert "2 tracks shorter than a training segment of 1.5 s, not used: train song 0 (0.60 s), train song 1 (0.60 s)" in found
-    assert "1 silent stems: drums of train song 1" in found
+    assert "1 stem silent throughout: drums of train song 1" in found
 
 
 def test_the_audit_is_what_the_samples_say(store):
@@ -256,8 +256,8 @@ def test_leaks_between_the_splits_are_named(tmp_path):
     for path, name in (("train/train song 1", "Ada - One"), ("valid/valid song 0", "Bob feat. Ada - Two"), ("test/test song 0", "Ada feat. Bob - Three"), ("test/test song 1", "Bob - Four")):
         (root / path).rename((root / path).with_name(name))
     found = warnings_of(build_store(root, 16000, 1))
-    assert "1 recordings are there more than once: train/train song 0, test/a copy" in found
-    assert "2 artists stand on both sides of the split, in test and in train or valid: Ada, Bob" in found
+    assert "1 recording more than once: train/train song 0, test/a copy" in found
+    assert "2 artists on both sides of the split, in test and in train or valid: Ada, Bob" in found
 
 
 def test_co_activity_counts_who_plays_together(tmp_path):

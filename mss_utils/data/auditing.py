@@ -62,25 +62,25 @@ def warnings_of(store: Store, segment_s: float = 0.0) -> list[str]:
     off = mixtures[mixtures["residual_db"] > BAD_SUM_DB].sort_values("residual_db", ascending=False)
     silent = stems[(stems["silent_share"] == 1) | (stems["level_db"] == -np.inf)]
     found = {
-        "{} whose stems do not add up to the mixture": [f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()],
-        "{} too short for the one-second frames of the scores": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
-        f"{{}} shorter than a training segment of {segment_s:g} s, not used": [
+        "whose stems do not add up to the mixture": [f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()],
+        "too short for the one-second frames of the scores": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
+        f"shorter than a training segment of {segment_s:g} s, not used": [
             f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()],
-        "{} with files of different lengths, the shorter ones end in silence": _uneven(store),
-        "{} with files of different sample rates, all resampled": [
+        "with files of different lengths, the shorter ones end in silence": _uneven(store),
+        "with files of different sample rates, all resampled": [
             f"{track.name} ({', '.join(map(str, track.source_rates))} Hz)" for track in store.tracks if len(track.source_rates) > 1],
     }
-    lines = [text.format(_tracks(len(names))) + ": " + named(names) for text, names in found.items() if names]
-    lines += [f"{len(silent)} silent stems: " + named([f"{row.stem} of {row.track}" for row in silent.itertuples()])] if len(silent) else []
-    return lines + _leaks(store) + _not_tracks(store)
+    found = {f"track {text}": names for text, names in found.items()}
+    found["stem silent throughout"] = [f"{row.stem} of {row.track}" for row in silent.itertuples()]
+    return [_counted(text, names) for text, names in (found | _leaks(store) | _not_tracks(store)).items() if names]
 
 
 def _uneven(store: Store) -> list[str]:
-    spread_s = {track.name: (track.source_samples[-1] - track.source_samples[0]) / store.sample_rate for track in store.tracks}
-    return [f"{name} (by {seconds:.2f} s)" for name, seconds in spread_s.items() if seconds > UNEVEN_S]
+    spread_s = [(track.source_samples[-1] - track.source_samples[0]) / store.sample_rate for track in store.tracks]
+    return [f"{track.name} (by {seconds:.2f} s)" for track, seconds in zip(store.tracks, spread_s) if seconds > UNEVEN_S]
 
 
-def _leaks(store: Store) -> list[str]:
+def _leaks(store: Store) -> dict[str, list[str]]:
     """What stands on both sides of the split: the same samples, or the same artist."""
     tracks, artists = defaultdict(list), defaultdict(set)
     for track in store.tracks:
@@ -89,11 +89,7 @@ def _leaks(store: Store) -> list[str]:
             artists[artist].add("test" if track.split == "test" else "train or valid")
     copies = [", ".join(f"{track.split}/{track.name}" for track in same) for same in tracks.values() if len(same) > 1]
     both = sorted(artist for artist, sides in artists.items() if len(sides) == 2)
-    found = {
-        "recordings are there more than once": copies,
-        "artists stand on both sides of the split, in test and in train or valid": both,
-    }
-    return [f"{len(names)} {text}: {named(names)}" for text, names in found.items() if names]
+    return {"recording more than once": copies, "artist on both sides of the split, in test and in train or valid": both}
 
 
 def _artist(name: str) -> str:
@@ -102,11 +98,11 @@ def _artist(name: str) -> str:
     return re.split(r" (?:feat|ft)\b", artist, flags=re.IGNORECASE)[0].strip() if dash else ""
 
 
-def _not_tracks(store: Store) -> list[str]:
-    names = ignored(Path(store.source))
-    return [f"{len(names)} without any audio that can be read, ignored: " + named(names)] if names else []
+def _not_tracks(store: Store) -> dict[str, list[str]]:
+    return {"folder without any audio that can be read, ignored": ignored(Path(store.source))}
 
 
-def _tracks(count: int) -> str:
-    return f"{count} track{'s' * (count != 1)}"
-
+def _counted(text: str, names: list[str]) -> str:
+    """How many, of what, and which: the first word of `text` is what is counted."""
+    noun, space, rest = text.partition(" ")
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)}{space}{rest}: {named(names)}"
