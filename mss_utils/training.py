@@ -10,7 +10,7 @@ import math
 import resource
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -57,11 +57,12 @@ def train(
 
     Writes model.safetensors (the weights with the best validation score), history.csv, last.ckpt, from which the same
     call goes on after an interruption, and in the end model.json. `on_validation(history)` gets a DataFrame after each
-    validation. Raises FloatingPointError when the loss is no longer finite.
+    validation. Raises FloatingPointError when the loss is no longer finite, ValueError when validation would hear no target.
     """
     folder = run.model_folder(target, model_name, seed)
     identity = dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump(mode="json"))
     if not is_trained(folder, identity):
+        _check_validation(store, run.settings, target)
         run.write_settings()
         state = fit(run.settings, store, identity, folder, on_validation)
         description = identity | dict(
@@ -142,11 +143,26 @@ def validate(model: torch.nn.Module, store: Store, settings: Settings, target: s
     """Median utterance SDR in dB over the validation tracks, `valid_s` seconds from the middle of each."""
     model.segment_s = settings.segment_s
     row, scores = store.stem_index(target), []
-    for track in store.split("valid"):
-        length = min(track.samples, round(settings.valid_s * store.sample_rate))
-        mixture, stems = store.load(track, (track.samples - length) // 2, length)
+    for mixture, stems in _validation_excerpts(store, settings):
         scores.append(utterance_sdr(stems[row].T, separate(model, mixture, store.sample_rate).T))
     return float(np.nanmedian(scores))
+
+
+def _validation_excerpts(store: Store, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Mixture `(channels, samples)` and stems `(stems, channels, samples)` of the middle of each validation track."""
+    for track in store.split("valid"):
+        length = min(track.samples, round(settings.valid_s * store.sample_rate))
+        yield store.load(track, (track.samples - length) // 2, length)
+
+
+def _check_validation(store: Store, settings: Settings, target: str) -> None:
+    """A silent reference has no score: without any other, nothing could choose the weights. Better said now than in hours."""
+    row = store.stem_index(target)
+    if not any(stems[row].any() for _, stems in _validation_excerpts(store, settings)):
+        raise ValueError(
+            f"{target} is silent in the middle {settings.valid_s:g} s of every validation track, so no training could be scored: "
+            "set valid_s higher, or choose other validation tracks."
+        )
 
 
 def is_trained(folder: Path, identity: dict) -> bool:

@@ -1,12 +1,14 @@
 import json
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import mss_utils.training as training
+from mss_utils.data import Store
 from mss_utils.mixing import Mixer
 from mss_utils.settings import MODELS, Run
 from mss_utils.training import is_trained, learning_rate, reconstruction_check, train
@@ -80,6 +82,13 @@ def test_b1_and_b2_see_the_same_batches(small_run, store, monkeypatch):
         monkeypatch.setenv("MSS_RESULTS", str(small_run.folder.parent))
     assert len(seen["demucs_lstm"]) == 6
     assert all(torch.equal(a.stems, b.stems) for a, b in zip(seen["demucs_lstm"], seen["demucs_attention"], strict=True))
+
+
+def test_validation_tracks_without_the_target_are_noticed_before_the_training(small_run, store, monkeypatch):
+    monkeypatch.setattr(Store, "load", lambda self, *given: (np.ones((1, 100)), np.array([[[1.0]], [[1.0]], [[0.0]], [[1.0]]])))
+    with pytest.raises(ValueError, match="piano is silent in the middle 2 s of every validation track.*set valid_s higher"):
+        train(small_run, store, "piano", "unet")
+    assert not small_run.folder.exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(small_run, store, monkeypatch):
