@@ -60,6 +60,21 @@ def find_lag(found, wanted):
     return min(lag, 2 * len(found) - lag)
 
 
+@pytest.fixture(scope="module")
+def stem_files(tmp_path_factory):
+    """A dataset of three stem files, as stempeg writes them."""
+    import stempeg
+
+    root = tmp_path_factory.mktemp("stem files")
+    stems = [chord(index, 2.0, 44100, 2) for index in range(4)]
+    path = root / "song.stem.mp4"
+    stempeg.write_stems(str(path), np.stack([sum(stems), *stems]), sample_rate=44100, writer=stempeg.StreamsWriter())
+    for split in ("train", "valid", "test"):
+        (root / split).mkdir()
+        shutil.copy(path, root / split / f"Somebody - {split} song.stem.mp4")
+    return root
+
+
 # --- every form
 
 
@@ -92,23 +107,11 @@ def test_a_mono_folder_becomes_stereo_and_stereo_becomes_mono(tmp_path):
     np.testing.assert_allclose(stems[2], chord(2, 2, 16000, 2).T.mean(axis=0, keepdims=True), atol=1e-3)
 
 
-def test_a_stem_file_written_with_stempeg_is_read_through_musdb(tmp_path, monkeypatch):
-    write_stem_files(tmp_path)
+def test_a_stem_file_written_with_stempeg_is_read_through_musdb(stem_files, monkeypatch):
     through = spy(monkeypatch, "_read_musdb")
-    store = build_store(tmp_path, 44100, 2)
+    store = build_store(stem_files, 44100, 2)
     assert len(through) == 3
     assert_content(store, 44100, 2, MUSDB_STEMS, slack_s=0.06)
-
-
-def write_stem_files(root: Path) -> Path:
-    import stempeg
-
-    stems = [chord(index, 2.0, 44100, 2) for index in range(4)]
-    for split in ("train", "valid", "test"):
-        (root / split).mkdir(parents=True)
-        path = root / split / f"Somebody - {split} song.stem.mp4"
-        stempeg.write_stems(str(path), np.stack([sum(stems), *stems]), sample_rate=44100, writer=stempeg.StreamsWriter())
-    return root
 
 
 def spy(monkeypatch, name) -> list:
@@ -332,8 +335,8 @@ def test_several_broken_tracks_are_named_together_and_the_good_ones_kept(tmp_pat
     ("one stream", r"1 audio streams\); expected MUSDB18's mixture and four stems"),
     ("text", r"Cannot read .*train song.stem.mp4"),
 ])
-def test_a_broken_stem_file(tmp_path, kind, words):
-    root = write_stem_files(tmp_path)
+def test_a_broken_stem_file(stem_files, tmp_path, kind, words):
+    root = shutil.copytree(stem_files, tmp_path / "data")
     path = root / "train" / "Somebody - train song.stem.mp4"
     if kind == "cut, header first":
         _ffmpeg("-i", path, "-map", "0", "-c", "copy", "-movflags", "faststart", tmp_path / "fast.mp4")
