@@ -1,15 +1,16 @@
-"""The command line: `python -m mss_utils run | check | separate | report`. Errors are one sentence and exit status 1."""
+"""The command line: `python -m mss_utils run | train | check | separate | report`. Errors are one sentence and exit status 1."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from mss_utils.settings import PROFILES, SPLITS, Run, open_run, resolve, results_folder
+from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, open_run, resolve, results_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,13 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mss_utils", description=__doc__.partition(". Errors")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
+    _add_train(commands)
     _add_check(commands)
     _add_separate(commands)
     _add_report(commands)
     given = parser.parse_args(arguments)
     try:
         return given.function(given) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"mss_utils {given.command}: {error}", file=sys.stderr)
         return 1
 
@@ -42,8 +44,12 @@ def _open(given: argparse.Namespace) -> Run:
 def _add_run(commands) -> None:
     parser = commands.add_parser("run", help="run the notebooks in order and write the report")
     _add_settings(parser)
-    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
+    _add_run_name(parser)
     parser.set_defaults(function=_run)
+
+
+def _add_run_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -54,6 +60,28 @@ def _run(given: argparse.Namespace) -> None:
     check_target(run.settings)
     run.write_settings()
     run_pipeline(run)
+
+
+def _add_train(commands) -> None:
+    parser = commands.add_parser("train", help="train models of a run without notebooks, also under torchrun")
+    _add_settings(parser)
+    _add_run_name(parser)
+    parser.add_argument("--stem", default="", metavar="STEM", help="one stem of a run whose target is 'all' (default: every target)")
+    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three")
+    parser.add_argument("--seed", type=int, default=None, help="one seed (default: every seed of the run)")
+    parser.set_defaults(function=_train)
+
+
+def _train(given: argparse.Namespace) -> None:
+    """One model after the other; under `torchrun` this is one of several processes that share every batch."""
+    run = _open(given)
+    from mss_utils.data import open_store
+    from mss_utils.training import train, train_here
+
+    store = open_store(run.settings)
+    seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
+    for stem, model, seed in itertools.product(store.targets(given.stem or run.settings.target), given.model, seeds):
+        (train_here if "WORLD_SIZE" in os.environ else train)(run, store, stem, model, seed)
 
 
 def _add_report(commands) -> None:

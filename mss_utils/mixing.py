@@ -39,6 +39,10 @@ class Draw:
     gains: torch.Tensor  # float32: from int16 to full scale, gain and polarity in one factor
     semitones: torch.Tensor  # int64: how much higher, and so faster
 
+    def share(self, index: int, count: int) -> Draw:
+        """Every `count`-th example from `index` on: what one of several processes takes of a batch."""
+        return replace(self, **{name: tensor[index::count] for name, tensor in vars(self).items()})
+
     def pinned(self) -> Draw:
         """The same in page-locked memory, from which a GPU copies while it computes."""
         return replace(self, **{name: tensor.pin_memory() for name, tensor in vars(self).items()})
@@ -78,10 +82,13 @@ class Mixer:
         """The batch of training step `step`, always the same for the same seed and step."""
         return self.assemble(self.draw(step), device)
 
-    def batches(self, first: int, last: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """The batches of steps `first` up to, not including, `last`, read ahead and assembled on `device`."""
+    def batches(self, first: int, last: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches of steps `first` up to, not including, `last`, read ahead and assembled on `device`.
+
+        `share` is (index, count): of `count` processes that train together, each takes its examples of every batch.
+        """
         for draw in self.draws(first, last, pinned=torch.device(device).type == "cuda"):
-            yield self.assemble(draw, device)
+            yield self.assemble(draw.share(*share), device)
 
     def draws(self, first: int, last: int, pinned: bool = False) -> Iterator[Draw]:
         """The draws of steps `first` up to, not including, `last`; `loader_workers` threads read ahead of the caller."""

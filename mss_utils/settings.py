@@ -101,9 +101,11 @@ class Settings(BaseModel):
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-2, ge=0)
     grad_clip: float = Field(5.0, gt=0)
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the running average of the weights, validated beside the raw ones")
     valid_every: int = Field(225, ge=1)
     valid_s: float = Field(20.0, gt=0, description="seconds of each validation track that are scored while training")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = Field(1, ge=1, description="GPUs of this machine that share every batch")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
     # listening

@@ -1,4 +1,6 @@
-"""The training loop: visible and short; Lightning Fabric carries device and precision.
+"""The training loop: visible and short; Lightning Fabric carries device, precision and several processes.
+
+    Recipe (network, objective, step size) + Mixer (batches) --fit--> weights, history.csv, last.ckpt --train--> model.json
 
 Taught in notebooks 02 to 04.
 """
@@ -7,27 +9,60 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import subprocess
+import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 
 import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from mss_utils.data import Store
 from mss_utils.metrics import utterance_sdr
-from mss_utils.mixing import Mixer
+from mss_utils.mixing import Batch, Mixer
 from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
-from mss_utils.settings import Run, Settings, replacing, write_text
+from mss_utils.settings import ROOT, Run, Settings, replacing, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
-NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "excerpt_s", "loader_workers")
+NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers")
+LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before
+SAVE_EVERY_S = 300.0  # how much work a killed training loses at the most
+COLLAPSE_DB = -25.0  # an estimate nearer than this to the mixture, or to silence, is no separation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training has of its own; everything else is the same for all models."""
+
+    network: torch.nn.Module  # mixture (batch, channels, samples) -> estimate of the same shape
+    objective: Callable[[torch.nn.Module, Batch], torch.Tensor]  # loss of the network on a batch
+    lr: float  # at its peak
+    weight_decay: float
+
+
+def recipe_of(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
+    """The recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
+    lr = settings.unet_lr if model_name == "unet" else settings.demucs_lr
+    return Recipe(build_model(model_name, settings, seed), separation_loss, lr, settings.weight_decay)
+
+
+def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """`snr_loss` of the target that `model` finds in the mixture of a batch."""
+    return snr_loss(model(batch.mixture), batch.target, batch.mixture)
 
 
 def snr_loss(estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0) -> torch.Tensor:
@@ -50,6 +85,9 @@ def learning_rate(step: int, settings: Settings, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+# --- one model of a run -------------------------------------------------------------------------------------------------
+
+
 def train(
     run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
 ) -> torch.nn.Module:
@@ -57,65 +95,220 @@ def train(
 
     Writes model.safetensors (the weights with the best validation score), history.csv, last.ckpt, from which the same
     call goes on after an interruption, and in the end model.json. `on_validation(history)` gets a DataFrame after each
-    validation. Raises FloatingPointError when the loss is no longer finite, ValueError when validation would hear no target.
+    validation. With `devices` above 1 the training runs in that many processes, as `torchrun` would start them. Raises
+    FloatingPointError when the loss is no longer finite, MemoryError with what to try when a batch does not fit,
+    ValueError when validation would hear no target or the batch cannot be shared out.
     """
     folder = run.model_folder(target, model_name, seed)
-    identity = dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump(mode="json"))
-    if not is_trained(folder, identity):
-        _check_validation(store, run.settings, target)
-        run.write_settings()
-        state = fit(run.settings, store, identity, folder, on_validation)
-        description = identity | dict(
-            parameters=count_parameters(build_model(model_name, run.settings)),
-            steps=state["step"], best_step=state["best_step"], valid_sdr=state["best"], train_s=state["train_s"],
-            peak_memory_mb=peak_memory_mb(),
-        )
-        write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
+    if not is_trained(folder, identity_of(run, store, target, model_name, seed)):
+        if run.settings.devices > 1:
+            _train_in_processes(run, target, model_name, seed, on_validation)
+        else:
+            train_here(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
 
 
-def fit(settings: Settings, store: Store, identity: dict, folder: Path, on_validation: Callable | None = None) -> dict:
-    """The loop: draw, forward, backward, step; validate now and then. Returns the final state, see `_new_state`."""
-    name, target, seed = identity["model"], identity["target"], identity["seed"]
-    fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    peak_lr = settings.unet_lr if name == "unet" else settings.demucs_lr
-    network = build_model(name, settings, seed)
-    adam = torch.optim.AdamW(network.parameters(), lr=peak_lr, weight_decay=settings.weight_decay)
-    model, optimizer = fabric.setup(network, adam)
-    mixer = Mixer(store, settings, target, seed)
-    state = _resume(folder, network, adam, identity)
-    bar = tqdm(total=settings.steps, initial=state["step"], desc=f"{name} on {target}", unit="step", mininterval=1)
-    losses, started = [], time.perf_counter()
+def train_here(
+    run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
+) -> None:
+    """Train one model in this process, alone or as one of those that `torchrun` started; see `train`."""
+    folder, identity = run.model_folder(target, model_name, seed), identity_of(run, store, target, model_name, seed)
+    _check_validation(store, run.settings, target)
+    run.write_settings()
+    state = fit(run.settings, store, identity, folder, recipe_of(model_name, run.settings, seed), on_validation)
+    if int(os.environ.get("RANK", 0)) > 0:  # one process writes
+        return
+    description = identity | dict(
+        parameters=count_parameters(build_model(model_name, run.settings)), steps=state["step"], best_step=state["best_step"],
+        best_weights=state["best_weights"], valid_sdr=state["best"], train_s=state["train_s"], peak_memory_mb=peak_memory_mb(),
+    )
+    write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
-    for batch in mixer.batches(state["step"], settings.steps, fabric.device):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state["step"], settings, peak_lr)
-        losses.append(descend(fabric, model, optimizer, batch.mixture, batch.target, settings.grad_clip))
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"The loss of {name} is {losses[-1]} at step {state['step']}: set {_lr_name(name)} lower.")
-        state["step"] += 1
-        bar.update()
-        if state["step"] % settings.valid_every == 0 or state["step"] == settings.steps:
-            state["train_s"] += time.perf_counter() - started
-            score = validate(network, store, settings, target)
-            _record(state, settings, float(np.mean(losses)), score, optimizer.param_groups[0]["lr"])
-            _save(folder, network, adam, state, identity)
-            bar.set_postfix(loss=f"{np.mean(losses):.2f}", valid_sdr=f"{score:.2f} dB")
-            if on_validation:
-                on_validation(pd.DataFrame(state["history"]))
-            losses, started = [], time.perf_counter()
-    bar.close()
+
+def identity_of(run: Run, store: Store, target: str, model_name: str, seed: int) -> dict:
+    """What a training is of: everything that its weights depend on, and where it came from."""
+    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump(mode="json"))
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    settings: Settings, store: Store, identity: dict, folder: Path, recipe: Recipe, on_validation: Callable | None = None
+) -> dict:
+    """The loop: draw, forward, backward, step, average; validate and save now and then. Returns the final state.
+
+    `identity` says what is trained (model, target, seed, data, settings): the checkpoint in `folder` is gone on from if
+    it is of the same. The state holds step, train_s, best (validation SDR in dB), best_step, best_weights and history.
+    """
+    fabric = _fabric(settings)
+    adam = torch.optim.AdamW(recipe.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    model, optimizer = fabric.setup(recipe.network, adam)
+    average = averaged(recipe.network, settings.ema_decay)
+    networks = {"raw": recipe.network, "ema": average.module}
+    state = _resume(folder, networks, adam, identity)
+    average.n_averaged.fill_(state["step"])
+    mixer = Mixer(store, settings, identity["target"], identity["seed"])
+    share = fabric.global_rank, fabric.world_size  # of every batch, for this process
+
+    with Watch(fabric, settings, identity, state) as watch:
+        for batch in mixer.batches(state["step"], settings.steps, fabric.device, share):
+            rate = learning_rate(state["step"], settings, recipe.lr)
+            loss = descend(fabric, model, optimizer, recipe.objective, batch, settings.grad_clip, rate)
+            average.update_parameters(recipe.network)
+            state["step"] += 1
+            validating = state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
+            watch.step(loss, recipe.network, batch, look=validating)
+            if validating and fabric.is_global_zero:  # the other processes wait at their next step
+                scores = {weights: validate(network, store, settings, identity["target"]) for weights, network in networks.items()}
+                _record(state, settings, scores, rate)
+                _keep_best(folder, networks, state)
+                if on_validation:
+                    on_validation(pd.DataFrame(state["history"]))
+            if (validating or watch.save_is_due()) and fabric.is_global_zero:
+                _save(folder, networks, adam, state, identity)
+                watch.saved()
     return state
 
 
-def descend(fabric: Fabric, model, optimizer, mixture: torch.Tensor, wanted: torch.Tensor, grad_clip: float) -> float:
-    """One step downhill: forward, loss, backward, clip, update. Returns the loss in dB."""
-    loss = snr_loss(model(mixture), wanted, mixture)
+def descend(
+    fabric: Fabric, model: torch.nn.Module, optimizer, objective: Callable, batch: Batch, grad_clip: float, rate: float
+) -> torch.Tensor:
+    """One step downhill: forward, loss, backward, clip, update. Returns the loss, which stays on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = objective(model, batch)
     fabric.backward(loss)
     fabric.clip_gradients(model, optimizer, max_norm=grad_clip)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.item()
+    return loss.detach()
+
+
+def averaged(network: torch.nn.Module, decay: float) -> AveragedModel:
+    """A copy of `network` that follows it as an exponential moving average (EMA) of weights and running statistics."""
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+class Watch:
+    """Looks after a training every few seconds: progress bar, clock, losses that are not finite, a network that gave up.
+
+    Losses stay on the device until the next look. `state` gets what was seen: the losses since the last validation, and
+    the seconds of training, in which validation and saving do not count.
+    """
+
+    def __init__(self, fabric: Fabric, settings: Settings, identity: dict, state: dict):
+        self.settings, self.name, self.state, self.losses, self.warned = settings, identity["model"], state, [], set()
+        self.bar = tqdm(
+            total=settings.steps, initial=state["step"], desc=f"{self.name} on {identity['target']}", unit="step", mininterval=1,
+            disable=not fabric.is_global_zero,
+        )
+        self.clock = self.last_save = time.perf_counter()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        """Close the bar; running out of memory is said in terms of settings. Torch has its own error for GPUs only."""
+        self.bar.close()
+        if isinstance(error, torch.OutOfMemoryError) or (kind is RuntimeError and "not enough memory" in str(error)):
+            size, seconds = self.settings.batch_size, self.settings.segment_s
+            raise MemoryError(
+                f"{self.name} ran out of memory with batch_size={size} and segment_s={seconds:g}: "
+                f"set batch_size={max(1, size // 2)}, or segment_s={seconds / 2:g}, or precision=bf16-mixed."
+            ) from error
+
+    def step(self, loss: torch.Tensor, network: torch.nn.Module, batch: Batch, look: bool) -> None:
+        """Count a step; look if it is time to, or if `look` says so. Raises FloatingPointError for a loss that is not finite."""
+        self.losses.append(loss)
+        self.bar.update()
+        if look or time.perf_counter() - self.clock > LOOK_EVERY_S:
+            losses, self.losses = torch.stack(self.losses).tolist(), []  # on a GPU this waits for all steps before
+            self._check_finite(losses)
+            self._warn_of_collapse(network, batch)
+            self.state["losses"] += losses
+            self.state["train_s"] += time.perf_counter() - self.clock
+            self._show(np.mean(losses))
+            self.clock = time.perf_counter()
+
+    def save_is_due(self) -> bool:
+        """Whether more has been learnt since the last checkpoint than one would like to lose."""
+        return not self.losses and self.clock - self.last_save > SAVE_EVERY_S
+
+    def saved(self) -> None:
+        """Go on counting time: that of validation and saving is not training time."""
+        self.clock = self.last_save = time.perf_counter()
+
+    def _check_finite(self, losses: list[float]) -> None:
+        for step, loss in enumerate(losses, self.state["step"] - len(losses)):
+            if not math.isfinite(loss):
+                setting = "unet_lr" if self.name == "unet" else "demucs_lr"
+                raise FloatingPointError(
+                    f"The loss of {self.name} is {loss} at step {step}: set {setting} lower (it is {getattr(self.settings, setting):g})."
+                )
+
+    def _warn_of_collapse(self, network: torch.nn.Module, batch: Batch) -> None:
+        """Say once when all that the network has learnt is to hand back the mixture, or nothing."""
+        answer = collapse(network, batch) if self.state["step"] > self.settings.warmup_steps else None
+        if answer and answer not in self.warned:
+            self.warned.add(answer)
+            warnings.warn(
+                f"At step {self.state['step']}, {self.name} returns {answer} for every example of a batch. If that lasts, "
+                "set its learning rate lower, warmup_steps higher, or begin with another seed.", stacklevel=3,
+            )
+
+    def _show(self, loss: float) -> None:
+        speed = self.state["step"] * self.settings.batch_size * self.settings.segment_s / self.state["train_s"]
+        scores = {"SDR": f"{self.state['history'][-1]['valid_sdr_db']:.2f} dB"} if self.state["history"] else {}
+        self.bar.set_postfix({"loss": f"{loss:.2f}"} | scores | {"audio": f"{speed:.0f} s/s"})
+
+
+@torch.inference_mode()
+def collapse(network: torch.nn.Module, batch: Batch) -> str | None:
+    """'the mixture' or 'silence' if that is what `network` returns for every example in which it would be wrong, else None."""
+    network.eval()
+    estimate = network(batch.mixture)
+    network.train()
+    level_db = lambda x: 10 * torch.log10(x.square().mean(dim=(1, 2)) / (batch.mixture.square().mean(dim=(1, 2)) + 1e-12) + 1e-12)
+    for answer, distance, truth in (
+        ("the mixture", estimate - batch.mixture, batch.target - batch.mixture), ("silence", estimate, batch.target),
+    ):
+        wrong = level_db(truth) > COLLAPSE_DB / 2
+        if wrong.any() and (level_db(distance)[wrong] < COLLAPSE_DB).all():
+            return answer
+    return None
+
+
+def _fabric(settings: Settings) -> Fabric:
+    """One process, or one of those that `torchrun` started; every process takes an equal share of each batch."""
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % processes:
+        raise ValueError(f"{processes} processes cannot share batch_size={settings.batch_size} equally: set it to a multiple of {processes}.")
+    fabric = Fabric(accelerator=settings.device, devices=devices, num_nodes=processes // devices, precision=settings.precision)
+    fabric.launch()
+    return fabric
+
+
+def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None) -> None:
+    """Have `torchrun` start one process a device on this machine; follow their history from here."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.settings.devices}"]
+    command += ["-m", "--", "mss_utils", "train", "--profile", run.settings.profile, "--run", run.name]
+    command += ["--stem", target, "--model", model_name, "--seed", str(seed)]
+    run.write_settings()
+    path, shown = run.model_folder(target, model_name, seed) / "history.csv", 0
+    with subprocess.Popen(command, cwd=ROOT) as processes:
+        try:
+            while processes.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    processes.wait(timeout=2)
+                if on_validation and path.exists() and path.stat().st_mtime_ns != shown:
+                    shown = path.stat().st_mtime_ns
+                    on_validation(pd.read_csv(path))
+        finally:
+            processes.terminate()  # an interrupted notebook leaves no training behind
+    if processes.returncode:
+        raise ChildProcessError(f"Training {model_name} in {run.settings.devices} processes failed; what they printed above says why.")
 
 
 def reconstruction_check(model_name: str, store: Store, settings: Settings, n_steps: int = 300, every: int = 25) -> pd.DataFrame:
@@ -132,8 +325,8 @@ def reconstruction_check(model_name: str, store: Store, settings: Settings, n_st
     network.segment_s, rows = settings.segment_s, []
     batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps, fabric.device)
     for step, batch in enumerate(tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1), 1):
-        optimizer.param_groups[0]["lr"] = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
-        descend(fabric, model, optimizer, batch.mixture, batch.mixture, settings.grad_clip)
+        rate = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
+        descend(fabric, model, optimizer, separation_loss, replace(batch, target=batch.mixture), settings.grad_clip, rate)
         if step % every == 0 or step == n_steps:
             rows.append(dict(step=step, sdr_db=utterance_sdr(mixture.T, separate(network, mixture, store.sample_rate).T)))
     return pd.DataFrame(rows)
@@ -172,9 +365,10 @@ def is_trained(folder: Path, identity: dict) -> bool:
         return False
     return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
 
-
 def history(folder: Path) -> pd.DataFrame:
-    """One row per validation: step, train_loss_db, valid_sdr_db, lr, train_s, audio_s_per_s."""
+    """One row per validation: step, train_loss_db, valid_sdr_db (the better of the two that follow), raw_sdr_db, ema_sdr_db,
+    lr, train_s, audio_s_per_s.
+    """
     return pd.read_csv(folder / "history.csv")
 
 
@@ -185,8 +379,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _lr_name(model_name: str) -> str:
-    return "unet_lr" if model_name == "unet" else "demucs_lr"
+# --- checkpoints --------------------------------------------------------------------------------------------------------
 
 
 def _fingerprint(identity: dict) -> dict:
@@ -194,41 +387,62 @@ def _fingerprint(identity: dict) -> dict:
     return {key: identity[key] for key in ("model", "target", "seed", "data")} | {"settings": settings}
 
 
-def _new_state() -> dict:
-    return dict(step=0, train_s=0.0, best=-math.inf, best_step=0, history=[])
-
-
-def _record(state: dict, settings: Settings, loss: float, score: float, lr: float) -> None:
+def _record(state: dict, settings: Settings, scores: dict[str, float], lr: float) -> None:
+    """Add a row to the history: the mean loss since the last one, and the validation score of each set of weights."""
     audio_s = state["step"] * settings.batch_size * settings.segment_s
     state["history"].append(dict(
-        step=state["step"], train_loss_db=loss, valid_sdr_db=score, lr=lr, train_s=state["train_s"],
-        audio_s_per_s=audio_s / state["train_s"],
+        step=state["step"], train_loss_db=float(np.mean(state["losses"])), valid_sdr_db=max(scores.values()),
+        raw_sdr_db=scores["raw"], ema_sdr_db=scores["ema"], lr=lr, train_s=state["train_s"], audio_s_per_s=audio_s / state["train_s"],
     ))
+    state["losses"] = []
 
 
-def _save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
-    """Keep the best weights, the history, and everything needed to go on; each file is written aside and renamed."""
-    score = state["history"][-1]["valid_sdr_db"]
-    if score > state["best"] or not state["best_step"]:
-        state.update(best=score, best_step=state["step"])
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+def _keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -> None:
+    """Write the better weights of the newest validation, if they are the best so far."""
+    newest = state["history"][-1]
+    if newest["valid_sdr_db"] > state["best"] or not state["best_step"]:
+        better = "ema" if newest["ema_sdr_db"] >= newest["raw_sdr_db"] else "raw"
+        state.update(best=newest["valid_sdr_db"], best_step=state["step"], best_weights=better)
         with replacing(folder / "model.safetensors") as part:
-            save_file(weights, part)
-    write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
-    checkpoint = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), state=state, identity=_fingerprint(identity))
+            save_file(_contiguous(networks[better].state_dict()), part)
+
+
+def _save(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
+    """Write the history and, as safetensors, all that is needed to go on; each file is written aside and renamed."""
+    tensors = {f"{weights}/{key}": tensor for weights, network in networks.items() for key, tensor in network.state_dict().items()}
+    moments = optimizer.state_dict()["state"]
+    tensors |= {f"adam/{index}/{key}": tensor for index, values in moments.items() for key, tensor in values.items()}
+    about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
+    if state["history"]:
+        write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
     with replacing(folder / "last.ckpt") as part:
-        torch.save(checkpoint, part)
+        save_file(_contiguous(tensors), part, about)
 
 
-def _resume(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
-    """Put the last checkpoint of the same training into model and optimizer and return its state, else a new state."""
+def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
+    """Put the last checkpoint of the same training into networks and optimizer and return its state, else a new state."""
+    new = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])
     path = folder / "last.ckpt"
+    for left in folder.glob(".part-*"):  # what a killed process was writing
+        left.unlink(missing_ok=True)
     if not path.exists():
-        return _new_state()
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if checkpoint["identity"] != _fingerprint(identity):
-        return _new_state()
-    model.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["state"]
-
+        return new
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no checkpoint ({error}): delete it, and the training begins anew.") from None
+    if json.loads(about["identity"]) != json.loads(json.dumps(_fingerprint(identity))):
+        return new
+    under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    for weights, network in networks.items():
+        network.load_state_dict(under(f"{weights}/"))
+    groups = optimizer.state_dict()["param_groups"]
+    moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
+    optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
+    return json.loads(about["state"])

@@ -1,17 +1,22 @@
 import json
 import math
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import command
 from safetensors.torch import load_file
 
 import mss_utils.training as training
 from mss_utils.data import Store
 from mss_utils.mixing import Mixer
-from mss_utils.settings import MODELS, Run
-from mss_utils.training import is_trained, learning_rate, reconstruction_check, train
+from mss_utils.settings import MODELS, ROOT, Run
+from mss_utils.training import collapse, is_trained, learning_rate, reconstruction_check, train
 
 
 def test_the_learning_rate_rises_and_falls(small_settings):
@@ -49,26 +54,116 @@ def test_a_trained_model_is_loaded_unless_settings_or_data_changed(small_run, st
     assert is_trained(folder, identity | dict(data=store.sha))
 
 
+def weights_of(run, name):
+    """The kept weights, and everything in the checkpoint but the seconds it took."""
+    folder = run.model_folder("piano", name)
+    return load_file(folder / "model.safetensors"), load_file(folder / "last.ckpt")
+
+
+def assert_same_weights(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_training_ends_with_the_same_weights(small_run, store, tmp_path):
+@pytest.mark.parametrize("name", MODELS)
+def test_an_interrupted_training_ends_with_the_same_weights(small_run, store, tmp_path, name):
     whole = Run("whole", small_run.settings, tmp_path / "whole")
-    train(whole, store, "piano", "demucs_attention")
+    train(whole, store, "piano", name)
 
     def stop(history):
         raise Interrupted
 
-    with pytest.raises(Interrupted):
-        train(small_run, store, "piano", "demucs_attention", on_validation=stop)
-    assert not (small_run.model_folder("piano", "demucs_attention") / "model.json").exists()
-    train(small_run, store, "piano", "demucs_attention")
-    one, other = (run.model_folder("piano", "demucs_attention") for run in (whole, small_run))
-    a, b = (torch.load(folder / "last.ckpt", weights_only=True)["model"] for folder in (one, other))
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            train(small_run, store, "piano", name, on_validation=stop)
+    assert not (small_run.model_folder("piano", name) / "model.json").exists()
+    train(small_run, store, "piano", name)
+    assert_same_weights(weights_of(whole, name), weights_of(small_run, name))
+    columns = ["step", "train_loss_db", "raw_sdr_db", "ema_sdr_db", "lr"]
+    logs = [training.history(run.model_folder("piano", name))[columns] for run in (whole, small_run)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+
+
+# A training that kills itself without warning: in the middle of the n-th file it writes, or at the n-th step.
+KILLED = """
+import os, signal, sys
+import mss_utils.training as training
+from mss_utils.data import open_store
+from mss_utils.settings import open_run
+where, count, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+original, calls = getattr(training, where), 0
+def deadly(*given):
+    global calls
+    calls += 1
+    if calls == count:
+        if where == "save_file":
+            given[1].write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*given)
+setattr(training, where, deadly)
+training.SAVE_EVERY_S = training.LOOK_EVERY_S = 0.0  # look, and save, after every step
+run = open_run(*arguments)
+training.train(run, open_store(run.settings), "piano", "unet")
+"""
+
+
+@pytest.mark.parametrize("where, count", [("descend", 1), ("descend", 5), ("save_file", 1), ("save_file", 2), ("save_file", 4), ("save_file", 5)])
+def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, where, count):
+    """SIGKILL at a step and in the middle of weights (4th file) and checkpoints: the next call ends with the same weights."""
+    whole = Run("whole", small_run.settings, tmp_path / "whole")
+    train(whole, store, "piano", "unet")
+    arguments = ["smoke", "small", small_settings.data, "piano", "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, where, str(count), *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train(small_run, store, "piano", "unet")
+    assert_same_weights(weights_of(whole, "unet"), weights_of(small_run, "unet"))
+    assert not list(small_run.model_folder("piano", "unet").glob(".part-*"))
+
+
+def test_a_checkpoint_that_is_none_is_refused(small_run, store):
+    folder = small_run.model_folder("piano", "unet")
+    folder.mkdir(parents=True)
+    torch.save({"model": {}}, folder / "last.ckpt")
+    with pytest.raises(ValueError, match="last.ckpt is no checkpoint.*delete it"):
+        train(small_run, store, "piano", "unet")
+
+
+def test_the_better_of_raw_and_averaged_weights_is_kept(small_run, store, monkeypatch):
+    scores = iter([1.0, 2.0, 3.0, 0.0])  # raw and averaged at step 3, raw and averaged at step 6
+    monkeypatch.setattr(training, "validate", lambda *_: next(scores))
+    train(small_run, store, "piano", "demucs_lstm")
+    kept, checkpoint = weights_of(small_run, "demucs_lstm")
+    description = json.loads((small_run.model_folder("piano", "demucs_lstm") / "model.json").read_text())
+    assert (description["best_weights"], description["best_step"], description["valid_sdr"]) == ("raw", 6, 3.0)
+    assert all(torch.equal(tensor, checkpoint[f"raw/{key}"]) for key, tensor in kept.items())
+    assert not all(torch.equal(tensor, checkpoint[f"ema/{key}"]) for key, tensor in kept.items())
+
+
+def test_two_processes_get_the_gradients_of_one(small_settings, tmp_path):
+    """The first moments of Adam after one step are its gradients, clipped, times 0.1: two processes with gloo against one."""
+    moments = {}
+    for processes in (1, 2):
+        overrides = ["segment_s=0.5", "valid_s=2", "steps=1", "valid_every=1", "batch_size=4", f"devices={processes}", "device=cpu"]
+        name = f"{processes}-processes"
+        arguments = ["--profile", "smoke", "--run", name, "--data", small_settings.data, "--target", "piano", "--model", "demucs_attention"]
+        done = command("train", *arguments, "--set", *overrides, MSS_RESULTS=str(tmp_path), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        checkpoint = load_file(tmp_path / name / "models" / "piano" / "demucs_attention" / "seed0" / "last.ckpt")
+        moments[processes] = {key: tensor for key, tensor in checkpoint.items() if key.endswith("exp_avg")}
+    assert moments[1].keys() == moments[2].keys()
+    largest = max(tensor.abs().max() for tensor in moments[1].values())
+    for key, tensor in moments[1].items():
+        torch.testing.assert_close(moments[2][key], tensor, rtol=1e-3, atol=1e-5 * largest.item())
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(small_run, store, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes cannot share batch_size=2"):
+        train(small_run, store, "piano", "unet")
 
 
 def test_b1_and_b2_see_the_same_batches(small_run, store, monkeypatch):
@@ -92,8 +187,39 @@ def test_validation_tracks_without_the_target_are_noticed_before_the_training(sm
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(small_run, store, monkeypatch):
-    monkeypatch.setattr(training, "descend", lambda *_: math.nan)
-    with pytest.raises(FloatingPointError, match="nan at step 0: set demucs_lr lower"):
+    losses = iter([1.0, math.nan, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(training, "descend", lambda *_: torch.tensor(next(losses)))
+    with pytest.raises(FloatingPointError, match="demucs_lstm is nan at step 1: set demucs_lr lower"):
+        train(small_run, store, "piano", "demucs_lstm")
+
+
+@pytest.mark.parametrize("answer, gain", [("the mixture", 1.0), ("silence", 0.0)])
+def test_a_network_that_gave_up_is_noticed(small_settings, store, answer, gain):
+    batch = Mixer(store, small_settings, "piano").batch(0)
+    network = torch.nn.Conv1d(1, 1, 1, bias=False)
+    torch.nn.init.constant_(network.weight, gain + 0.01)
+    assert collapse(network, batch) == answer
+    torch.nn.init.constant_(network.weight, 0.5)
+    assert collapse(network, batch) is None
+    right = replace(batch, target=gain * batch.mixture)  # where that answer is right, it is no fault
+    torch.nn.init.constant_(network.weight, gain)
+    assert collapse(network, right) is None
+
+
+def test_a_collapse_is_said_while_training(small_run, store, monkeypatch):
+    monkeypatch.setattr(training, "collapse", lambda *_: "the mixture")
+    with pytest.warns(UserWarning, match="At step 3, unet returns the mixture.*learning rate lower") as said:
+        train(small_run, store, "piano", "unet")
+    assert len([warning for warning in said if "returns" in str(warning.message)]) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_out_of_memory_names_the_settings_to_change(small_run, store, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(training, "descend", fail)
+    with pytest.raises(MemoryError, match="batch_size=2 and segment_s=0.5: set batch_size=1, or segment_s=0.25"):
         train(small_run, store, "piano", "demucs_lstm")
 
 
