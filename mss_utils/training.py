@@ -39,6 +39,7 @@ from mss_utils.settings import ROOT, Run, Settings, replacing, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NOT_TRAINED = ("profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers")
+LEARNING_RATES = dict(unet="unet_lr", demucs_lstm="demucs_lr", demucs_attention="demucs_lr")
 LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before
 SAVE_EVERY_S = 300.0  # how much work a killed training loses at the most
 COLLAPSE_DB = -25.0  # an estimate nearer than this to the mixture, or to silence, is no separation
@@ -56,7 +57,7 @@ class Recipe:
 
 def recipe_of(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
     """The recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
-    lr = settings.unet_lr if model_name == "unet" else settings.demucs_lr
+    lr = getattr(settings, LEARNING_RATES[model_name])
     return Recipe(build_model(model_name, settings, seed), separation_loss, lr, settings.weight_decay)
 
 
@@ -179,7 +180,7 @@ def descend(
         group["lr"] = rate
     loss = objective(model, batch)
     fabric.backward(loss)
-    fabric.clip_gradients(model, optimizer, max_norm=grad_clip)
+    fabric.clip_gradients(model, optimizer, max_norm=grad_clip, error_if_nonfinite=False)  # finding that out would wait for the GPU
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
@@ -242,10 +243,8 @@ class Watch:
     def _check_finite(self, losses: list[float]) -> None:
         for step, loss in enumerate(losses, self.state["step"] - len(losses)):
             if not math.isfinite(loss):
-                setting = "unet_lr" if self.name == "unet" else "demucs_lr"
-                raise FloatingPointError(
-                    f"The loss of {self.name} is {loss} at step {step}: set {setting} lower (it is {getattr(self.settings, setting):g})."
-                )
+                setting = LEARNING_RATES.get(self.name, "its learning rate")
+                raise FloatingPointError(f"The loss of {self.name} is {loss} at step {step}: set {setting} lower, or warmup_steps higher.")
 
     def _warn_of_collapse(self, network: torch.nn.Module, batch: Batch) -> None:
         """Say once when all that the network has learnt is to hand back the mixture, or nothing."""
