@@ -329,7 +329,8 @@ def _unet_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> tup
     """What the boxes say: rows of (encoder, decoder), the lowest box, the two ends and what joins them, the kind of skip."""
     bins, frames = model.stft.n_fft // 2, settings.segment / model.stft.hop
     size = lambda shape: f"{shape[0]} channels\n{shape[1]} bins, {_rate(shape[2] / shapes['decoder'][-1][2] * frames / settings.segment_s)}"
-    inputs = f"log magnitude, frequency\n{settings.channels} + 1 channels, {bins} bins, {_rate(frames / settings.segment_s)}"
+    channels = model.encoder[0][0].in_channels
+    inputs = f"log magnitude, tall path, frequency\n{channels} channels, {bins} bins, {_rate(frames / settings.segment_s)}"
     lefts = [inputs, *map(size, shapes["encoder"][:-1])]
     rights = [f"{size(shape)}" for shape in shapes["decoder"][::-1]]
     ends = (
@@ -366,7 +367,15 @@ def _bottleneck_text(bottleneck: torch.nn.Module) -> str:
 def _block_contents(model: torch.nn.Module) -> str:
     """What a block down and a block up are made of, and the number of parameters; `k / s` is kernel / stride."""
     down, up = (" → ".join(_layer_names(blocks)) for blocks in (model.encoder, list(model.decoder)[:-1] or model.decoder))
-    return f"down: {down}\nup: {up}\n{count_parameters(model):,} parameters   (conv kernel / stride, where above 1)"
+    tall = f"tall path: {_tall_text(model.tall)}\n" if hasattr(model, "tall") else ""
+    return f"down: {down}\nup: {up}\n{tall}{count_parameters(model):,} parameters   (conv kernel / stride, where above 1)"
+
+
+def _tall_text(path: torch.nn.Module) -> str:
+    """The path of model A that takes bins as channels: conv from all bins, over time, back to all bins."""
+    steps = ", ".join(str(layer[0].dilation[-1]) for layer in path.over_time)
+    rows, width = path.up.out_channels, path.up.in_channels
+    return f"{rows} bins → {width} channels, conv 1×3 dilated by {steps} frames, each added → {rows} bins"
 
 
 def _layer_names(blocks: Sequence[torch.nn.Module]) -> Iterator[str]:

@@ -26,7 +26,8 @@ def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "unet":
-            return UNet(settings.channels, settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop)
+            size = settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop, settings.unet_tall_channels
+            return UNet(settings.channels, *size)
         demucs = Demucs(settings.channels, settings.demucs_channels, settings.demucs_max_channels, settings.demucs_strides)
         torch.manual_seed(seed + 1_000_003)
         width = demucs.bottleneck_width
@@ -64,12 +65,12 @@ def count_parameters(module: torch.nn.Module) -> int:
 def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
     """Seconds of input that one output sample can depend on through the convolutions alone (bottleneck left out).
 
-    Each convolution widens the field by kernel - 1 steps of its input; each stride makes those steps longer.
+    Each convolution widens the field by kernel - 1 steps of its input, times its dilation; each stride makes those steps longer.
     """
     reach, step = 1, 1  # in samples, or in STFT frames for a spectrogram model
     for layer in model.modules():
         if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d)):
-            reach += (layer.kernel_size[-1] - 1) * step
+            reach += (layer.kernel_size[-1] - 1) * layer.dilation[-1] * step
             step *= layer.stride[-1]
         elif isinstance(layer, (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d)):
             reach += (math.ceil(layer.kernel_size[-1] / layer.stride[-1]) - 1) * step

@@ -1,6 +1,7 @@
 """Model A: a 2-D U-Net that estimates a soft mask over the magnitude spectrogram and keeps the mixture's phase.
 
-After Jansson et al., "Singing voice separation with deep U-Net convolutional networks" (ISMIR 2017). Taught in notebook 02.
+After Jansson et al., "Singing voice separation with deep U-Net convolutional networks" (ISMIR 2017), with a second path
+whose first convolution is as tall as the spectrum. Taught in notebook 02.
 """
 
 from __future__ import annotations
@@ -51,17 +52,46 @@ class Up(nn.Sequential):
         )
 
 
+class TallPath(nn.Module):
+    """Sees all bins of a frame at once: a convolution as tall as the spectrum, four dilated ones over time, and back.
+
+    A U-Net's kernels know neither where in the spectrum they are nor the overtones of a note, which lie hundreds of bins
+    apart. Bins are taken as channels, which is what a kernel of full height comes to, and many times as fast. Every bin is
+    normalised on its own. Dilations of 1, 2, 4, 8 frames after van den Oord et al., "WaveNet" (2016), section 2.1.
+    """
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(rows)
+        self.down = nn.Sequential(nn.Conv2d(rows, width, 1), nn.BatchNorm2d(width), nn.GELU())
+        self.over_time = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, width, (1, 3), padding=(0, n), dilation=(1, n)), nn.BatchNorm2d(width), nn.GELU())
+            for n in (1, 2, 4, 8)
+        )
+        self.up = nn.Conv2d(width, rows, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(batch, channels, bins, frames)` -> the same shape."""
+        y = self.norm(x.flatten(1, 2)[:, :, None])  # (batch, channels * bins, 1, frames)
+        y = self.down(y)  # (batch, width, 1, frames)
+        for layer in self.over_time:
+            y = y + layer(y)
+        return self.up(y).reshape(x.shape)
+
+
 class UNet(nn.Module):
     """Mixture waveform -> STFT -> log magnitude -> U-Net -> mask in [0, 1] -> masked STFT -> target waveform.
 
-    2-D convolutions only. The highest bin (Nyquist) shares the mask of the bin below it, so that the number of bins is
-    a power of two; frames are padded to a multiple of `2 ** depth`.
+    2-D convolutions only. What the tall path finds is one more picture for the U-Net, and is added to what it says of the
+    mask. The highest bin (Nyquist) shares the mask of the bin below it, so that the number of bins is a power of two; frames
+    are padded to a multiple of `2 ** depth`.
     """
 
-    def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int):
+    def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int, tall_width: int):
         super().__init__()
         self.stft, self.depth = STFT(n_fft, hop), depth
-        widths = [channels + 1, *(width * 2**level for level in range(depth))]
+        self.tall = TallPath(channels * n_fft // 2, tall_width)
+        widths = [2 * channels + 1, *(width * 2**level for level in range(depth))]
         self.input_norm = nn.BatchNorm2d(channels)
         self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
         # Full resolution is where the time goes: the last layer up makes the mask itself, without further channels.
@@ -81,15 +111,14 @@ class UNet(nn.Module):
         padding = -frames % 2**self.depth
         x = nn.functional.pad(magnitude[:, :, :-1], (0, padding))  # without the Nyquist bin
         level = magnitude.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-5
-        x = self.input_norm(torch.log1p(10 * x / level))
-        mask = torch.sigmoid(self._unet(self._with_frequency(x)))[..., :frames]
-        return torch.cat([mask, mask[:, :, -1:]], dim=2)
+        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / level)))[..., :frames]
+        return torch.cat([mask, mask[:, :, -1:]], dim=2).float()  # bfloat16 would be too coarse for what follows
 
-    def _with_frequency(self, x: torch.Tensor) -> torch.Tensor:
-        """Append a channel that rises from -1 to 1 over the bins: a convolution alone cannot tell low from high."""
-        ramp = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
-        ramp = ramp[None, None, :, None].expand(x.shape[0], 1, -1, x.shape[3])
-        return torch.cat([x, ramp], dim=1).contiguous(memory_format=torch.channels_last)
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What the sigmoid makes a mask of, from log magnitudes `(batch, channels, bins, frames)`; frames divide by 2 ** depth."""
+        tall = self.tall(x)
+        pictures = torch.cat([self.input_norm(x), tall, _frequency(x)], dim=1)
+        return self._unet(pictures.contiguous(memory_format=torch.channels_last)) + tall
 
     def _unet(self, x: torch.Tensor) -> torch.Tensor:
         skips = []
@@ -100,3 +129,9 @@ class UNet(nn.Module):
         for layer in self.decoder:
             x = torch.cat([layer(x), skips.pop()], dim=1)
         return self.head(x)
+
+
+def _frequency(x: torch.Tensor) -> torch.Tensor:
+    """A picture `(batch, 1, bins, frames)` that rises from -1 to 1 over the bins: a kernel cannot tell low from high without it."""
+    ramp = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
+    return ramp[None, None, :, None].expand(x.shape[0], 1, -1, x.shape[3])
