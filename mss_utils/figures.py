@@ -292,7 +292,7 @@ def architecture(model: torch.nn.Module, settings: Settings, ax: Axes | None = N
     Nothing is computed from settings: a model that changes is drawn as it is. Boxes get narrower where rates get lower.
     """
     shapes = output_shapes(model, settings)
-    rows, bottom, ends, join = (_unet_texts if hasattr(model, "stft") else _demucs_texts)(model, shapes, settings)
+    rows, bottom, ends, joins = (_unet_texts if hasattr(model, "stft") else _demucs_texts)(model, shapes, settings)
     top = 1.16 * len(rows) + 3.45
     ax = _canvas(ax, top + 0.6)
     left = [_Box(ax, (3.2 + 0.25 * i, top - 1.3 - 1.16 * i), (5.2 - 0.5 * i, 0.8), text, BLUE) for i, (text, _) in enumerate(rows)]
@@ -305,7 +305,7 @@ def architecture(model: torch.nn.Module, settings: Settings, ax: Axes | None = N
         _arrow(ax, lower.top, upper.bottom)
     _arrow(ax, left[-1].bottom, below.left, bend="angle,angleA=-90,angleB=0,rad=4")
     _arrow(ax, below.right, right[-1].bottom, bend="angle,angleA=0,angleB=-90,rad=4")
-    for a, b, text in [(first, last, ends[2]), *((a, b, join) for a, b in zip(left, right))]:
+    for a, b, text in [(first, last, ends[2]), *zip(left, right, joins)]:
         _draw_skip(ax, a, b, text)
     _text(ax, (8, 0.6), _block_contents(model), size=6.8, colour="#4a4a4a")
     return ax
@@ -325,32 +325,39 @@ def output_shapes(model: torch.nn.Module, settings: Settings) -> dict[str, list[
     return caught
 
 
-def _unet_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> tuple[list, str, tuple, str]:
-    """What the boxes say: rows of (encoder, decoder), the lowest box, the two ends and what joins them, the kind of skip."""
+def _unet_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> tuple[list, str, tuple, list]:
+    """What the boxes say: rows of (encoder, decoder), the lowest box, the two ends and what joins them, the skip of each row."""
     bins, frames = model.stft.n_fft // 2, settings.segment / model.stft.hop
     size = lambda shape: f"{shape[0]} channels\n{shape[1]} bins, {_rate(shape[2] / shapes['decoder'][-1][2] * frames / settings.segment_s)}"
     channels = model.encoder[0][0].in_channels
     inputs = f"log magnitude, tall path, frequency\n{channels} channels, {bins} bins, {_rate(frames / settings.segment_s)}"
     lefts = [inputs, *map(size, shapes["encoder"][:-1])]
-    rights = [f"{size(shape)}" for shape in shapes["decoder"][::-1]]
+    logits = f"{_count(settings.channels, 'channel')} for the mask\n{bins} bins, {_rate(frames / settings.segment_s)}"
+    rights = [logits, *map(size, shapes["decoder"][::-1])]
     ends = (
         f"mixture waveform, {_rate(settings.sample_rate)}\nSTFT, {model.stft.n_fft} samples, hop {model.stft.hop}",
         "soft mask × mixture spectrogram\ninverse STFT: target waveform", "magnitude and phase of the mixture",
     )
-    return list(zip(lefts, rights)), size(shapes["encoder"][-1]), ends, "concatenate"
+    skips = ["add the tall path", *["concatenate"] * len(shapes["decoder"])]
+    return list(zip(lefts, rights)), size(shapes["encoder"][-1]), ends, skips
 
 
-def _demucs_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> tuple[list, str, tuple, str]:
+def _demucs_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> tuple[list, str, tuple, list]:
     """As `_unet_texts`. A decoder block takes the skip of its row and gives what its box says to the row above."""
     # Rates by design (a factor per layer), not by counting frames: padding would make them 15.9 Hz for 15.6.
     factors = [round(a[-1] / b[-1]) for a, b in zip([(settings.segment,), *shapes["encoder"]], shapes["encoder"])]
     rates = settings.sample_rate / np.cumprod([1, *factors])
     lefts = [f"{shape[0]} channels\n{_rate(rate)}" for shape, rate in zip(shapes["encoder"], rates[1:])]
-    rights = [f"to {_count(shape[0], 'channel')}\n{_rate(rate)}" for shape, rate in zip(shapes["decoder"][::-1], rates)]
+    gates, *ups = shapes["decoder"][::-1]
+    rights = [f"{gates[0] // 2} gates, {gates[0] // 2} additions\n{_rate(rates[1])}", *(f"to {shape[0]} channels\n{_rate(rate)}" for shape, rate in zip(ups, rates[1:]))]
     width = shapes["encoder"][-1][0]
     bottom = f"{_bottleneck_text(model.bottleneck)}\n{width} channels, {_rate(rates[-1])}"
-    ends = f"mixture waveform\n{_rate(settings.sample_rate)}", f"target waveform\n{_rate(settings.sample_rate)}", ""
-    return list(zip(lefts, rights)), bottom, ends, "add"
+    filters, length_ms = model.filters.out_channels, 1000 * model.filters.kernel_size[0] / settings.sample_rate
+    ends = (
+        f"mixture waveform, {_rate(settings.sample_rate)}\n{filters} learnt filters, {length_ms:.3g} ms",
+        "gates × filter outputs + additions\ntransposed filters: target waveform", "outputs of the filters",
+    )
+    return list(zip(lefts, rights)), bottom, ends, ["add"] * len(lefts)
 
 
 def _bottleneck_text(bottleneck: torch.nn.Module) -> str:
@@ -366,7 +373,9 @@ def _bottleneck_text(bottleneck: torch.nn.Module) -> str:
 
 def _block_contents(model: torch.nn.Module) -> str:
     """What a block down and a block up are made of, and the number of parameters; `k / s` is kernel / stride."""
-    down, up = (" → ".join(_layer_names(blocks)) for blocks in (model.encoder, list(model.decoder)[:-1] or model.decoder))
+    alike = lambda blocks, kind: [block for block in blocks if isinstance(block, kind)]  # a Demucs begins and ends otherwise
+    down = " → ".join(_layer_names(alike(model.encoder, type(model.encoder[-1]))))
+    up = " → ".join(_layer_names(alike(model.decoder, type(model.decoder[0]))))
     tall = f"tall path: {_tall_text(model.tall)}\n" if hasattr(model, "tall") else ""
     return f"down: {down}\nup: {up}\n{tall}{count_parameters(model):,} parameters   (conv kernel / stride, where above 1)"
 

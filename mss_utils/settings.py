@@ -90,9 +90,9 @@ class Settings(BaseModel):
     unet_channels: int = Field(16, ge=1)
     unet_depth: int = Field(5, ge=2)
     unet_tall_channels: int = Field(256, ge=1, description="of the path that sees all bins of a frame at once")
-    demucs_channels: int = Field(32, ge=1, description="of the first layer; they double from layer to layer")
+    demucs_channels: int = Field(256, ge=2, description="filters of the first layer; channels double from layer to layer")
     demucs_max_channels: int = Field(256, ge=1, description="up to this many, the width of the bottleneck")
-    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = (8, 4, 4, 4, 2)
+    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = (64, 4, 4)
     attention_heads: int = Field(8, ge=1)
 
     # training
@@ -123,14 +123,14 @@ class Settings(BaseModel):
 PROFILES: dict[str, dict] = {
     "smoke": dict(
         n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
-        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=4, demucs_max_channels=16, attention_heads=2,
+        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16, demucs_max_channels=16, attention_heads=2,
         steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
     ),
     "demo": dict(),
     "musdb7": dict(target="vocals", speed_semitones=2, steps=4000, valid_s=7.0, excerpt_s=6.0),
     "musdb18": dict(
         target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, unet_tall_channels=512,
-        demucs_channels=64, demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
+        demucs_channels=512, demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
         valid_s=60.0,
     ),
 }

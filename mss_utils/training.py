@@ -143,6 +143,8 @@ def fit(
     it is of the same. The state holds step, train_s, best (validation SDR in dB), best_step, best_weights and history.
     """
     fabric = _fabric(settings)
+    if fabric.world_size > 1 and fabric.device.type == "cuda":  # statistics of the whole batch, not of one share
+        recipe = replace(recipe, network=torch.nn.SyncBatchNorm.convert_sync_batchnorm(recipe.network))
     adam = torch.optim.AdamW(recipe.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     model, optimizer = fabric.setup(recipe.network, adam)
     average = averaged(recipe.network, settings.ema_decay)

@@ -1,7 +1,7 @@
 """Models B1 and B2: a simplified Demucs on the raw waveform; the two differ in nothing but the bottleneck.
 
-After Defossez et al., "Music source separation in the waveform domain" (2019), without its resampling and with one
-target. Taught in notebooks 03 (BiLSTM) and 04 (self-attention).
+After Defossez et al., "Music source separation in the waveform domain" (2019), without its resampling and with one target;
+the gated first layer after Luo and Mesgarani, "Conv-TasNet" (2019). Taught in notebooks 03 (BiLSTM) and 04 (self-attention).
 """
 
 from __future__ import annotations
@@ -27,36 +27,48 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """Mirror of `Encoder`: rewrite, gate, transposed convolution; the last one ends in samples, without activation."""
+    """Mirror of `Encoder`: rewrite, gate, transposed convolution, normalisation, GELU."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, last: bool):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__(
             nn.Conv1d(channels_in, 2 * channels_in, 1),
             nn.GLU(dim=1),
             nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, padding=stride // 2),
-            *([] if last else [nn.GroupNorm(1, channels_out), nn.GELU()]),
+            nn.GroupNorm(1, channels_out),
+            nn.GELU(),
         )
 
 
 class Demucs(nn.Module):
-    """Mixture waveform -> strided encoder -> bottleneck -> transposed decoder with skips -> target waveform.
+    """Mixture waveform -> filters -> strided encoder -> bottleneck -> transposed decoder with skips -> gated filters -> target waveform.
 
-    Kernels are twice the stride, channels double from layer to layer up to `max_width`, the width of the bottleneck.
-    `bottleneck` maps `(batch, frames, width)` to the same shape; it is the identity until one is put in. The input is
-    scaled to unit power and the output scaled back. Raises ValueError for a stride that is odd or under 2.
+    The first layer is linear: `width` filters four strides long, which begin as a Fourier basis and are learnt. The last one
+    undoes them: each filter's output passes through a gate between 0 and 1 that the decoder sets, and the decoder adds what
+    it likes, at first nothing. In between, kernels are twice the stride, and channels double from layer to layer up to `max_width`, the width of the bottleneck.
+    `bottleneck` maps `(batch, frames, width)` to the same shape; it is the identity until one is put in. The input is scaled
+    to unit power and the output scaled back. Raises ValueError for a stride that is odd or under 2, or filters that cannot
+    be shared among the channels.
     """
 
     def __init__(self, channels: int, width: int, max_width: int, strides: Sequence[int]):
         super().__init__()
         if any(stride < 2 or stride % 2 for stride in strides):
             raise ValueError(f"Demucs strides are {tuple(strides)}; expected even numbers, so that layers pad alike on both sides.")
-        widths = [channels, *(min(width * 2**layer, max_width) for layer in range(len(strides)))]
+        first, *rest = strides
+        widths = [min(width * 2**layer, max_width) for layer in range(len(strides))]
         self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
-        layers = list(zip(widths, widths[1:], strides))
-        self.encoder = nn.ModuleList(Encoder(a, b, stride) for a, b, stride in layers)
-        self.decoder = nn.ModuleList(Decoder(b, a, stride, last=layer == 0) for layer, (a, b, stride) in enumerate(layers))
-        self.decoder = nn.ModuleList(reversed(self.decoder))
+        layers = list(zip(widths, widths[1:], rest))
+        self.filters = nn.Conv1d(channels, width, 4 * first, first, padding=3 * first // 2, bias=False)
+        self.encoder = nn.ModuleList([nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1)), *(Encoder(*layer) for layer in layers)])
+        last = nn.Sequential(nn.GroupNorm(1, width), nn.Conv1d(width, 2 * width, 1))
+        self.decoder = nn.ModuleList([*(Decoder(b, a, stride) for a, b, stride in reversed(layers)), last])
+        self.synthesis = nn.ConvTranspose1d(width, channels, 4 * first, first, padding=3 * first // 2, bias=False)
         rescale_weights(self)
+        nn.init.zeros_(last[1].weight[:width])  # at first nothing is added
+        nn.init.zeros_(last[1].bias[:width])
+        basis = fourier_basis(channels, width, 4 * first)
+        self.filters.weight.data.copy_(basis)
+        self.synthesis.weight.data.copy_(basis / 4)  # every sample lies in four filters' frames
         self.bottleneck = nn.Identity()
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
@@ -64,7 +76,7 @@ class Demucs(nn.Module):
         samples = mixture.shape[-1]
         scale = mixture.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-5
         padding = -samples % self.total_stride  # every layer divides the padded length without a remainder
-        x = nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2))
+        x = filtered = self.filters(nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2)))
         skips = []
         for layer in self.encoder:
             x = layer(x)
@@ -72,7 +84,9 @@ class Demucs(nn.Module):
         x = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)  # (batch, frames, width) inside
         for layer in self.decoder:
             x = layer(x + skips.pop())
-        return x[..., padding // 2 : padding // 2 + samples] * scale
+        added, gates = x.chunk(2, dim=1)  # each (batch, width, samples / first stride), like the filters' outputs
+        estimate = self.synthesis(filtered * torch.sigmoid(gates) + added)
+        return estimate[..., padding // 2 : padding // 2 + samples] * scale
 
 
 class LSTMBottleneck(nn.Module):
@@ -117,6 +131,23 @@ def sinusoidal_positions(frames: int, width: int) -> torch.Tensor:
     position = torch.arange(frames)[:, None]
     rate = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2) / width)
     return torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)[:, :width]
+
+
+def fourier_basis(channels: int, n_filters: int, length: int) -> torch.Tensor:
+    """Hann-windowed cosines and sines of equally spaced frequencies, unit norm: `(n_filters, channels, length)`.
+
+    Every filter listens to one channel. Raises ValueError if the channels cannot have equally many cosines and sines.
+    """
+    if n_filters % (2 * channels):
+        raise ValueError(f"demucs_channels is {n_filters}; with channels={channels} expected a multiple of {2 * channels}.")
+    n = n_filters // (2 * channels)
+    phase = math.pi * torch.arange(1, n + 1)[:, None] / (n + 1) * (torch.arange(length) - (length - 1) / 2)
+    waves = torch.cat([torch.cos(phase), torch.sin(phase)]) * torch.hann_window(length, periodic=False)  # (2 * n, length)
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    basis = torch.zeros(channels, 2 * n, channels, length)
+    for channel in range(channels):
+        basis[channel, :, channel] = waves
+    return basis.flatten(0, 1)
 
 
 def rescale_weights(module: nn.Module, reference: float = 0.1) -> None:
