@@ -320,7 +320,7 @@ def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> Non
 def schedule(settings: Settings, steps: int) -> Settings:
     """Warm-up, curriculum and validations at the same shares of every training, however many steps it has."""
     shares = {name: round(share * steps) for name, share in SHARES.items()}
-    return settings.model_copy(update=dict(steps=steps, valid_every=max(1, steps // 10), **shares))
+    return settings.model_copy(update=dict(steps=steps, valid_every=steps // 10 or steps, **shares))
 
 
 # --- score
