@@ -2,7 +2,7 @@
 
     candidates --speed--> steps in the time --choose--> a size for each peer --train--> weights --score--> tracks --> table
 
-    pip install --no-deps -r benchmarks/peers_requirements.txt
+    pip install --no-deps -r benchmarks/requirements.txt
     python benchmarks/peers.py --data DIR --profile musdb7 --target vocals --minutes 10
 
 A peer keeps its own loss, learning rate and normalisation; store, segments, augmentation, curriculum, schedule and clipping
@@ -302,9 +302,11 @@ def train(bench: Bench) -> None:
 
 def chosen(bench: Bench) -> list[tuple[str, str]]:
     """Name and size of our models and of the peers that choice.csv has, of those that `only` names."""
-    choice = bench.table("choice")
-    sizes = choice[choice["chosen"]].set_index("name")["size"]
-    return [(name, size) for name, size in candidates(bench.only) if name in MODELS or sizes.get(name) == size]
+    sizes = dict.fromkeys(MODELS, "profile")
+    if any(name in PEERS for name in bench.only):
+        choice = bench.table("choice")
+        sizes |= choice[choice["chosen"]].set_index("name")["size"].to_dict()
+    return [(name, size) for name, size in candidates(bench.only) if sizes.get(name) == size]
 
 
 def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> None:

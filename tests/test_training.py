@@ -41,6 +41,15 @@ def test_training_writes_what_the_contract_names(small_run, store, name):
     assert not model.training and model.target == "piano"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_training_in_bfloat16(small_run, store, name):
+    run = Run("bf16", small_run.settings.model_copy(update=dict(precision="bf16-mixed")), small_run.folder)
+    train(run, store, "piano", name)
+    log = training.history(run.model_folder("piano", name))
+    assert np.isfinite(log["valid_sdr_db"]).all()
+    assert all(tensor.dtype != torch.bfloat16 for tensor in weights_of(run, name)[0].values())
+
+
 def test_a_trained_model_is_loaded_unless_settings_or_data_changed(small_run, store, monkeypatch):
     train(small_run, store, "piano", "unet")
     monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
