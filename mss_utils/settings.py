@@ -127,7 +127,7 @@ PROFILES: dict[str, dict] = {
         steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
     ),
     "demo": dict(),
-    "musdb7": dict(target="vocals", speed_semitones=2, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),
+    "musdb7": dict(target="vocals", speed_semitones=2, unet_tall_channels=64, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),
     "musdb18": dict(
         target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, unet_tall_channels=512,
         demucs_channels=512, demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
