@@ -41,7 +41,7 @@ from mss_utils.metrics import BSSEval, utterance_sdr
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder, write_text
-from mss_utils.training import Recipe, averaged, descend, fit, is_trained, recipe_of
+from mss_utils.training import Recipe, descend, fit, follow, is_trained, recipe_of, set_up
 
 SEED = 0
 WARM_UP_STEPS, MIN_STEPS, MEASURED_S = 2, 3, 12.0
@@ -80,12 +80,12 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings on top of the profile")
     parser.add_argument("--minutes", type=float, default=10, help="training time of each model")
     parser.add_argument("--choice-minutes", type=float, default=1.5, help="training time of each size of a peer, to choose one")
-    parser.add_argument("--out", default="", metavar="DIR", help="default: results/peers/TARGET")
+    parser.add_argument("--out", default="", metavar="DIR", help="default: results/peers/PROFILE-TARGET")
     parser.add_argument("--stage", nargs="*", choices=STAGES, default=list(STAGES), help="default: all, in this order")
     parser.add_argument("--only", nargs="*", choices=(*MODELS, *PEERS), default=[*MODELS, *PEERS], metavar="NAME", help="models to work on")
     given = parser.parse_args()
     settings = resolve(given.profile, given.data, given.target, given.set)
-    out = from_root(given.out) if given.out else results_folder() / "peers" / settings.target
+    out = from_root(given.out) if given.out else results_folder() / "peers" / f"{given.profile}-{settings.target}"
     bench = Bench(settings, open_store(settings), out, given.minutes, given.choice_minutes, tuple(given.only))
     for stage in given.stage:
         STAGES[stage](bench)
@@ -197,7 +197,7 @@ def waveform_error(model: nn.Module, batch: Batch) -> torch.Tensor:
     return l1_loss(model(batch.mixture), batch.target)
 
 
-# Network, loss, learning rate, weight decay and gradient clipping of each peer. 1e-3, 1e-5, none: defaults of Open-Unmix's
+# Network, loss, learning rate, weight decay and gradient clipping of each peer; AdamW for all, which for decays so small is Adam. 1e-3, 1e-5, none: defaults of Open-Unmix's
 # scripts/train.py; 3e-4, 0, none: optim in Demucs' conf/config.yaml, for both of its models; 1e-3, 0, 5: section III.C of Conv-TasNet.
 PEERS = dict(
     open_unmix=(Unmix, magnitude_error, 1e-3, 1e-5, NO_CLIPPING),
@@ -249,21 +249,20 @@ def speed(bench: Bench) -> None:
         if (name, size) not in measured:
             rows.append(dict(name=name, size=size) | measure(bench, recipe(name, size, bench.settings, bench.store)))
             bench.write("speed", pd.DataFrame(rows))
-            print(f"{name} ({size}): {rows[-1]['step_s']:.3f} s a step, {rows[-1]['steps']} steps", flush=True)
+            print(f"{name} ({size}): {rows[-1]['step_s']:.3f} s a step", flush=True)
 
 
 def measure(bench: Bench, candidate: Recipe) -> dict:
-    """Trained parameters, seconds a step on all sources, from mixing to the running average, and the steps in the time."""
+    """Trained parameters, and seconds a step on all sources, from mixing to the running average."""
     settings, network = bench.settings, candidate.network
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    adam = torch.optim.AdamW(network.parameters(), lr=candidate.lr, weight_decay=candidate.weight_decay)
-    model, optimizer = fabric.setup(network, adam)
-    average, count = averaged(network, settings.ema_decay), -WARM_UP_STEPS
+    model, optimizer, _, average = set_up(fabric, candidate)
+    count = -WARM_UP_STEPS
     with closing(Mixer(bench.store, settings, settings.target, SEED).batches(settings.stage3_step, 10**9, fabric.device)) as batches:
         for batch in batches:
             # .item() waits for the device
             descend(fabric, model, optimizer, candidate.objective, batch, settings.grad_clip, candidate.lr).item()
-            average.update_parameters(network)
+            follow(average, network, settings.ema_decay)
             count += 1
             if count <= 0:
                 started = time.perf_counter()
@@ -272,7 +271,12 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
     step_s = (time.perf_counter() - started) / count
     parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     audio_s_per_s = settings.batch_size * settings.segment_s / step_s
-    return dict(parameters=parameters, step_s=step_s, audio_s_per_s=audio_s_per_s, steps=max(1, int(60 * bench.minutes / step_s)))
+    return dict(parameters=parameters, step_s=step_s, audio_s_per_s=audio_s_per_s)
+
+
+def steps_in(minutes: float, bench: Bench, name: str, size: str) -> int:
+    """How many steps of a candidate the time is worth, by the seconds in speed.csv; at least one."""
+    return max(1, int(60 * minutes / bench.table("speed").set_index(["name", "size"])["step_s"][name, size]))
 
 
 # --- choose and train
@@ -280,9 +284,8 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
 
 def choose(bench: Bench) -> None:
     """Train both sizes of each peer for a short time; the better one on the validation tracks is `chosen` in choice.csv."""
-    seconds = bench.table("speed").set_index(["name", "size"])["step_s"]
     for name, size in candidates(tuple(name for name in bench.only if name in PEERS)):
-        trained(bench, name, size, bench.out / "choice" / f"{name}-{size}", max(1, int(60 * bench.choice_minutes / seconds[name, size])))
+        trained(bench, name, size, bench.out / "choice" / f"{name}-{size}", steps_in(bench.choice_minutes, bench, name, size))
     rows = []
     for name, size in candidates(tuple(PEERS)):
         path = bench.out / "choice" / f"{name}-{size}" / "model.json"
@@ -294,10 +297,9 @@ def choose(bench: Bench) -> None:
 
 
 def train(bench: Bench) -> None:
-    """Train what was chosen for the steps in speed.csv."""
-    steps = bench.table("speed").set_index(["name", "size"])["steps"]
+    """Train what was chosen for the time that everybody has."""
     for name, size in chosen(bench):
-        trained(bench, name, size, bench.out / "models" / name, int(steps[name, size]))
+        trained(bench, name, size, bench.out / "models" / name, steps_in(bench.minutes, bench, name, size))
 
 
 def chosen(bench: Bench) -> list[tuple[str, str]]:

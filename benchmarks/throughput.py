@@ -39,7 +39,7 @@ from mss_utils.data import build_store, find_tracks, open_store
 from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.settings import MODELS, Settings, from_root, replacing, resolve
-from mss_utils.training import averaged, descend, recipe_of
+from mss_utils.training import descend, follow, on_gpu, peak_memory_mb, recipe_of, reset_peak_memory, resident_mb, set_up
 
 PARTS = ("decoding", "loading", "steps", "memory")
 SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading
@@ -287,13 +287,11 @@ class MarkingFabric(Fabric):
 def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
     """A function that makes one training step of a new model, as `training.fit` does."""
     recipe = recipe_of(name, settings)
-    adam = torch.optim.AdamW(recipe.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    model, optimizer = fabric.setup(recipe.network, adam)
-    average = averaged(recipe.network, settings.ema_decay)
+    model, optimizer, _, average = set_up(fabric, recipe)
 
     def step(batch: Batch) -> None:
         descend(fabric, model, optimizer, recipe.objective, batch, settings.grad_clip, recipe.lr)
-        average.update_parameters(recipe.network)
+        follow(average, recipe.network, settings.ema_decay)
 
     return step
 
@@ -347,20 +345,19 @@ def free_mb(settings: Settings) -> float:
     return psutil.virtual_memory().available / 2**20
 
 
-def on_gpu(settings: Settings) -> bool:
-    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
-
-
 def peak_mb(name: str, settings: Settings) -> float:
     """Peak memory in MB of a training step: weights and their average, gradients, AdamW's moments, batch, activations.
 
-    On a GPU what torch had allocated at the most; on a CPU by how much a process of its own grew. NaN if the system
-    killed that process, which is what it does when memory runs out.
+    On a GPU what torch had allocated at the most; on a CPU by how much a process of its own grew. NaN if memory ran out, for
+    which the system kills that process.
     """
     if on_gpu(settings):
-        torch.cuda.reset_peak_memory_stats()
-        take_steps(name, settings)
-        return torch.cuda.max_memory_allocated() / 2**20
+        reset_peak_memory(settings)
+        try:
+            take_steps(name, settings)
+        except torch.OutOfMemoryError:
+            return np.nan
+        return peak_memory_mb(settings)
     command = [sys.executable, __file__, "--measure", name, settings.model_dump_json()]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | GIVING_BACK)
     if done.returncode == -signal.SIGKILL:
@@ -378,15 +375,9 @@ def peak_of_this_process_mb(name: str, settings: Settings) -> float:
     torch.set_num_threads(1)
     take_steps(name, resolve("smoke", overrides=f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}"))
     before = resident_mb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak_memory(settings)
     take_steps(name, settings)
     return resident_mb("VmHWM") - before
-
-
-def resident_mb(field: str) -> float:
-    """`VmRSS` (resident now) or `VmHWM` (at the most) of this process, in MB."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].removesuffix("kB")) / 1024
 
 
 def take_steps(name: str, settings: Settings) -> None:

@@ -75,9 +75,10 @@ def _add_train(commands) -> None:
 def _train(given: argparse.Namespace) -> None:
     """One model after the other; under `torchrun` this is one of several processes that share every batch."""
     run = _open(given)
-    from mss_utils.data import open_store
+    from mss_utils.data import check_target, open_store
     from mss_utils.training import train, train_here
 
+    check_target(run.settings)
     store = open_store(run.settings)
     seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
     for stem, model, seed in itertools.product(store.targets(given.stem or run.settings.target), given.model, seeds):

@@ -349,7 +349,8 @@ def _demucs_texts(model: torch.nn.Module, shapes: dict, settings: Settings) -> t
     rates = settings.sample_rate / np.cumprod([1, *factors])
     lefts = [f"{shape[0]} channels\n{_rate(rate)}" for shape, rate in zip(shapes["encoder"], rates[1:])]
     gates, *ups = shapes["decoder"][::-1]
-    rights = [f"{gates[0] // 2} gates, {gates[0] // 2} additions\n{_rate(rates[1])}", *(f"to {shape[0]} channels\n{_rate(rate)}" for shape, rate in zip(ups, rates[1:]))]
+    rights = [f"to {shape[0]} channels\n{_rate(rate)}" for shape, rate in zip(ups, rates[1:])]
+    rights.insert(0, f"{gates[0] // 2} gates, {gates[0] // 2} additions\n{_rate(rates[1])}")
     width = shapes["encoder"][-1][0]
     bottom = f"{_bottleneck_text(model.bottleneck)}\n{width} channels, {_rate(rates[-1])}"
     filters, length_ms = model.filters.out_channels, 1000 * model.filters.kernel_size[0] / settings.sample_rate

@@ -41,7 +41,7 @@ class Draw:
 
     def share(self, index: int, count: int) -> Draw:
         """Every `count`-th example from `index` on: what one of several processes takes of a batch."""
-        return replace(self, **{name: tensor[index::count] for name, tensor in vars(self).items()})
+        return replace(self, **{name: tensor[index::count].contiguous() for name, tensor in vars(self).items()})
 
     def pinned(self) -> Draw:
         """The same in page-locked memory, from which a GPU copies while it computes."""
@@ -87,12 +87,16 @@ class Mixer:
 
         `share` is (index, count): of `count` processes that train together, each takes its examples of every batch.
         """
-        for draw in self.draws(first, last, pinned=torch.device(device).type == "cuda"):
-            yield self.assemble(draw.share(*share), device)
+        for draw in self.draws(first, last, torch.device(device).type == "cuda", share):
+            yield self.assemble(draw, device)
 
-    def draws(self, first: int, last: int, pinned: bool = False) -> Iterator[Draw]:
+    def draws(self, first: int, last: int, pinned: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[Draw]:
         """The draws of steps `first` up to, not including, `last`; `loader_workers` threads read ahead of the caller."""
-        read = lambda step: self.draw(step).pinned() if pinned else self.draw(step)
+
+        def read(step: int) -> Draw:
+            draw = self.draw(step).share(*share)
+            return draw.pinned() if pinned else draw
+
         steps = iter(range(first, last))
         with ThreadPoolExecutor(self.settings.loader_workers) as pool:
             coming = deque(pool.submit(read, step) for step in islice(steps, self.settings.loader_workers + 1))
@@ -171,12 +175,12 @@ class Mixer:
         Speed changes pitch and tempo together and keeps attacks sharp. Source: T. Ko et al., "Audio augmentation for speech
         recognition", Interspeech 2015.
         """
-        draw = draw.to(device)
+        semitones, draw = draw.semitones, draw.to(device)  # a GPU would have to be waited for to know which speeds there are
         stems = draw.segments.float().mul_(draw.gains[..., None, None])  # (batch, stems, channels, samples)
         whole, stems = stems, stems[..., : self.settings.segment]  # more was read where the speed may change
-        for semitones in draw.semitones.unique().tolist() if self.settings.speed_semitones else []:
-            at = draw.semitones == semitones  # (batch, stems)
-            stems[at] = _at_speed(whole[at], speed_of(semitones), self.settings.segment)
+        for n in semitones.unique().tolist() if self.settings.speed_semitones else []:
+            at = (semitones == n).nonzero(as_tuple=True)  # example, stem
+            stems[at] = _at_speed(whole[at], speed_of(n), self.settings.segment)
         return Batch(stems.sum(dim=1), stems[:, self.target], stems)
 
 

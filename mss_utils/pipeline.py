@@ -145,6 +145,8 @@ def build_report(run: Run) -> Path:
     with tempfile.TemporaryDirectory() as root:
         shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf"))
         shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf"))
+        run_settings = run.settings.model_dump_json(indent=2)  # a run of an older version has not all of them
+        write_text(Path(root) / "run" / "settings.json", run_settings)
         with replacing(pdf) as part:
             part.write_bytes(typst.compile(Path(root) / "report" / "report.typ", root=root, sys_inputs={"run": "/run", "name": run.name}))
     return pdf

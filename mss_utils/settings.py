@@ -123,8 +123,8 @@ class Settings(BaseModel):
 PROFILES: dict[str, dict] = {
     "smoke": dict(
         n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
-        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16, demucs_max_channels=16, attention_heads=2,
-        steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
+        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16,
+        demucs_max_channels=16, attention_heads=2, steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
     ),
     "demo": dict(),
     "musdb7": dict(target="vocals", speed_semitones=2, unet_tall_channels=64, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
@@ -27,7 +28,6 @@ import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from mss_utils.data import Store
@@ -101,27 +101,29 @@ def train(
     ValueError when validation would hear no target or the batch cannot be shared out.
     """
     folder = run.model_folder(target, model_name, seed)
-    if not is_trained(folder, identity_of(run, store, target, model_name, seed)):
-        if run.settings.devices > 1:
-            _train_in_processes(run, target, model_name, seed, on_validation)
-        else:
-            train_here(run, store, target, model_name, seed, on_validation)
+    if run.settings.devices > 1 and not is_trained(folder, identity_of(run, store, target, model_name, seed)):
+        _train_in_processes(run, target, model_name, seed, on_validation)
+    train_here(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
 
 
 def train_here(
     run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
 ) -> None:
-    """Train one model in this process, alone or as one of those that `torchrun` started; see `train`."""
+    """Train one model, if it is not trained yet, in this process: alone, or as one of those that `torchrun` started; see `train`."""
     folder, identity = run.model_folder(target, model_name, seed), identity_of(run, store, target, model_name, seed)
+    if is_trained(folder, identity):
+        return
     _check_validation(store, run.settings, target)
     run.write_settings()
+    reset_peak_memory(run.settings)
     state = fit(run.settings, store, identity, folder, recipe_of(model_name, run.settings, seed), on_validation)
     if int(os.environ.get("RANK", 0)) > 0:  # one process writes
         return
     description = identity | dict(
         parameters=count_parameters(build_model(model_name, run.settings)), steps=state["step"], best_step=state["best_step"],
-        best_weights=state["best_weights"], valid_sdr=state["best"], train_s=state["train_s"], peak_memory_mb=peak_memory_mb(),
+        best_weights=state["best_weights"], valid_sdr=state["best"], train_s=state["train_s"],
+        peak_memory_mb=peak_memory_mb(run.settings), processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
     write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
@@ -143,14 +145,9 @@ def fit(
     it is of the same. The state holds step, train_s, best (validation SDR in dB), best_step, best_weights and history.
     """
     fabric = _fabric(settings)
-    if fabric.world_size > 1 and fabric.device.type == "cuda":  # statistics of the whole batch, not of one share
-        recipe = replace(recipe, network=torch.nn.SyncBatchNorm.convert_sync_batchnorm(recipe.network))
-    adam = torch.optim.AdamW(recipe.network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    model, optimizer = fabric.setup(recipe.network, adam)
-    average = averaged(recipe.network, settings.ema_decay)
-    networks = {"raw": recipe.network, "ema": average.module}
+    model, optimizer, adam, average = set_up(fabric, recipe)
+    networks = {"raw": recipe.network, "ema": average}
     state = _resume(folder, networks, adam, identity)
-    average.n_averaged.fill_(state["step"])
     mixer = Mixer(store, settings, identity["target"], identity["seed"])
     share = fabric.global_rank, fabric.world_size  # of every batch, for this process
 
@@ -158,7 +155,7 @@ def fit(
         for batch in mixer.batches(state["step"], settings.steps, fabric.device, share):
             rate = learning_rate(state["step"], settings, recipe.lr)
             loss = descend(fabric, model, optimizer, recipe.objective, batch, settings.grad_clip, rate)
-            average.update_parameters(recipe.network)
+            follow(average, recipe.network, settings.ema_decay)
             state["step"] += 1
             validating = state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
             watch.step(loss, recipe.network, batch, look=validating)
@@ -166,10 +163,10 @@ def fit(
                 scores = {weights: validate(network, store, settings, identity["target"]) for weights, network in networks.items()}
                 _record(state, settings, scores, rate)
                 _keep_best(folder, networks, state)
-                if on_validation:
-                    on_validation(pd.DataFrame(state["history"]))
             if (validating or watch.save_is_due()) and fabric.is_global_zero:
                 _save(folder, networks, adam, state, identity)
+                if validating and on_validation:
+                    on_validation(pd.DataFrame(state["history"]))
                 watch.saved()
     return state
 
@@ -188,9 +185,28 @@ def descend(
     return loss.detach()
 
 
-def averaged(network: torch.nn.Module, decay: float) -> AveragedModel:
-    """A copy of `network` that follows it as an exponential moving average (EMA) of weights and running statistics."""
-    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+def set_up(fabric: Fabric, recipe: Recipe) -> tuple:
+    """What a training moves: the network as `fabric` wraps it, its optimizer, likewise, and bare, and the averaged network."""
+    network = recipe.network
+    if fabric.world_size > 1 and fabric.device.type == "cuda":  # statistics of the whole batch, not of one share
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    adam = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    model, optimizer = fabric.setup(network, adam)
+    average = deepcopy(network)
+    for layer in average.modules():
+        if isinstance(layer, torch.nn.RNNBase):
+            layer.flatten_parameters()  # a copy's weights do not lie side by side, as a GPU wants them
+    return model, optimizer, adam, average
+
+
+@torch.no_grad()
+def follow(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> None:
+    """One step of the exponential moving average (EMA) of weights and running statistics: `average` nears `network` by 1 - decay.
+
+    torch's own AveragedModel would make a GPU wait at every step.
+    """
+    pairs = [pair for pair in zip(average.state_dict().values(), network.state_dict().values()) if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 
 class Watch:
@@ -202,9 +218,10 @@ class Watch:
 
     def __init__(self, fabric: Fabric, settings: Settings, identity: dict, state: dict):
         self.settings, self.name, self.state, self.losses, self.warned = settings, identity["model"], state, [], set()
+        self.speaks = fabric.is_global_zero  # for all processes
         self.bar = tqdm(
             total=settings.steps, initial=state["step"], desc=f"{self.name} on {identity['target']}", unit="step", mininterval=1,
-            disable=not fabric.is_global_zero,
+            disable=not self.speaks,
         )
         self.clock = self.last_save = time.perf_counter()
 
@@ -216,9 +233,10 @@ class Watch:
         self.bar.close()
         if isinstance(error, torch.OutOfMemoryError) or (kind is RuntimeError and "not enough memory" in str(error)):
             size, seconds = self.settings.batch_size, self.settings.segment_s
+            smaller = f"batch_size={size // 2}, or " if size > 1 else ""
             raise MemoryError(
                 f"{self.name} ran out of memory with batch_size={size} and segment_s={seconds:g}: "
-                f"set batch_size={max(1, size // 2)}, or segment_s={seconds / 2:g}, or precision=bf16-mixed."
+                f"set {smaller}segment_s={seconds / 2:g}, or precision=bf16-mixed."
             ) from error
 
     def step(self, loss: torch.Tensor, network: torch.nn.Module, batch: Batch, look: bool) -> None:
@@ -228,7 +246,8 @@ class Watch:
         if look or time.perf_counter() - self.clock > LOOK_EVERY_S:
             losses, self.losses = torch.stack(self.losses).tolist(), []  # on a GPU this waits for all steps before
             self._check_finite(losses)
-            self._warn_of_collapse(network, batch)
+            if self.speaks:
+                self._warn_of_collapse(network, batch)
             self.state["losses"] += losses
             self.state["train_s"] += time.perf_counter() - self.clock
             self._show(np.mean(losses))
@@ -250,11 +269,12 @@ class Watch:
 
     def _warn_of_collapse(self, network: torch.nn.Module, batch: Batch) -> None:
         """Say once when all that the network has learnt is to hand back the mixture, or nothing."""
-        answer = collapse(network, batch) if self.state["step"] > self.settings.warmup_steps else None
+        few = Batch(*(audio[:4] for audio in vars(batch).values()))
+        answer = collapse(network, few) if self.state["step"] > self.settings.warmup_steps else None
         if answer and answer not in self.warned:
             self.warned.add(answer)
             warnings.warn(
-                f"At step {self.state['step']}, {self.name} returns {answer} for every example of a batch. If that lasts, "
+                f"At step {self.state['step']}, {self.name} returns {answer} for every example looked at. If that lasts, "
                 "set its learning rate lower, warmup_steps higher, or begin with another seed.", stacklevel=3,
             )
 
@@ -285,7 +305,8 @@ def _fabric(settings: Settings) -> Fabric:
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % processes:
-        raise ValueError(f"{processes} processes cannot share batch_size={settings.batch_size} equally: set it to a multiple of {processes}.")
+        size = settings.batch_size
+        raise ValueError(f"{processes} processes cannot share batch_size={size} equally: set it to a multiple of {processes}.")
     fabric = Fabric(accelerator=settings.device, devices=devices, num_nodes=processes // devices, precision=settings.precision)
     fabric.launch()
     return fabric
@@ -293,6 +314,9 @@ def _fabric(settings: Settings) -> Fabric:
 
 def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None) -> None:
     """Have `torchrun` start one process a device on this machine; follow their history from here."""
+    present = torch.cuda.device_count()
+    if run.settings.device != "cpu" and run.settings.devices > present > 0:
+        raise ValueError(f"devices={run.settings.devices}, but only {present} GPUs are here: set devices lower.")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.settings.devices}"]
     command += ["-m", "--", "mss_utils", "train", "--profile", run.settings.profile, "--run", run.name]
     command += ["--stem", target, "--model", model_name, "--seed", str(seed)]
@@ -373,11 +397,32 @@ def history(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "history.csv")
 
 
-def peak_memory_mb() -> float:
-    """Largest memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
+def on_gpu(settings: Settings) -> bool:
+    """Whether a training with these settings runs on a CUDA GPU."""
+    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def reset_peak_memory(settings: Settings) -> None:
+    """Begin anew to note the largest memory; where the kernel has no mark to set back (outside Linux), nothing happens."""
+    if on_gpu(settings):
+        torch.cuda.reset_peak_memory_stats()
+    elif (mark := Path("/proc/self/clear_refs")).exists():
+        mark.write_text("5")
+
+
+def peak_memory_mb(settings: Settings) -> float:
+    """Largest memory since `reset_peak_memory` in MB: of the GPU where that is used, else of this process."""
+    if on_gpu(settings):
         return torch.cuda.max_memory_allocated() / 2**20
+    if Path("/proc/self/status").exists():
+        return resident_mb("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mb(field: str) -> float:
+    """`VmRSS` (resident now) or `VmHWM` (at the most) of this process in MB, as Linux counts it."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].removesuffix("kB")) / 1024
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------
@@ -425,20 +470,17 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
-    """Put the last checkpoint of the same training into networks and optimizer and return its state, else a new state."""
+    """Put the last checkpoint of the same training into networks and optimizer and return its state.
+
+    Without one, return a new state; what an older training left, which may be of other data, is no longer valid then.
+    """
     new = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])
-    path = folder / "last.ckpt"
     for left in folder.glob(".part-*"):  # what a killed process was writing
         left.unlink(missing_ok=True)
-    if not path.exists():
-        return new
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no checkpoint ({error}): delete it, and the training begins anew.") from None
-    if json.loads(about["identity"]) != json.loads(json.dumps(_fingerprint(identity))):
+    about, tensors = _read_checkpoint(folder / "last.ckpt")
+    if about.get("identity") != json.dumps(_fingerprint(identity)):
+        for name in ("model.json", "history.csv"):
+            (folder / name).unlink(missing_ok=True)
         return new
     under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     for weights, network in networks.items():
@@ -447,3 +489,16 @@ def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, iden
     moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
     optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
     return json.loads(about["state"])
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """What a checkpoint says of itself, and its tensors; nothing for a missing file, or one that is no safetensors file."""
+    if not path.exists():
+        return {}, {}
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        return about, load_file(path)
+    except SafetensorError as error:
+        warnings.warn(f"{path} is no checkpoint ({error}): the training begins anew.", stacklevel=2)
+        return {}, {}

@@ -190,3 +190,11 @@ def test_silent_targets_are_drawn_again_and_the_stated_share_is_kept(store, smal
 def test_a_segment_longer_than_every_song_is_an_error(store, small_settings):
     with pytest.raises(ValueError, match="segment_s=60.*set segment_s lower"):
         Mixer(store, changed(small_settings, segment_s=60.0), "piano")
+
+
+def test_processes_share_a_batch_without_overlap(store, small_settings):
+    mixer = Mixer(store, small_settings.model_copy(update=dict(batch_size=4)), "piano")
+    whole = mixer.batch(7)
+    shares = [next(mixer.batches(7, 8, share=(index, 2))) for index in range(2)]
+    together = torch.stack([share.stems for share in shares], dim=1).flatten(0, 1)  # examples 0, 2 and 1, 3 in turn
+    assert torch.equal(together, whole.stems)

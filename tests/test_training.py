@@ -86,9 +86,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(small_run, store, tm
     def stop(history):
         raise Interrupted
 
-    for _ in range(2):
+    for step in (3, 6):  # each time it goes on from where the last call was stopped
         with pytest.raises(Interrupted):
             train(small_run, store, "piano", name, on_validation=stop)
+        assert training.history(small_run.model_folder("piano", name))["step"].iloc[-1] == step
     assert not (small_run.model_folder("piano", name) / "model.json").exists()
     train(small_run, store, "piano", name)
     assert_same_weights(weights_of(whole, name), weights_of(small_run, name))
@@ -120,9 +121,9 @@ training.train(run, open_store(run.settings), "piano", "unet")
 """
 
 
-@pytest.mark.parametrize("where, count", [("descend", 1), ("descend", 5), ("save_file", 1), ("save_file", 2), ("save_file", 4), ("save_file", 5)])
+@pytest.mark.parametrize("where, count", [("descend", 5), ("save_file", 1), ("save_file", 3), ("save_file", 4)])
 def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, where, count):
-    """SIGKILL at a step and in the middle of weights (4th file) and checkpoints: the next call ends with the same weights."""
+    """SIGKILL at a step, and in the middle of a checkpoint or of weights (the 3rd file): the next call ends with the same weights."""
     whole = Run("whole", small_run.settings, tmp_path / "whole")
     train(whole, store, "piano", "unet")
     arguments = ["smoke", "small", small_settings.data, "piano", "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"]
@@ -133,12 +134,23 @@ def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, w
     assert not list(small_run.model_folder("piano", "unet").glob(".part-*"))
 
 
-def test_a_checkpoint_that_is_none_is_refused(small_run, store):
+def test_a_pickle_is_no_checkpoint(small_run, store):
     folder = small_run.model_folder("piano", "unet")
     folder.mkdir(parents=True)
     torch.save({"model": {}}, folder / "last.ckpt")
-    with pytest.raises(ValueError, match="last.ckpt is no checkpoint.*delete it"):
+    with pytest.warns(UserWarning, match="last.ckpt is no checkpoint.*begins anew"):
         train(small_run, store, "piano", "unet")
+    assert training.history(folder)["step"].tolist() == [3, 6]
+
+
+def test_what_an_older_training_left_does_not_outlive_it(small_run, store, monkeypatch):
+    """Killed before its first validation, a training of other settings must not leave a model.json beside weights to come."""
+    train(small_run, store, "piano", "unet")
+    changed = Run(small_run.name, small_run.settings.model_copy(update=dict(unet_lr=1e-4)), small_run.folder)
+    monkeypatch.setattr(training, "descend", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(FloatingPointError):
+        train(changed, store, "piano", "unet")
+    assert not (small_run.model_folder("piano", "unet") / "model.json").exists()
 
 
 def test_the_better_of_raw_and_averaged_weights_is_kept(small_run, store, monkeypatch):
@@ -161,7 +173,9 @@ def test_two_processes_get_the_gradients_of_one(small_settings, tmp_path):
         arguments = ["--profile", "smoke", "--run", name, "--data", small_settings.data, "--target", "piano", "--model", "demucs_attention"]
         done = command("train", *arguments, "--set", *overrides, MSS_RESULTS=str(tmp_path), OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
-        checkpoint = load_file(tmp_path / name / "models" / "piano" / "demucs_attention" / "seed0" / "last.ckpt")
+        folder = tmp_path / name / "models" / "piano" / "demucs_attention" / "seed0"
+        assert json.loads((folder / "model.json").read_text())["processes"] == processes
+        checkpoint = load_file(folder / "last.ckpt")
         moments[processes] = {key: tensor for key, tensor in checkpoint.items() if key.endswith("exp_avg")}
     assert moments[1].keys() == moments[2].keys()
     largest = max(tensor.abs().max() for tensor in moments[1].values())
@@ -222,7 +236,10 @@ def test_a_collapse_is_said_while_training(small_run, store, monkeypatch):
     assert len([warning for warning in said if "returns" in str(warning.message)]) == 1
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_out_of_memory_names_the_settings_to_change(small_run, store, monkeypatch, error):
     def fail(*_):
         raise error
@@ -230,6 +247,9 @@ def test_out_of_memory_names_the_settings_to_change(small_run, store, monkeypatc
     monkeypatch.setattr(training, "descend", fail)
     with pytest.raises(MemoryError, match="batch_size=2 and segment_s=0.5: set batch_size=1, or segment_s=0.25"):
         train(small_run, store, "piano", "demucs_lstm")
+    one = Run("one", small_run.settings.model_copy(update=dict(batch_size=1)), small_run.folder)
+    with pytest.raises(MemoryError, match="batch_size=1 and segment_s=0.5: set segment_s=0.25"):
+        train(one, store, "piano", "demucs_lstm")
 
 
 @pytest.mark.parametrize("name", ["demucs_lstm", "demucs_attention"])

@@ -59,7 +59,8 @@ class Demucs(nn.Module):
         self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
         layers = list(zip(widths, widths[1:], rest))
         self.filters = nn.Conv1d(channels, width, 4 * first, first, padding=3 * first // 2, bias=False)
-        self.encoder = nn.ModuleList([nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1)), *(Encoder(*layer) for layer in layers)])
+        rewrite = nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1))
+        self.encoder = nn.ModuleList([rewrite, *(Encoder(*layer) for layer in layers)])
         last = nn.Sequential(nn.GroupNorm(1, width), nn.Conv1d(width, 2 * width, 1))
         self.decoder = nn.ModuleList([*(Decoder(b, a, stride) for a, b, stride in reversed(layers)), last])
         self.synthesis = nn.ConvTranspose1d(width, channels, 4 * first, first, padding=3 * first // 2, bias=False)
@@ -120,16 +121,16 @@ class AttentionBottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`(batch, frames, width)` -> the same shape; any number of frames, positions are computed."""
-        x = x + sinusoidal_positions(x.shape[1], x.shape[2]).to(x)
+        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x)
         for layer in self.layers:
             x = layer(x)
         return x
 
 
-def sinusoidal_positions(frames: int, width: int) -> torch.Tensor:
+def sinusoidal_positions(frames: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Positional embedding `(frames, width)`: sines and cosines of geometrically spaced periods (Vaswani et al., 2017, 3.5)."""
-    position = torch.arange(frames)[:, None]
-    rate = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2) / width)
+    position = torch.arange(frames, device=device)[:, None]
+    rate = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2, device=device) / width)
     return torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)[:, :width]
 
 
