@@ -41,7 +41,8 @@ from mss_utils.metrics import BSSEval, utterance_sdr
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder, write_text
-from mss_utils.training import Recipe, descend, fit, follow, is_trained, recipe_of, set_up
+from mss_utils.training import Recipe, copy_of, descend, fit, follow, identity_of, is_trained, recipe_of, set_up
+from throughput import show
 
 SEED = 0
 WARM_UP_STEPS, MIN_STEPS, MEASURED_S = 2, 3, 12.0
@@ -197,8 +198,9 @@ def waveform_error(model: nn.Module, batch: Batch) -> torch.Tensor:
     return l1_loss(model(batch.mixture), batch.target)
 
 
-# Network, loss, learning rate, weight decay and gradient clipping of each peer; AdamW for all, which for decays so small is Adam. 1e-3, 1e-5, none: defaults of Open-Unmix's
-# scripts/train.py; 3e-4, 0, none: optim in Demucs' conf/config.yaml, for both of its models; 1e-3, 0, 5: section III.C of Conv-TasNet.
+# Network, then as in a Recipe loss, learning rate, weight decay and gradient clipping of each peer; AdamW for all, which for
+# decays so small is Adam. 1e-3, 1e-5, none: defaults of Open-Unmix's scripts/train.py; 3e-4, 0, none: optim in Demucs'
+# conf/config.yaml, for both of its models; 1e-3, 0, 5: section III.C of Conv-TasNet.
 PEERS = dict(
     open_unmix=(Unmix, magnitude_error, 1e-3, 1e-5, NO_CLIPPING),
     demucs=(TimeDemucs, waveform_error, 3e-4, 0.0, NO_CLIPPING),
@@ -222,19 +224,14 @@ def candidates(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(name, size) for name, size in ours + peers if name in names]
 
 
-def clipped_as(name: str, settings: Settings) -> Settings:
-    """The settings with the gradient clipping that a candidate's own training has."""
-    return settings.model_copy(update=dict(grad_clip=PEERS[name][-1])) if name in PEERS else settings
-
-
 def recipe(name: str, size: str, settings: Settings, store: Store) -> Recipe:
     """How one candidate is built and trained, always from the same weights."""
     if name in MODELS:
         return recipe_of(name, settings, SEED)
-    network, objective, lr, weight_decay, _ = PEERS[name]
+    network, *training = PEERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return Recipe(network(settings, store, **SIZES[name][size]), objective, lr, weight_decay)
+        return Recipe(network(settings, store, **SIZES[name][size]), *training)
 
 
 # --- speed: how many steps the time is worth
@@ -256,12 +253,11 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
     """Trained parameters, and seconds a step on all sources, from mixing to the running average."""
     settings, network = bench.settings, candidate.network
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    model, optimizer, _, average = set_up(fabric, candidate)
-    count = -WARM_UP_STEPS
+    model, optimizer = set_up(fabric, candidate)
+    average, count = copy_of(network), -WARM_UP_STEPS
     with closing(Mixer(bench.store, settings, settings.target, SEED).batches(settings.stage3_step, 10**9, fabric.device)) as batches:
         for batch in batches:
-            # .item() waits for the device
-            descend(fabric, model, optimizer, candidate.objective, batch, settings.grad_clip, candidate.lr).item()
+            descend(fabric, model, optimizer, candidate, batch, candidate.lr).item()  # which waits for the device
             follow(average, network, settings.ema_decay)
             count += 1
             if count <= 0:
@@ -313,8 +309,8 @@ def chosen(bench: Bench) -> list[tuple[str, str]]:
 
 def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> None:
     """Train one candidate in `folder`; model.json says that it is finished."""
-    settings, model = clipped_as(name, schedule(bench.settings, steps)), name if name in MODELS else f"{name}-{size}"
-    identity = dict(model=model, target=settings.target, seed=SEED, data=bench.store.sha, settings=settings.model_dump(mode="json"))
+    settings, model = schedule(bench.settings, steps), name if name in MODELS else f"{name}-{size}"
+    identity = identity_of(settings, bench.store, settings.target, model, SEED)
     if not is_trained(folder, identity):
         state = fit(settings, bench.store, identity, folder, recipe(name, size, settings, bench.store))
         done = dict(steps=state["step"], best_step=state["best_step"], valid_sdr=state["best"], train_s=state["train_s"])
@@ -340,7 +336,7 @@ def score(bench: Bench) -> None:
     bench.write("paired", differences)
     table = tabulate(bench, networks, tracks, differences)
     bench.write("table", table)
-    print(markdown(table))
+    show(f"{bench.settings.target}, {bench.minutes:g} minutes each", table)
 
 
 def load(bench: Bench, name: str, size: str) -> nn.Module:
@@ -401,15 +397,6 @@ def tabulate(bench: Bench, networks: dict[str, nn.Module], tracks: pd.DataFrame,
 
 def in_words(differences: pd.DataFrame) -> str:
     return "; ".join(f"{row.peer} {row.median_difference:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]" for row in differences.itertuples())
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table as Markdown, numbers with two decimals, or three where they are small."""
-    text = table.astype(object)
-    for name in table.select_dtypes("float"):
-        text[name] = table[name].map("{:.3f}".format if name == "inference_rtf" else "{:.2f}".format, na_action="ignore")
-    lines = [table.columns, ["---"] * len(table.columns), *text.fillna("").astype(str).to_numpy()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 STAGES = dict(speed=speed, choose=choose, train=train, score=score)

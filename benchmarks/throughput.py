@@ -39,7 +39,7 @@ from mss_utils.data import build_store, find_tracks, open_store
 from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.settings import MODELS, Settings, from_root, replacing, resolve
-from mss_utils.training import descend, follow, on_gpu, peak_memory_mb, recipe_of, reset_peak_memory, resident_mb, set_up
+from mss_utils.training import copy_of, descend, follow, on_gpu, peak_memory_mb, recipe_of, reset_peak_memory, resident_mb, set_up
 
 PARTS = ("decoding", "loading", "steps", "memory")
 SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading
@@ -109,9 +109,11 @@ def show(title: str, table: pd.DataFrame) -> None:
 
 def in_cell(value: object) -> str:
     """Three digits of a number, more only in front of the point; "-" where there is none."""
+    if pd.isna(value):
+        return "-"
     if not isinstance(value, float):
         return str(value)
-    return "-" if np.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def in_words(settings: Settings) -> str:
@@ -285,10 +287,11 @@ class MarkingFabric(Fabric):
 def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
     """A function that makes one training step of a new model, as `training.fit` does."""
     recipe = recipe_of(name, settings)
-    model, optimizer, _, average = set_up(fabric, recipe)
+    model, optimizer = set_up(fabric, recipe)
+    average = copy_of(recipe.network)
 
     def step(batch: Batch) -> None:
-        descend(fabric, model, optimizer, recipe.objective, batch, settings.grad_clip, recipe.lr)
+        descend(fabric, model, optimizer, recipe, batch, recipe.lr)
         follow(average, recipe.network, settings.ema_decay)
 
     return step

@@ -448,9 +448,8 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], bend:
 
 
 def _draw_skip(ax: Axes, start: _Box, end: _Box, text: str) -> None:
-    if text:
-        _arrow(ax, start.right, end.left, color="#7d8590", linestyle=(0, (4, 2)))
-        _text(ax, (8, start.centre[1] + 0.17), text, size=6.5, colour="#6a6f76")
+    _arrow(ax, start.right, end.left, color="#7d8590", linestyle=(0, (4, 2)))
+    _text(ax, (8, start.centre[1] + 0.17), text, size=6.5, colour="#6a6f76")
 
 
 PIPELINE = (  # stage, notebooks, what it does, what it leaves in results/<run>/

@@ -53,17 +53,23 @@ class Recipe:
     objective: Callable[[torch.nn.Module, Batch], torch.Tensor]  # loss of the network on a batch
     lr: float  # at its peak
     weight_decay: float
+    grad_clip: float  # largest norm of the gradients
 
 
 def recipe_of(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
     """The recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
     lr = getattr(settings, LEARNING_RATES[model_name])
-    return Recipe(build_model(model_name, settings, seed), separation_loss, lr, settings.weight_decay)
+    return Recipe(build_model(model_name, settings, seed), separation_loss, lr, settings.weight_decay, settings.grad_clip)
 
 
 def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """`snr_loss` of the target that `model` finds in the mixture of a batch."""
     return snr_loss(model(batch.mixture), batch.target, batch.mixture)
+
+
+def copying_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """`snr_loss` of a network that is to return the mixture itself, see `reconstruction_check`."""
+    return snr_loss(model(batch.mixture), batch.mixture, batch.mixture)
 
 
 def snr_loss(estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0) -> torch.Tensor:
@@ -101,7 +107,7 @@ def train(
     ValueError when validation would hear no target or the batch cannot be shared out.
     """
     folder = run.model_folder(target, model_name, seed)
-    if run.settings.devices > 1 and not is_trained(folder, identity_of(run, store, target, model_name, seed)):
+    if run.settings.devices > 1 and not is_trained(folder, identity_of(run.settings, store, target, model_name, seed)):
         _train_in_processes(run, target, model_name, seed, on_validation)
     train_here(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
@@ -111,7 +117,7 @@ def train_here(
     run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
 ) -> None:
     """Train one model, if it is not trained yet, in this process: alone, or as one of those that `torchrun` started; see `train`."""
-    folder, identity = run.model_folder(target, model_name, seed), identity_of(run, store, target, model_name, seed)
+    folder, identity = run.model_folder(target, model_name, seed), identity_of(run.settings, store, target, model_name, seed)
     if is_trained(folder, identity):
         return
     _check_validation(store, run.settings, target)
@@ -128,9 +134,9 @@ def train_here(
     write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
-def identity_of(run: Run, store: Store, target: str, model_name: str, seed: int) -> dict:
+def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
     """What a training is of: everything that its weights depend on, and where it came from."""
-    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=run.settings.model_dump(mode="json"))
+    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=settings.model_dump(mode="json"))
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------
@@ -145,16 +151,17 @@ def fit(
     it is of the same. The state holds step, train_s, best (validation SDR in dB), best_step, best_weights and history.
     """
     fabric = _fabric(settings)
-    model, optimizer, adam, average = set_up(fabric, recipe)
+    model, optimizer = set_up(fabric, recipe)
+    average = copy_of(recipe.network)
     networks = {"raw": recipe.network, "ema": average}
-    state = _resume(folder, networks, adam, identity)
+    state = _resume(folder, networks, optimizer, identity)
     mixer = Mixer(store, settings, identity["target"], identity["seed"])
     share = fabric.global_rank, fabric.world_size  # of every batch, for this process
 
     with Watch(fabric, settings, identity, state) as watch:
         for batch in mixer.batches(state["step"], settings.steps, fabric.device, share):
             rate = learning_rate(state["step"], settings, recipe.lr)
-            loss = descend(fabric, model, optimizer, recipe.objective, batch, settings.grad_clip, rate)
+            loss = descend(fabric, model, optimizer, recipe, batch, rate)
             follow(average, recipe.network, settings.ema_decay)
             state["step"] += 1
             validating = state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
@@ -164,39 +171,42 @@ def fit(
                 _record(state, settings, scores, rate)
                 _keep_best(folder, networks, state)
             if (validating or watch.save_is_due()) and fabric.is_global_zero:
-                _save(folder, networks, adam, state, identity)
+                _save(folder, networks, optimizer, state, identity)
                 if validating and on_validation:
                     on_validation(pd.DataFrame(state["history"]))
                 watch.saved()
     return state
 
 
-def descend(
-    fabric: Fabric, model: torch.nn.Module, optimizer, objective: Callable, batch: Batch, grad_clip: float, rate: float
-) -> torch.Tensor:
+def descend(fabric: Fabric, model: torch.nn.Module, optimizer, recipe: Recipe, batch: Batch, rate: float) -> torch.Tensor:
     """One step downhill: forward, loss, backward, clip, update. Returns the loss, which stays on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = objective(model, batch)
+    loss = recipe.objective(model, batch)
     fabric.backward(loss)
-    fabric.clip_gradients(model, optimizer, max_norm=grad_clip, error_if_nonfinite=False)  # finding that out would wait for the GPU
+    # Whether the norm is finite is not asked: the answer would have to wait for the GPU.
+    fabric.clip_gradients(model, optimizer, max_norm=recipe.grad_clip, error_if_nonfinite=False)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
 
 
 def set_up(fabric: Fabric, recipe: Recipe) -> tuple:
-    """What a training moves: the network as `fabric` wraps it, its optimizer, likewise, and bare, and the averaged network."""
+    """The network and the optimizer of a recipe as `fabric` wraps them; the network is moved to the device of `fabric`."""
     network = recipe.network
     if fabric.world_size > 1 and fabric.device.type == "cuda":  # statistics of the whole batch, not of one share
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     adam = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    model, optimizer = fabric.setup(network, adam)
+    return fabric.setup(network, adam)
+
+
+def copy_of(network: torch.nn.Module) -> torch.nn.Module:
+    """A second network with the same weights, for their average, see `follow`."""
     average = deepcopy(network)
     for layer in average.modules():
         if isinstance(layer, torch.nn.RNNBase):
             layer.flatten_parameters()  # a copy's weights do not lie side by side, as a GPU wants them
-    return model, optimizer, adam, average
+    return average
 
 
 @torch.no_grad()
@@ -342,16 +352,16 @@ def reconstruction_check(model_name: str, store: Store, settings: Settings, n_st
     Returns columns step, sdr_db: one row each `every` steps, scored on up to 10 s of the first validation track.
     """
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    network = build_model(model_name, settings)
     peak_lr = 4e-3  # copying is easy: twice the step of a separation, and it is done sooner
-    model, optimizer = fabric.setup(network, torch.optim.AdamW(network.parameters(), lr=peak_lr))
+    recipe = replace(recipe_of(model_name, settings), objective=copying_loss, lr=peak_lr)
+    network, (model, optimizer) = recipe.network, set_up(fabric, recipe)
     mixer, unseen = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
     mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
     network.segment_s, rows = settings.segment_s, []
     batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps, fabric.device)
     for step, batch in enumerate(tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1), 1):
         rate = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
-        descend(fabric, model, optimizer, separation_loss, replace(batch, target=batch.mixture), settings.grad_clip, rate)
+        descend(fabric, model, optimizer, recipe, batch, rate)
         if step % every == 0 or step == n_steps:
             rows.append(dict(step=step, sdr_db=utterance_sdr(mixture.T, separate(network, mixture, store.sample_rate).T)))
     return pd.DataFrame(rows)
@@ -389,6 +399,7 @@ def is_trained(folder: Path, identity: dict) -> bool:
     if not (path.exists() and (folder / "model.safetensors").exists()):
         return False
     return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
+
 
 def history(folder: Path) -> pd.DataFrame:
     """One row per validation: step, train_loss_db, valid_sdr_db (the better of the two that follow), raw_sdr_db, ema_sdr_db,

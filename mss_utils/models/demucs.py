@@ -44,10 +44,10 @@ class Demucs(nn.Module):
 
     The first layer is linear: `width` filters four strides long, which begin as a Fourier basis and are learnt. The last one
     undoes them: each filter's output passes through a gate between 0 and 1 that the decoder sets, and the decoder adds what
-    it likes, at first nothing. In between, kernels are twice the stride, and channels double from layer to layer up to `max_width`, the width of the bottleneck.
-    `bottleneck` maps `(batch, frames, width)` to the same shape; it is the identity until one is put in. The input is scaled
-    to unit power and the output scaled back. Raises ValueError for a stride that is odd or under 2, or filters that cannot
-    be shared among the channels.
+    it likes, at first nothing. In between, kernels are twice the stride, and channels double from layer to layer up to
+    `max_width`, the width of the bottleneck. `bottleneck` maps `(batch, frames, width)` to the same shape; it is the
+    identity until one is put in. The input is scaled to unit power and the output scaled back. Raises ValueError for a
+    stride that is odd or under 2, or filters that cannot be shared among the channels.
     """
 
     def __init__(self, channels: int, width: int, max_width: int, strides: Sequence[int]):
