@@ -33,11 +33,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn.functional import l1_loss, mse_loss, pad
 from torchaudio.models import ConvTasNet, HDemucs
-from tqdm.auto import tqdm
 
 from mss_utils.data import MIXTURE, Store, Track, open_store
-from mss_utils.evaluation import median_interval, real_time_factor
-from mss_utils.metrics import BSSEval, utterance_sdr
+from mss_utils.evaluation import Estimates, median_interval, real_time_factor
+from mss_utils.evaluation import score as test_scores
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder, write_text
@@ -329,8 +328,12 @@ def schedule(settings: Settings, steps: int) -> Settings:
 def score(bench: Bench) -> None:
     """Separate the test tracks with whatever is trained; write tracks.csv, paired.csv and table.csv and print the table."""
     networks = {name: load(bench, name, size) for name, size in chosen(bench) if (bench.out / "models" / name / "model.json").exists()}
-    tests = [track for track in bench.store.split("test") if track.samples >= bench.store.sample_rate]  # a frame of BSSEval
-    tracks = pd.DataFrame([row for track in tqdm(tests, unit="track") for row in score_track(bench, track, networks)])
+    def estimates_of(track: Track) -> Estimates:
+        mixture, _ = bench.store.load(track)
+        found = {name: separate(network, mixture, bench.store.sample_rate) for name, network in networks.items()}
+        return {(name, SEED): estimate[None] for name, estimate in ({MIXTURE: mixture} | found).items()}
+
+    tracks = test_scores(bench.settings, bench.store, estimates_of, n_referee=0)["tracks"]
     bench.write("tracks", tracks)
     differences = paired(tracks)
     bench.write("paired", differences)
@@ -345,21 +348,6 @@ def load(bench: Bench, name: str, size: str) -> nn.Module:
     network.load_state_dict(load_file(bench.out / "models" / name / "model.safetensors"))
     network.sample_rate, network.channels, network.segment_s = bench.store.sample_rate, bench.store.channels, bench.settings.segment_s
     return network.eval()
-
-
-def score_track(bench: Bench, track: Track, networks: dict[str, nn.Module]) -> list[dict]:
-    """Rows of one track. As in mss_utils/evaluation.py, the target is scored beside the residual, and SDR is the median of frames."""
-    mixture, stems = bench.store.load(track)
-    wanted = stems[bench.store.stem_index(bench.settings.target)]
-    scorer = BSSEval(np.stack([wanted, mixture - wanted]).swapaxes(1, 2), bench.store.sample_rate)
-    rows = []
-    for name in (MIXTURE, *networks):
-        estimate = mixture if name == MIXTURE else separate(networks[name], mixture, bench.store.sample_rate)
-        rest = mixture if name == MIXTURE else mixture - estimate
-        frames = scorer.score(np.stack([estimate, rest]).swapaxes(1, 2))["SDR"][0]
-        whole = utterance_sdr(wanted.T, estimate.T)
-        rows.append(dict(model=name, track=track.name, utterance_SDR=whole, SDR=pd.Series(frames).median()))
-    return rows
 
 
 def paired(tracks: pd.DataFrame) -> pd.DataFrame:

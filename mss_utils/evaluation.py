@@ -1,4 +1,4 @@
-"""Score tables: the three models, the untouched mixture and the ratio-mask oracle, on the test tracks of a run.
+"""Score tables: the three models, the untouched mixture and two oracles, on the test tracks of a run.
 
     estimates -> frames (one row per second) -> tracks (medians) -> summary and paired differences -> sentences
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,67 +24,109 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from mss_utils.data import MIXTURE, Store, Track
-from mss_utils.metrics import METRICS, BSSEval, si_sdr, utterance_sdr
+from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, score_track
 from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Run, Settings, write_text
+from mss_utils.training import train
 
 ORACLE = "irm"
-ROWS = (MIXTURE, *MODELS, ORACLE)
+ORACLES = (ORACLE, "mwf")
+ROWS = (MIXTURE, *MODELS, *ORACLES)
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
-TRACK_METRICS = (*METRICS, "utterance_SDR", "SI_SDR")
+ABLATIONS = ("random_mix", "curriculum")  # settings that are turned round
+TRACK_METRICS = (*METRICS, *WHOLE_TRACK)
+TABLES = ("frames", "tracks", "lost_frames", "referee", "summary", "paired", "cost", "ablations")
+ABLATION_COLUMNS = [
+    "target", "model", "ablation", "metric", "with_it", "without_it", "median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected",
+    "tracks", "seeds", "steps",
+]
+KEY = ["references", "target", "track", "model", "seed"]
+MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
 N_BOOTSTRAP = 10_000
+
+Estimates = dict[tuple[str, int], np.ndarray]  # by model and seed: (targets, channels, samples)
 
 
 def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
-    """Score every test track and write `tables/{frames,tracks,summary,paired,cost}.csv`; return them by name.
+    """Score every test track, write all of `TABLES` as `tables/<name>.csv` and return them by name.
 
-    Raises ValueError when no test track is as long as one frame of BSSEval (1 s).
+    Nothing is written before everything is scored. Raises ValueError naming model and track when an estimate cannot be
+    scored (another length, NaN), FileNotFoundError when a model is not trained.
     """
-    tracks = [track for track in store.split("test") if track.samples >= store.sample_rate]
-    if not tracks:
-        raise ValueError(f"No test track in {store.source} lasts one second, the length of a frame: nothing can be scored.")
-    # Separation uses every core; scoring a track uses one, so tracks are scored beside the separation of the next.
-    jobs = (joblib.delayed(_score_track)(run, store, track, *_all_estimates(run, store, track)) for track in tracks)
-    parallel = joblib.Parallel(n_jobs=-1, prefer="threads", pre_dispatch="n_jobs", return_as="generator")
-    scored = list(tqdm(parallel(jobs), total=len(tracks), desc="Evaluation", unit="track"))
-    tables = {"frames": pd.concat([frames for frames, _ in scored], ignore_index=True),
-              "tracks": pd.concat([tracks for _, tracks in scored], ignore_index=True)}
+    tables = score(run.settings, store, lambda track: _all_estimates(run, store, track))
     tables["summary"] = summarise(tables["tracks"])
     tables["paired"] = compare(tables["tracks"])
     tables["cost"] = cost(run, store)
-    for name, table in tables.items():
-        write_text(run.table(name), table.to_csv(index=False))
+    tables["ablations"] = ablate(run, store, tables["tracks"])
+    for name in TABLES:
+        write_text(run.table(name), tables[name].to_csv(index=False))
     return tables
+
+
+# --- estimates ----------------------------------------------------------------------------------------------------------
 
 
 def estimates(run: Run, store: Store, track: Track, target: str, seed: int = 0) -> dict[str, np.ndarray]:
     """Estimates of `target` in one track by every row of the score table, each `(channels, samples)` float32."""
     mixture, stems = store.load(track)
     reference = stems[store.stem_index(target)]
-    rows = {MIXTURE: mixture}
-    for name in MODELS:
-        rows[name] = separate(_model(run.model_folder(target, name, seed)), mixture, store.sample_rate)
-    others = stems.sum(axis=0, keepdims=True) - reference if run.settings.target == "all" else mixture - reference
-    rows[ORACLE] = ratio_mask(mixture, reference, others, run.settings)
-    return rows
+    found = {name: estimate_of(run, store, mixture, target, name, seed) for name in MODELS}
+    oracles = {name: oracle(name, mixture, reference, run.settings) for name in ORACLES}
+    return {MIXTURE: mixture} | found | oracles
 
 
-def ratio_mask(mixture: np.ndarray, target: np.ndarray, residual: np.ndarray, settings: Settings) -> np.ndarray:
-    """Oracle: the mixture under the mask |T| / (|T| + |R|) of the true target and residual, with the STFT of model A.
+def estimate_of(run: Run, store: Store, mixture: np.ndarray, target: str, model: str, seed: int = 0) -> np.ndarray:
+    """Estimate of `target` by one trained model of a run, `(channels, samples)` like the mixture."""
+    return separate(_model(run.model_folder(target, model, seed)), mixture, store.sample_rate)
 
-    All arrays `(channels, samples)`. It keeps the mixture's phase, as A does: a reference point for A, not a bound for B.
+
+def oracle(name: str, mixture: np.ndarray, target: np.ndarray, settings: Settings) -> np.ndarray:
+    """What a filter that knows the true target makes of the mixture, with the STFT of model A; all arrays `(channels, samples)`.
+
+    `irm` is the ideal ratio mask |T| / (|T| + |R|) with R the residual; it keeps the mixture's phase, as A does. `mwf` is the
+    multichannel Wiener filter, for one channel the mask |T|^2 / (|T|^2 + |R|^2). Both are reference points for A, no bounds
+    for B. Source: F.-R. Stoeter et al., "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018, section 3.2.
     """
     stft = STFT(settings.n_fft, settings.hop)
-    signals = [torch.from_numpy(np.ascontiguousarray(signal))[None] for signal in (mixture, target, residual.reshape(target.shape))]
-    mixed, wanted, rest = map(stft, signals)
-    mask = wanted.abs() / (wanted.abs() + rest.abs() + 1e-10)
-    return stft.inverse(mixed * mask, mixture.shape[-1])[0].numpy()
+    signals = [torch.from_numpy(np.ascontiguousarray(signal))[None] for signal in (mixture, target, mixture - target)]
+    mixed, wanted, rest = map(stft, signals)  # (1, channels, bins, frames)
+    found = mixed * (wanted.abs() / (wanted.abs() + rest.abs() + 1e-10)) if name == "irm" else wiener(mixed, wanted, rest)
+    return stft.inverse(found, mixture.shape[-1])[0].numpy()
+
+
+def wiener(mixed: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor, bins_at_once: int = 64) -> torch.Tensor:
+    """The mixture under the Wiener filter of the true target and residual, all complex `(1, channels, bins, frames)`.
+
+    Target and residual are Gaussian with a power v of their own in every bin and frame and one spatial covariance R a bin; the
+    filter is v_T R_T (v_T R_T + v_R R_R)^-1. Source: N. Duong, E. Vincent, R. Gribonval, "Under-determined reverberant audio
+    source separation using a full-rank spatial covariance model", IEEE TASLP 18(7), 2010.
+    """
+    blocks = []
+    for parts in zip(*(signal[0].split(bins_at_once, dim=1) for signal in (mixed, wanted, rest))):
+        x, t, r = (part.permute(1, 2, 0)[..., None] for part in parts)  # (bins, frames, channels, 1)
+        target, total = _gaussian(t), _gaussian(t) + _gaussian(r)
+        floor = 1e-10 * torch.eye(len(mixed[0]), dtype=mixed.dtype)
+        blocks.append((target @ torch.linalg.solve(total + floor, x))[..., 0].permute(2, 0, 1))
+    return torch.cat(blocks, dim=1)[None]
+
+
+def _gaussian(vectors: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
+    """v R of every bin and frame, `(bins, frames, channels, channels)`, fitted to complex `(bins, frames, channels, 1)`."""
+    outer, n_channels = vectors @ vectors.mH, vectors.shape[2]
+    unit = torch.eye(n_channels, dtype=vectors.dtype)
+    spatial = unit.expand(len(vectors), 1, n_channels, n_channels)
+    for _ in range(n_iterations):
+        power = torch.linalg.solve(spatial, outer).diagonal(dim1=-2, dim2=-1).sum(-1).real / n_channels  # (bins, frames)
+        power = power.clamp(min=1e-12)[..., None, None]
+        spatial = (outer / power).mean(dim=1, keepdim=True) + 1e-5 * unit
+    return power * spatial
 
 
 def _model(folder: Path) -> torch.nn.Module:
-    return _loaded(folder, (folder / "model.json").stat().st_mtime_ns)
+    written = folder / "model.json"
+    return _loaded(folder, written.stat().st_mtime_ns if written.exists() else 0)
 
 
 @lru_cache(maxsize=32)
@@ -90,90 +135,202 @@ def _loaded(folder: Path, _written_ns: int) -> torch.nn.Module:
     return load_model(folder)
 
 
-def _all_estimates(run: Run, store: Store, track: Track) -> tuple[dict, tuple[str, ...]]:
-    """Estimates of one track as `{(model, seed): (targets, channels, samples)}`, and the targets they are of."""
-    targets, found = store.targets(run.settings.target), {}
+def _all_estimates(run: Run, store: Store, track: Track) -> Estimates:
+    """Estimates of one track by every row of the score table."""
+    found = {}
     for seed in range(run.settings.seeds):
-        rows = [estimates(run, store, track, target, seed) for target in targets]
+        rows = [estimates(run, store, track, target, seed) for target in store.targets(run.settings.target)]
         for name in ROWS:
             if seed == 0 or name in MODELS:
                 found[name, seed] = np.stack([row[name] for row in rows])
-    return found, targets
+    return found
 
 
-def _score_track(run: Run, store: Store, track: Track, found: dict, targets: tuple[str, ...]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Frame rows and track rows of one track. See DESIGN's *Scores*: one target is scored beside its residual."""
+# --- scores -------------------------------------------------------------------------------------------------------------
+
+
+def score(
+    settings: Settings, store: Store, estimates_of: Callable[[Track], Estimates], n_referee: int | None = None
+) -> dict[str, pd.DataFrame]:
+    """Score what `estimates_of` makes of every test track: tables frames, tracks, lost_frames and referee.
+
+    The shortest `n_referee` tracks (default: the setting) are scored by museval too, with the estimates of the first seed.
+    """
+    tracks, names = store.split("test"), {}
+    n_referee = settings.referee_tracks if n_referee is None else n_referee
+    refereed = sorted(tracks, key=lambda track: (track.samples, track.name))[:n_referee]
+    jobs = [(track, settings.scorer) for track in tracks] + [(track, "museval again") for track in refereed]
+
+    def arguments(job: tuple[Track, str]) -> tuple:
+        track, scorer = job
+        found = {key: estimate for key, estimate in estimates_of(track).items() if key[1] == 0 or scorer != "museval again"}
+        references, pairs = references_and(settings, store, track, found)
+        names[job] = list(found)
+        labels = (f"{model}, seed {seed}, on {track.name!r}" for model, seed in found)
+        return references, dict(zip(labels, pairs.values())), store.sample_rate, scorer.removesuffix(" again")
+
+    scored = list(tqdm(_in_parallel(score_track, jobs, arguments), total=len(jobs), desc="Evaluation", unit="track"))
+    rows = [_rows(settings, store, job[0], dict(zip(names[job], found.values()))) for job, found in zip(jobs, scored)]
+    join = lambda name, parts: pd.concat([part[name] for part in parts], ignore_index=True) if parts else pd.DataFrame()
+    tables = {name: join(name, rows[: len(tracks)]) for name in ("frames", "tracks", "lost_frames")}
+    return tables | dict(referee=_referee(tables["frames"], join("frames", rows[len(tracks):])))
+
+
+def references_and(settings: Settings, store: Store, track: Track, found: Estimates) -> tuple[np.ndarray, dict]:
+    """References and estimates of one track for BSSEval, `(stems, samples, channels)`: see DESIGN's *Scores*.
+
+    One target is scored beside its residual; several are scored beside each other.
+    """
     mixture, stems = store.load(track)
-    wanted = stems[[store.stem_index(target) for target in targets]]
-    single = len(targets) == 1
-    references = np.stack([wanted[0], mixture - wanted[0]]) if single else wanted
-    scorer = BSSEval(references.swapaxes(1, 2), store.sample_rate)
-    frames, tracks = [], []
-    for (name, seed), estimate in found.items():
+    targets = store.targets(settings.target)
+    references = stems[[store.stem_index(target) for target in targets]]
+    for (model, seed), estimate in found.items():
+        if estimate.shape != references.shape:
+            raise ValueError(
+                f"{model}, seed {seed}, on {track.name!r}: the estimate has shape {estimate.shape}, expected (targets, channels, samples) "
+                f"{references.shape}. Trim or pad it to the length of the track."
+            )
+    if len(targets) == 1:
+        references = np.stack([references[0], mixture - references[0]])
         # mixture - mixture would be silence, which has no score: the mixture stands for both.
-        rest = mixture if name == MIXTURE else mixture - estimate[0]
-        scores = scorer.score((np.stack([estimate[0], rest]) if single else estimate).swapaxes(1, 2))
+        rest = lambda model, estimate: mixture if model == MIXTURE else mixture - estimate
+        found = {key: np.stack([estimate[0], rest(key[0], estimate[0])]) for key, estimate in found.items()}
+    return references.swapaxes(1, 2), {key: estimate.swapaxes(1, 2) for key, estimate in found.items()}
+
+
+def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], tuple]) -> Iterator:
+    """`function(*arguments(job))` of every job, in order, as many at once as there are cores; `arguments` runs in this process.
+
+    What a killed process was at is done again here, one job after the other. Another joblib backend, such as Dask's, is
+    chosen with `joblib.parallel_config`.
+    """
+    n_at_once = joblib.effective_n_jobs(-1)
+    for first in range(0, len(jobs), n_at_once):
+        calls = [arguments(job) for job in jobs[first : first + n_at_once]]
+        try:
+            results = joblib.Parallel(n_jobs=-1, batch_size=1)(joblib.delayed(function)(*call) for call in calls)
+        except BrokenProcessPool:
+            warnings.warn(
+                "A scoring process was killed, most likely because memory ran out. Its jobs are done again, one after the other; "
+                "if that happens often, set LOKY_MAX_CPU_COUNT=1.", stacklevel=2,
+            )
+            results = (function(*call) for call in calls)
+        yield from results
+
+
+def _rows(settings: Settings, store: Store, track: Track, found: dict[tuple[str, int], dict]) -> dict[str, pd.DataFrame]:
+    """Rows of one track in the tables frames, tracks and lost_frames."""
+    targets = store.targets(settings.target)
+    scheme, labels = ("stems", targets) if len(targets) > 1 else ("target+residual", (*targets, "residual"))
+    frames, tracks, lost = [], [], []
+    for (model, seed), scores in found.items():
         for row, target in enumerate(targets):
-            key = dict(references="target+residual" if single else "stems", target=target, track=track.name, model=name, seed=seed)
+            key = dict(zip(KEY, (scheme, target, track.name, model, seed)))
             table = pd.DataFrame({metric: scores[metric][row] for metric in METRICS})
+            usable = table.dropna()
             frames.append(pd.DataFrame([key] * len(table)).assign(frame=range(len(table))).join(table))
-            tracks.append(key | _track_scores(table, wanted[row], estimate[row]))
-    return pd.concat(frames, ignore_index=True), pd.DataFrame(tracks)
+            whole = {metric: scores[metric][row] for metric in WHOLE_TRACK}
+            tracks.append(key | usable.median().to_dict() | whole | dict(frames=len(table), usable_frames=len(usable)))
+            counts = _why_lost(scores["silent"], labels, row)[table["SDR"].isna()].value_counts(sort=False)
+            lost += [key | dict(reason=reason, frames=count) for reason, count in counts.items()]
+    columns = [*KEY, "reason", "frames"]
+    return dict(frames=pd.concat(frames, ignore_index=True), tracks=pd.DataFrame(tracks), lost_frames=pd.DataFrame(lost, columns=columns))
 
 
-def _track_scores(frames: pd.DataFrame, reference: np.ndarray, estimate: np.ndarray) -> dict:
-    """Medians over the frames that have a score, and the two scores of the whole track."""
-    usable = frames.dropna()
-    medians = {metric: usable[metric].median() for metric in METRICS}
-    whole = dict(utterance_SDR=utterance_sdr(reference.T, estimate.T), SI_SDR=si_sdr(reference.T, estimate.T))
-    return medians | whole | dict(frames=len(frames), usable_frames=len(usable))
+def _why_lost(silent: tuple[np.ndarray, np.ndarray], stems: Iterable[str], row: int) -> pd.Series:
+    """In words, what is silent in each frame, from bool arrays (stems, frames) of references and estimates.
+
+    Another stem that is silent throughout costs the stem of `row` no frames, see `score_track`.
+    """
+    named = [f"{kind} of {stem}" for kind in ("reference", "estimate") for stem in stems]
+    blamed = [signals & (~signals.all(axis=1, keepdims=True) | (np.arange(len(signals)) == row)[:, None]) for signals in silent]
+    return pd.Series(["silent: " + ", ".join(itertools.compress(named, frame)) for frame in np.concatenate(blamed).T], dtype=str)
+
+
+def _referee(frames: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """Where museval scored the same: largest difference in dB below 80 dB, and frames that only one of the two has a score for."""
+    columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
+    if again.empty:
+        return pd.DataFrame(columns=columns)
+    both = frames.merge(again, on=[*KEY, "frame"], suffixes=("", " again"), validate="one_to_one")
+    rows = []
+    for metric in METRICS:
+        ours, theirs = both[metric], both[f"{metric} again"]
+        exact = theirs < ROUNDING_DB
+        row = (metric, int(exact.sum()), (ours - theirs)[exact].abs().max(), int((ours.isna() != theirs.isna()).sum()), again["track"].nunique())
+        rows.append(dict(zip(columns, row)))
+    return pd.DataFrame(rows)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------------
 
 
 def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
-    """Median over tracks with a bootstrap 95 % interval, and mean, of every metric; seeds are averaged per track first."""
+    """Median over tracks with its bootstrap 95 % interval, and mean over tracks, of every metric; see `median_interval`.
+
+    The value of a track is the median over its frames, so these are the two usual aggregations: median of medians (SiSEC),
+    mean of medians (Open-Unmix's and Demucs' earlier papers have one or the other).
+    """
     rows = []
     for (references, target, model), group in tracks.groupby(["references", "target", "model"], sort=False):
         for metric in TRACK_METRICS:
-            values = group.groupby("track")[metric].mean().dropna()
+            values = _by_seed(group, metric)
             low, high = median_interval(values.to_numpy())
+            means = values.mean(axis=1)
             rows.append(dict(
-                references=references, target=target, model=model, metric=metric, median=values.median(), mean=values.mean(),
+                references=references, target=target, model=model, metric=metric, median=means.median(), mean=means.mean(),
                 ci_low=low, ci_high=high, tracks=len(values), seeds=group["seed"].nunique(),
             ))
     return pd.DataFrame(rows)
 
 
-def compare(tracks: pd.DataFrame) -> pd.DataFrame:
+def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> pd.DataFrame:
     """Paired differences a - b over the tracks: median, bootstrap 95 % interval, Wilcoxon signed-rank p, Holm-corrected.
 
-    The correction covers the three pairs of one target and metric.
+    Seeds are compared one by one, then averaged on each track. The correction covers all `pairs` of one target and metric.
     """
+    columns = ["target", "a", "b", "metric", "median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected", "tracks", "seeds"]
     rows = []
     for target, metric in itertools.product(tracks["target"].unique(), TRACK_METRICS):
-        part = tracks[tracks["target"] == target]
-        values = part.groupby(["track", "model"])[metric].mean().unstack()
-        family = [_paired_row(target, metric, a, b, (values[a] - values[b]).dropna(), part) for a, b in PAIRS]
+        of = lambda model: _by_seed(tracks[(tracks["target"] == target) & (tracks["model"] == model)], metric)
+        family = [dict(target=target, a=a, b=b, metric=metric) | _difference(of(a) - of(b)) for a, b in pairs]
         for row, corrected in zip(family, holm([row["p_wilcoxon"] for row in family])):
             rows.append(row | dict(p_corrected=corrected))
-    columns = ["target", "a", "b", "metric", "median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected", "tracks", "seeds"]
-    return pd.DataFrame(rows)[columns]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _paired_row(target: str, metric: str, a: str, b: str, difference: pd.Series, tracks: pd.DataFrame) -> dict:
-    low, high = median_interval(difference.to_numpy())
-    p = stats.wilcoxon(difference).pvalue if len(difference) and difference.any() else np.nan
-    return dict(
-        target=target, a=a, b=b, metric=metric, median_difference=difference.median(), ci_low=low, ci_high=high, p_wilcoxon=p,
-        tracks=len(difference), seeds=tracks.loc[tracks["model"] == a, "seed"].nunique(),
-    )
+def _by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric with a row a track and a column a seed; tracks without any score are left out."""
+    return rows.pivot(index="track", columns="seed", values=metric).dropna(how="all")
+
+
+def _difference(values: pd.DataFrame) -> dict:
+    """Statistics of paired differences, a row a track and a column a seed."""
+    values = values.dropna(how="all")
+    means = values.mean(axis=1)
+    low, high = median_interval(values.to_numpy())
+    p = stats.wilcoxon(means).pvalue if len(means) and means.any() else np.nan
+    return dict(median_difference=means.median(), ci_low=low, ci_high=high, p_wilcoxon=p, tracks=len(values), seeds=values.shape[1])
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median of `values` (Efron, 1979); NaN for fewer than two values."""
+    """Percentile bootstrap interval of the median over tracks of `values`, `(tracks,)` or `(tracks, seeds)`; NaN for one track.
+
+    Tracks are drawn anew. Seeds are not further tracks: they are averaged on each track, and from three on they are drawn
+    anew too, so that the interval holds the luck of training as well as the choice of songs.
+    Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979.
+    """
+    values = np.reshape(values, (len(values), -1))
     if len(values) < 2:
         return np.nan, np.nan
-    draws = np.random.default_rng(0).integers(len(values), size=(N_BOOTSTRAP, len(values)))
-    low, high = np.quantile(np.median(values[draws], axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    n_tracks, n_seeds = values.shape
+    values = np.where(np.isnan(values), np.nanmean(values, axis=1, keepdims=True), values)  # a seed without a score there
+    rng = np.random.default_rng(0)
+    tracks = rng.integers(n_tracks, size=(N_BOOTSTRAP, n_tracks, 1))
+    seeds = rng.integers(n_seeds, size=(N_BOOTSTRAP, 1, n_seeds)) if n_seeds >= MIN_SEEDS else np.arange(n_seeds)
+    medians = np.median(values[tracks, seeds].mean(axis=-1), axis=1)
+    # No interpolation: between two infinite scores there is no number.
+    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
     return float(low), float(high)
 
 
@@ -188,19 +345,80 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected.tolist()
 
 
-def sentence(row: pd.Series | dict) -> str:
-    """One row of the paired table as a plain sentence; with fewer than three seeds it speaks of these trained weights."""
-    label = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
-    a, b = label[row["a"]], label[row["b"]]
+def detectable(row: pd.Series | Mapping, power: float = 0.8) -> float:
+    """The smallest true difference in dB that would keep zero out of such an interval in `power` of all repetitions.
+
+    A 95 % interval reaches 1.96 standard errors to either side; a difference of 1.96 + 0.84 standard errors is beyond its
+    own reach with a probability of 80 %. Source: J. Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988.
+    """
+    reach = stats.norm.ppf(0.975)
+    return float((row["ci_high"] - row["ci_low"]) / 2 * (reach + stats.norm.ppf(power)) / reach)
+
+
+def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -> str:
+    """One row of the paired table as a plain sentence; with fewer than three seeds it speaks of these trained weights.
+
+    `names` is how a and b are called. A difference is one if its interval leaves out zero; the corrected test may disagree.
+    """
+    names = names or {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
+    a, b = names[row["a"]], names[row["b"]]
     metric = row["metric"].replace("_", " ")
-    where = f"{row['tracks']} tracks, {row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
-    whose = "" if row["seeds"] >= 3 else " for these trained weights"
-    interval = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
-    if not (row["ci_low"] > 0 or row["ci_high"] < 0):
-        return f"The data cannot tell {a} from {b} in {metric}{whose}: {row['median_difference']:+.2f} dB {interval}, {where}."
+    where = ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))
+    whose = "" if row["seeds"] >= MIN_SEEDS else " for these trained weights"
+    if np.isnan(row["ci_low"]):
+        return f"{a} and {b} cannot be compared in {metric}: {where} with a score of both."
+    if row["ci_low"] <= 0 <= row["ci_high"]:
+        found = f"{row['median_difference']:+.2f} dB [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {where}"
+        enough = f"a difference of {detectable(row):.2f} dB would have been found with a probability of 80 %"
+        return f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}."
     better, worse = (a, b) if row["median_difference"] > 0 else (b, a)
     size, bounds = abs(row["median_difference"]), sorted(abs(row[key]) for key in ("ci_low", "ci_high"))
-    return f"{better} is {size:.2f} dB better than {worse} in {metric}{whose} [{bounds[0]:.2f}, {bounds[1]:.2f}], {where}."
+    doubt = "; the corrected Wilcoxon test does not confirm it" if row["p_corrected"] >= 0.05 else ""
+    return f"{better} is {size:.2f} dB better than {worse} in {metric}{whose} [{bounds[0]:.2f}, {bounds[1]:.2f}], {where}{doubt}."
+
+
+# --- ablations ----------------------------------------------------------------------------------------------------------
+
+
+def ablation_runs(run: Run) -> dict[str, Run]:
+    """For every ablation the same run with that one setting turned round: what was on is off. Empty when none is asked for."""
+    changed = {name: not getattr(run.settings, name) for name in ABLATIONS} if run.settings.ablations else {}
+    return {name: run.variant(f"ablations/{name}", **{name: value}, ablations=()) for name, value in changed.items()}
+
+
+def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
+    """What random mixing and the curriculum bring: differences of a model trained with to one trained without, on the test tracks.
+
+    Trains what is missing, `steps` steps like the run's own models, whose scores are in `tracks`. Columns: those of `compare` but
+    for a and b: model, the setting that was left out, and the medians with and without it. Nothing is chosen by these scores.
+    """
+    seeds, targets = range(run.settings.seeds), store.targets(run.settings.target)
+    runs = ablation_runs(run)
+    todo = list(itertools.product(run.settings.ablations, runs, seeds))
+    for model, name, seed in todo:
+        for target in targets:
+            train(runs[name], store, target, model, seed)
+
+    def estimates_of(track: Track) -> Estimates:
+        mixture, _ = store.load(track)
+        of = lambda model, name, seed: np.stack([estimate_of(runs[name], store, mixture, target, model, seed) for target in targets])
+        return {(f"{model} {name}", seed): of(model, name, seed) for model, name, seed in todo}
+
+    if not todo:
+        return pd.DataFrame(columns=ABLATION_COLUMNS)
+    both = pd.concat([tracks, score(run.settings, store, estimates_of, n_referee=0)["tracks"]])
+    medians = summarise(both).set_index(["target", "model", "metric"])["median"]
+    # In a run that goes without by its settings it is the ablation that has it.
+    pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name, _ in todo}
+    table = compare(both, pairs.values())
+    keys = {pair: key for key, pair in pairs.items()}
+    rows = [row | dict(zip(("model", "ablation"), keys[row["a"], row["b"]]), steps=run.settings.steps) | {
+        column: medians[row["target"], row[side], row["metric"]] for column, side in (("with_it", "a"), ("without_it", "b"))
+    } for row in table.to_dict("records")]
+    return pd.DataFrame(rows, columns=ABLATION_COLUMNS)
+
+
+# --- cost ---------------------------------------------------------------------------------------------------------------
 
 
 def cost(run: Run, store: Store) -> pd.DataFrame:

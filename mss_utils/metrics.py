@@ -1,4 +1,4 @@
-"""Scores of a separation: BSSEval v4, equal to museval 0.4.1 and several times faster, utterance SDR and SI-SDR.
+"""Scores of a separation: BSSEval v4, equal to museval 0.4.1 and many times faster, utterance SDR and SI-SDR.
 
 BSSEval explains an estimate as the reference, plus a filtered version of the reference, plus filtered versions of all
 references, plus a rest. The filters are the least-squares best of 512 taps over the whole track. With the notation
@@ -20,6 +20,9 @@ Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind
 (version 4: one filter for the whole track); the reference implementation is `museval.metrics.bss_eval`.
 """
 
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import irfft, next_fast_len, rfft
@@ -28,6 +31,7 @@ from scipy.linalg import lapack, toeplitz
 TAPS = 512  # length of the distortion filters in BSSEval
 FFT_SIZE = 8192  # of the correlations: large beside TAPS, small enough to stay in the processor's cache
 METRICS = ("SDR", "ISR", "SIR", "SAR")
+ROUNDING_DB = 80.0  # above this a score says no more than that it is large: it is the size of rounding noise
 
 
 def bss_eval(references, estimates, sample_rate, window_s=1.0, hop_s=1.0):
@@ -47,7 +51,7 @@ class BSSEval:
         scores = {name: track.score(estimates) for name, estimates in models.items()}
 
     references: (stems, samples, channels). Window and hop are in seconds and cut down to whole samples; a trailing part
-    of a window is not scored, but it does take part in the filters.
+    of a window is not scored, but it does take part in the filters. A track shorter than a window is one frame.
 
     Equal to `museval.metrics.bss_eval(references, estimates, window, hop, compute_permutation=False, filters_len=512,
     framewise_filters=False, bsseval_sources_version=False)`, except where museval raises:
@@ -55,6 +59,7 @@ class BSSEval:
     - A frame in which any reference or any estimate is silent has no score: NaN for all its stems, as in museval.
       Silent means that the channels add up to zero at every sample, so left = -right counts as silent too.
     - A reference or an estimate that is silent throughout makes every frame such a frame: all NaN (museval raises).
+      `score_track` has a rule that loses less.
     - A perfect estimate has an SDR of inf, as in museval; its ISR, SIR and SAR are rounding noise near 300 dB.
       Above about 80 dB no filter score says more than that it is large.
     - Exactly singular normal equations (identical references, or a stereo stem with left = right) get the least-squares
@@ -65,17 +70,14 @@ class BSSEval:
     the filters then amplify rounding noise, and museval's own SIR changes with the order of the stems. References that
     have been through 16 bits are safe, the rounding fills the band.
 
-    Raises ValueError for a wrong shape, NaN or infinite samples, a track shorter than one window, or a window or hop
-    below one sample.
+    Raises ValueError for a wrong shape, NaN or infinite samples, or a window or hop below one sample.
     """
 
     def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
         references = _checked(references, "references", ("stems", "samples", "channels"))
         self.shape = references.shape
-        self.window, self.hop = int(window_s * sample_rate), int(hop_s * sample_rate)
-        _check_frames(self.shape[1], self.window, self.hop, sample_rate)
-
-        self.silent = self._silent_frames(references)  # (frames,)
+        self.window, self.hop = _frame_sizes(self.shape[1], sample_rate, window_s, hop_s)
+        self.silent = _silent_frames(references, self.window, self.hop).any(axis=0)  # (frames,)
         self.references = np.ascontiguousarray(references.swapaxes(1, 2))  # (stems, channels, samples)
         rows = self.references.reshape(-1, self.shape[1])  # (stems * channels, samples)
         correlations = _correlate(rows, rows)
@@ -83,49 +85,115 @@ class BSSEval:
         self.project_on_all = _least_squares(correlations)
         self.project_on_own = [_least_squares(correlations[own, own]) for own in self._stem_rows()]
 
-    def score(self, estimates):
+    def score(self, estimates, stems=None):
         """SDR, ISR, SIR and SAR in dB, each (stems, frames), of estimates (stems, samples, channels).
 
+        With `stems`, a list of indices, the estimates are of these stems only, in this order, and so are the scores.
         Raises ValueError if the estimates do not have the shape of the references or hold NaN or infinite samples.
         """
         estimates = _checked(estimates, "estimates", ("stems", "samples", "channels"))
-        _check_same_shape(self.shape, estimates.shape)
-        silent = self.silent | self._silent_frames(estimates)
+        stems = list(range(self.shape[0])) if stems is None else stems
+        _check_same_shape((len(stems), *self.shape[1:]), estimates.shape)
+        silent = self.silent | _silent_frames(estimates, self.window, self.hop).any(axis=0)
         estimates = np.ascontiguousarray(estimates.swapaxes(1, 2))  # (stems, channels, samples)
 
-        scores = np.full((len(METRICS), self.shape[0], len(silent)), np.nan)
+        scores = np.full((len(METRICS), len(stems), len(silent)), np.nan)
         if not silent.all():
-            own, every = self._filters(estimates)
+            own, every = self._filters(estimates, stems)
             for frame in np.flatnonzero(~silent):
                 part = np.s_[..., frame * self.hop : frame * self.hop + self.window]
-                scores[:, :, frame] = _frame_scores(self.references[part], estimates[part], own, every)
+                scores[:, :, frame] = _frame_scores(self.references[part], estimates[part], stems, own, every)
         return dict(zip(METRICS, scores))
 
-    def _filters(self, estimates):
+    def _filters(self, estimates, stems):
         """Frequency responses of the projections on the own stem and on all stems.
 
         Returns own (channels of the reference, stems, channels, bins) and every (all rows, stems, channels, bins).
         """
-        n_stems, n_channels = estimates.shape[:2]
-        n_samples = estimates.shape[-1]
+        _, n_channels, n_samples = estimates.shape
         products = _correlate(self.references.reshape(-1, n_samples), estimates.reshape(-1, n_samples))
         every = self.project_on_all(products)  # (rows, estimate rows, taps)
-        # Each estimate on its own reference: the blocks on the diagonal.
-        own = [solve(products[rows, rows]) for solve, rows in zip(self.project_on_own, self._stem_rows())]
+        rows = self._stem_rows()
+        # Each estimate on its own reference: with estimates of all stems, the blocks on the diagonal.
+        own = [self.project_on_own[stem](products[rows[stem], rows[place]]) for place, stem in enumerate(stems)]
         own = np.stack(own, axis=1)  # (channels, stems, channels, taps)
-        every = every.reshape(-1, n_stems, n_channels, TAPS)
+        every = every.reshape(-1, len(stems), n_channels, TAPS)
         n_fft = _frame_fft_size(self.window)
         return rfft(own, n_fft), rfft(every, n_fft)
-
-    def _silent_frames(self, signals):
-        """Frames in which any of the signals (stems, samples, channels) is silent, as museval defines it: (frames,)."""
-        zero = signals.sum(axis=-1) == 0  # (stems, samples)
-        return sliding_window_view(zero, self.window, axis=-1)[:, :: self.hop].all(axis=-1).any(axis=0)
 
     def _stem_rows(self):
         """The slice of rows that belongs to each stem."""
         n_stems, _, n_channels = self.shape
         return [slice(stem * n_channels, (stem + 1) * n_channels) for stem in range(n_stems)]
+
+
+class Museval:
+    """museval itself behind the interface of `BSSEval`, to check the numbers by: the referee.
+
+    Where museval raises all scores are NaN: a reference or an estimate that is silent throughout, and normal equations that
+    are exactly singular (an AttributeError under numpy 2). Raises ValueError as `BSSEval` does.
+    """
+
+    def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
+        self.references = _checked(references, "references", ("stems", "samples", "channels"))
+        self.window, self.hop = _frame_sizes(self.references.shape[1], sample_rate, window_s, hop_s)
+
+    def score(self, estimates, stems=None):
+        """As `BSSEval.score`; museval is asked for all stems, with the reference in the place of an estimate that is not there."""
+        from museval.metrics import bss_eval as referee  # needs ffmpeg, which a store does not
+
+        estimates = _checked(estimates, "estimates", ("stems", "samples", "channels"))
+        stems = list(range(len(self.references))) if stems is None else stems
+        _check_same_shape((len(stems), *self.references.shape[1:]), estimates.shape)
+        everything = self.references.copy()
+        everything[stems] = estimates
+        silent = _silent_frames(np.concatenate([self.references, everything]), self.window, self.hop)  # (signals, frames)
+        scores = np.full((len(METRICS), len(self.references), silent.shape[1]), np.nan)
+        if not silent.all(axis=1).any():
+            with suppress(AttributeError):
+                scores = referee(self.references, everything, window=self.window, hop=self.hop)[: len(METRICS)]
+        return {metric: values[stems] for metric, values in zip(METRICS, scores)}
+
+
+SCORERS = {"bss_eval": BSSEval, "museval": Museval}
+
+
+def score_track(references, estimates: Mapping[Hashable, np.ndarray], sample_rate, scorer="bss_eval") -> dict[Hashable, dict]:
+    """All scores of several estimates of one track, by the rules below for what BSSEval has no score for.
+
+    references, and each of the estimates: (stems, samples, channels). Returns for each of the estimates a dict of SDR, ISR,
+    SIR and SAR, (stems, frames); of utterance_SDR and SI_SDR, (stems,); and of silent, two bool arrays (stems, frames): in
+    which frames the reference and in which the estimate of a stem is silent.
+
+    - A stem that is silent throughout has no score. The others are scored as if it were not there: there is nothing in it
+      that could interfere.
+    - An estimate that is silent throughout has no score in BSSEval and an utterance SDR of 0 dB. The estimates of other
+      stems are scored as usual.
+    - A frame in which another reference or another estimate is silent has no score for any stem, as in museval.
+    - A track shorter than a second is scored as one frame, as in museval.
+
+    Raises ValueError as `BSSEval` does, naming the estimate; KeyError for a scorer that is not in `SCORERS`.
+    """
+    references = _checked(references, "references", ("stems", "samples", "channels"))
+    heard = [stem for stem, signal in enumerate(references) if _sounds(signal)]
+    prepared = SCORERS[scorer](references[heard], sample_rate) if heard else None
+    frames = _frame_sizes(references.shape[1], sample_rate, 1.0, 1.0)
+    silent = _silent_frames(references, *frames)
+    found = {}
+    for name, signals in estimates.items():
+        try:
+            signals = _checked(signals, "estimates", ("stems", "samples", "channels"))
+            _check_same_shape(references.shape, signals.shape)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        scored = [stem for stem in heard if _sounds(signals[stem])]
+        scores = np.full((len(METRICS), *silent.shape), np.nan)
+        if scored:
+            few = prepared.score(signals[scored], [heard.index(stem) for stem in scored])
+            scores[:, scored] = np.stack([few[metric] for metric in METRICS])
+        whole = {metric: np.array(list(map(score, references, signals))) for metric, score in WHOLE_TRACK.items()}
+        found[name] = dict(zip(METRICS, scores)) | whole | dict(silent=(silent, _silent_frames(signals, *frames)))
+    return found
 
 
 def utterance_sdr(reference, estimate):
@@ -156,6 +224,9 @@ def si_sdr(reference, estimate):
         return float("nan")
     target = np.sum(estimate * reference) / np.sum(reference**2) * reference
     return float(_db(np.sum(target**2), np.sum((target - estimate) ** 2)))
+
+
+WHOLE_TRACK = {"utterance_SDR": utterance_sdr, "SI_SDR": si_sdr}
 
 
 def _correlate(first, second):
@@ -197,16 +268,17 @@ def _least_squares(correlations):
     return solve
 
 
-def _frame_scores(references, estimates, own_filters, every_filter):
-    """The four scores of one frame: two arrays (stems, channels, window) -> (4, stems).
+def _frame_scores(references, estimates, stems, own_filters, every_filter):
+    """The four scores of one frame: references and estimates (stems, channels, window) -> (4, stems of the estimates).
 
     The frame is cut out before it is filtered, so the tails of the filters count (museval does the same). They fit into
     the transform, hence every energy can be summed over the bins and no signal is ever transformed back.
     """
     n_fft = _frame_fft_size(references.shape[-1])
     s, e = rfft(references, n_fft), rfft(estimates, n_fft)  # (stems, channels, bins)
-    own = sum(h * s[:, c, None] for c, h in enumerate(own_filters))  # P_s e
     every = sum(h * row for h, row in zip(every_filter, s.reshape(-1, s.shape[-1])))  # P e
+    s, references = s[stems], references[stems]
+    own = sum(h * s[:, c, None] for c, h in enumerate(own_filters))  # P_s e
     true = np.sum(references**2, axis=(1, 2))
     return np.stack([
         _db(true, np.sum((estimates - references) ** 2, axis=(1, 2))),
@@ -268,14 +340,23 @@ def _check_same_shape(references, estimates):
         )
 
 
-def _check_frames(n_samples, window, hop, sample_rate):
+def _frame_sizes(n_samples, sample_rate, window_s, hop_s):
+    """Window and hop in samples; a window is at most as long as the track. ValueError if one of them is below a sample."""
+    window, hop = int(window_s * sample_rate), int(hop_s * sample_rate)
     if window < 1 or hop < 1:
         raise ValueError(
             f"a window of {window} and a hop of {hop} samples at {sample_rate} Hz; expected at least one sample each. "
             "Give window_s and hop_s in seconds and the sample rate in Hz."
         )
-    if n_samples < window:
-        raise ValueError(
-            f"the track has {n_samples} samples; expected at least one window of {window} ({sample_rate} Hz). "
-            "Choose a smaller window_s, or leave the track out."
-        )
+    return min(window, n_samples), hop
+
+
+def _silent_frames(signals, window, hop):
+    """In which frames each of the signals (stems, samples, channels) is silent, as museval defines it: (stems, frames)."""
+    zero = signals.sum(axis=-1) == 0  # (stems, samples)
+    return sliding_window_view(zero, window, axis=-1)[:, ::hop].all(axis=-1)
+
+
+def _sounds(signal):
+    """Whether (samples, channels) is not silent throughout, as museval defines it."""
+    return bool(signal.sum(axis=-1).any())

@@ -34,6 +34,11 @@ def _number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _names(value: object) -> object:
+    """`unet,demucs_lstm` on the command line is a tuple of names; nothing is none of them."""
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
 def _groups(value: object) -> object:
     """`synth+fx->other,kick+snare->drums` on the command line: stems added up under a new name."""
     if not isinstance(value, str):
@@ -109,6 +114,13 @@ class Settings(BaseModel):
     devices: int = Field(1, ge=1, description="GPUs of this machine that share every batch")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
+    # evaluation
+    scorer: Literal["bss_eval", "museval"] = Field("bss_eval", description="museval gives the same scores, many times slower")
+    referee_tracks: int = Field(2, ge=0, description="so many test tracks, the shortest, are scored by museval too, and compared")
+    ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_names)] = Field(
+        (), description="models that are also trained without random mixing and without curriculum, as many steps"
+    )
+
     # listening
     excerpt_s: float = Field(10.0, gt=0, description="length of the excerpts one can listen to")
 
@@ -125,6 +137,7 @@ PROFILES: dict[str, dict] = {
         n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
         stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16,
         demucs_max_channels=16, attention_heads=2, steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
+        ablations=("unet",), referee_tracks=1,
     ),
     "demo": dict(),
     "musdb7": dict(target="vocals", speed_semitones=2, unet_tall_channels=64, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),
@@ -147,6 +160,10 @@ class Run:
     def write_settings(self) -> None:
         """Keep the settings with the run; from then on they win over defaults. Called before the first result is written."""
         write_text(self.folder / "settings.json", self.settings.model_dump_json(indent=2) + "\n")
+
+    def variant(self, label: str, **changes: object) -> Run:
+        """The same run with other settings, in a folder of its own inside this one's."""
+        return Run(f"{self.name}/{label}", self.settings.model_copy(update=changes), self.folder / label)
 
     def model_folder(self, target: str, model: str, seed: int = 0) -> Path:
         return self.folder / "models" / target / model / f"seed{seed}"
@@ -180,8 +197,8 @@ def open_run(profile: str = "demo", run: str = "", data: str = "", target: str =
     """
     settings = resolve(profile, data, target, overrides)
     name = run or profile
-    if safe_name(name) != name:
-        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', not {name!r}.")
+    if any(safe_name(part) != part for part in name.split("/")):
+        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {name!r}.")
     folder = results_folder() / name
     if (folder / "settings.json").exists():
         settings = _stored_settings(folder / "settings.json", {"profile": profile, **_given(data, target, overrides)})
