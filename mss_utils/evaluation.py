@@ -68,13 +68,17 @@ def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
 # --- estimates ----------------------------------------------------------------------------------------------------------
 
 
-def estimates(run: Run, store: Store, track: Track, target: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Estimates of `target` in one track by every row of the score table, each `(channels, samples)` float32."""
+def estimates(run: Run, store: Store, track: Track, target: str, seed: int = 0, rows: Iterable[str] = ROWS) -> dict[str, np.ndarray]:
+    """Estimates of `target` in one track by these rows of the score table, each `(channels, samples)` float32."""
     mixture, stems = store.load(track)
     reference = stems[store.stem_index(target)]
-    found = {name: estimate_of(run, store, mixture, target, name, seed) for name in MODELS}
-    oracles = {name: oracle(name, mixture, reference, run.settings) for name in ORACLES}
-    return {MIXTURE: mixture} | found | oracles
+
+    def row(name: str) -> np.ndarray:
+        if name in MODELS:
+            return estimate_of(run, store, mixture, target, name, seed)
+        return oracle(name, mixture, reference, run.settings) if name in ORACLES else mixture
+
+    return {name: row(name) for name in rows}
 
 
 def estimate_of(run: Run, store: Store, mixture: np.ndarray, target: str, model: str, seed: int = 0) -> np.ndarray:
@@ -136,13 +140,12 @@ def _loaded(folder: Path, _written_ns: int) -> torch.nn.Module:
 
 
 def _all_estimates(run: Run, store: Store, track: Track) -> Estimates:
-    """Estimates of one track by every row of the score table."""
+    """Estimates of one track by every row of the score table; what is not trained has one seed."""
     found = {}
     for seed in range(run.settings.seeds):
-        rows = [estimates(run, store, track, target, seed) for target in store.targets(run.settings.target)]
-        for name in ROWS:
-            if seed == 0 or name in MODELS:
-                found[name, seed] = np.stack([row[name] for row in rows])
+        names = MODELS if seed else ROWS
+        by_target = [estimates(run, store, track, target, seed, names) for target in store.targets(run.settings.target)]
+        found |= {(name, seed): np.stack([rows[name] for rows in by_target]) for name in names}
     return found
 
 
@@ -268,8 +271,7 @@ def _referee(frames: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
 def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     """Median over tracks with its bootstrap 95 % interval, and mean over tracks, of every metric; see `median_interval`.
 
-    The value of a track is the median over its frames, so these are the two usual aggregations: median of medians (SiSEC),
-    mean of medians (Open-Unmix's and Demucs' earlier papers have one or the other).
+    The value of a track is the median over its frames, so these are the two aggregations in use: median and mean of medians.
     """
     rows = []
     for (references, target, model), group in tracks.groupby(["references", "target", "model"], sort=False):

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from mss_utils.data import MIXTURE, SILENCE_DB, window_levels_db
+from mss_utils.metrics import ROUNDING_DB
 from mss_utils.models import count_parameters
 from mss_utils.settings import Run, Settings, replacing, safe_name
 
@@ -31,9 +32,10 @@ LABELS = {
     "demucs_lstm": "B1 Demucs + BiLSTM",
     "demucs_attention": "B2 Demucs + attention",
     "irm": "ratio-mask oracle",
+    "mwf": "Wiener-filter oracle",
     "reference": "reference",
 }
-SHORT = LABELS | {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2", "irm": "oracle"}
+SHORT = LABELS | {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2", "irm": "IRM", "mwf": "MWF"}
 # A works on spectrograms (cold), B1 and B2 on waveforms (warm); lightness rises from the oracle to B2.
 COLOURS = {
     "mixture": "#9a9a9a",
@@ -41,11 +43,13 @@ COLOURS = {
     "demucs_lstm": "#d1553d",
     "demucs_attention": "#e9ae3c",
     "irm": "#2b2b2b",
+    "mwf": "#5d5566",
     "reference": "#5f7f5f",
 }
-MARKERS = {"mixture": "v", "unet": "o", "demucs_lstm": "s", "demucs_attention": "D", "irm": "^"}
+MARKERS = {"mixture": "v", "unet": "o", "demucs_lstm": "s", "demucs_attention": "D", "irm": "^", "mwf": "p"}
 SPLITS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
-METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables; it says the same as SDR for one channel
+METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
+TABLE_METRICS = (*METRICS, "ISR", "utterance_SDR", "SI_SDR")
 
 WIDTH = 16 / 2.54  # inches: the text width of the report
 DPI = 200
@@ -93,8 +97,13 @@ def _figure(axes: Axes | np.ndarray) -> Figure:
 
 
 def decibels(value: float, digits: int = 1) -> str:
-    """A level or score as text, with a real minus sign."""
-    return f"{value:.{digits}f} dB".replace("-", "−")
+    """A level or score as text."""
+    return f"{number(value, digits)} dB"
+
+
+def number(value: float, digits: int = 2, sign: str = "") -> str:
+    """Decibels without the unit, with a real minus sign (and a plus for `sign="+"`); above 80 dB digits are rounding noise: "> 80"."""
+    return f"> {ROUNDING_DB:.0f}" if value > ROUNDING_DB else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def _make(axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options) -> Axes | np.ndarray:
@@ -562,13 +571,31 @@ def excerpt(versions: Mapping[str, np.ndarray], sample_rate: int, scores: Mappin
 # --- scores -------------------------------------------------------------------------------------------------------------
 
 
-def score_table(summary: pd.DataFrame, target: str, metrics: Sequence[str] = METRICS) -> pd.DataFrame:
-    """The table `summary` for reading: a row a model, a column a metric, cells "median [interval]" in dB."""
-    rows = summary[(summary["target"] == target) & summary["metric"].isin(metrics)]
-    cells = rows.assign(cell=[f"{row.median:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]" for row in rows.itertuples()])
+def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -> pd.DataFrame:
+    """The table `summary` for reading: a row a model, a column a metric, in dB; "median [interval]", or the `mean` over tracks."""
+    rows = summary[(summary["target"] == target) & summary["metric"].isin(TABLE_METRICS)]
+    interval = lambda row: f" [{number(row.ci_low, 1)}, {number(row.ci_high, 1)}]" if aggregate == "median" else ""
+    cells = rows.assign(cell=[number(getattr(row, aggregate)) + interval(row) for row in rows.itertuples()])
     table = cells.pivot(index="model", columns="metric", values="cell")
-    table = table.reindex(index=[name for name in LABELS if name in table.index], columns=list(metrics))
-    return table.rename(index=LABELS).rename_axis(index=None, columns="median over tracks [95 % interval], dB")
+    table = table.reindex(index=[name for name in LABELS if name in table.index], columns=list(TABLE_METRICS))
+    words = "median over tracks [95 % interval], dB" if aggregate == "median" else "mean over tracks, dB"
+    return table.rename(index=LABELS, columns=lambda name: name.replace("_", " ")).rename_axis(index=None, columns=words)
+
+
+def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
+    """The table `ablations` for reading: a row an ablation and metric, scores in dB with and without, and the difference."""
+    rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(METRICS)]
+    return pd.DataFrame({
+        "model": rows["model"].map(LABELS), "what": rows["ablation"].str.replace("_", " "), "metric": rows["metric"],
+        "with": rows["with_it"].map(number), "without": rows["without_it"].map(number),
+        "difference [95 % interval]": [_difference(row) for row in rows.itertuples()],
+    }).reset_index(drop=True)
+
+
+def _difference(row) -> str:
+    """Median difference and interval of a row of paired statistics, with signs, in dB."""
+    median, low, high = (number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high))
+    return f"{median} [{low}, {high}]"
 
 
 def scores(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
@@ -632,6 +659,53 @@ def _interval(ax: Axes, x: float, row: pd.Series | None, centre: str, model: str
 def _model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
     handles = [plt.Line2D([], [], linestyle="", marker=MARKERS[name], color=COLOURS[name], label=LABELS[name]) for name in models]
     _figure(axes).legend(handles=handles, ncols=len(models), loc="outside lower center", columnspacing=1.2, handletextpad=0.2)
+
+
+def slopes(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
+    """SDR of every test track under two models, joined by a line in the colour of the better one. One of three axes a pair.
+
+    `table` is `tables/paired.csv`, whose median difference and interval stand above each pair.
+    """
+    axes = _make(axes, 7, 1, 3, sharey=True)
+    rows = table[(table["target"] == target) & (table["metric"] == "SDR")]
+    wide = tracks[tracks["target"] == target].groupby(["track", "model"])["SDR"].mean().unstack("model")
+    for ax, row in zip(axes, rows.itertuples()):
+        ends = (row.b, row.a)
+        both = wide[list(ends)].replace([np.inf, -np.inf], np.nan).dropna()
+        for first, second in both.itertuples(index=False):
+            ax.plot((0, 1), (first, second), color=COLOURS[ends[second > first]], alpha=0.55, linewidth=0.9)
+        for x, model in enumerate(ends):
+            ax.scatter([x] * len(both), both[model], s=13, marker=MARKERS[model], color=COLOURS[model], edgecolors="white", linewidths=0.3, zorder=3)
+        ahead = int((both[row.a] > both[row.b]).sum())
+        ax.set_title(f"{SHORT[row.a]} − {SHORT[row.b]}: {_difference(row)} dB\n{SHORT[row.a]} ahead on {ahead} of {len(both)}", fontweight="normal")
+        ax.set_xticks((0, 1), [SHORT[model] for model in ends])
+        ax.set_xlim(-0.3, 1.3)
+        ax.grid(axis="x", visible=False)
+    axes[0].set_ylabel("SDR (dB), a line a track")
+    return axes
+
+
+def trade_off(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
+    """SDR against SIR and against SAR: every test track a small mark, the median of each model a large one. Two axes.
+
+    The mixture is left out: untouched, it has no artifacts to measure.
+    """
+    axes = _make(axes, 7.6, 1, 2, sharey=True)
+    rows = tracks[tracks["target"] == target]
+    models = [name for name in LABELS if name in set(rows["model"]) and name != MIXTURE]
+    means = rows.groupby(["model", "track"])[list(METRICS)].mean().replace([np.inf, -np.inf], np.nan)
+    means = means.mask(means > ROUNDING_DB)
+    for ax, metric in zip(axes, ("SIR", "SAR")):
+        for model in models:
+            look = dict(marker=MARKERS[model], color=COLOURS[model], edgecolors="white")
+            ax.scatter(means.loc[model, metric], means.loc[model, "SDR"], s=11, alpha=0.5, linewidths=0.3, **look)
+        for model in models:
+            middle = [_summary_row(summary, target, model, name)["median"] for name in (metric, "SDR")]
+            ax.scatter(*middle, s=75, marker=MARKERS[model], color=COLOURS[model], edgecolors=INK, linewidths=1, zorder=3)
+        ax.set(xlabel=f"{metric} (dB)")
+    axes[0].set_ylabel("SDR (dB): tracks; medians large")
+    _model_legend(axes, models)
+    return axes
 
 
 def paired(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:

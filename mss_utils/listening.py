@@ -108,7 +108,7 @@ def cut_excerpt(
 def track_versions(run: Run, store: Store, track: Track, target: str) -> dict[str, np.ndarray]:
     """Mixture, reference, the three models' estimates (first seed) and the oracle's, of a whole track."""
     _, stems = store.load(track)
-    everything = {"reference": stems[store.stem_index(target)], **estimates(run, store, track, target)}
+    everything = {"reference": stems[store.stem_index(target)], **estimates(run, store, track, target, rows=set(VERSIONS) - {"reference"})}
     return {name: everything[name] for name in VERSIONS}
 
 

@@ -62,9 +62,9 @@ class BSSEval:
       `score_track` has a rule that loses less.
     - A perfect estimate has an SDR of inf, as in museval; its ISR, SIR and SAR are rounding noise near 300 dB.
       Above about 80 dB no filter score says more than that it is large.
-    - Exactly singular normal equations (identical references, or a stereo stem with left = right) get the least-squares
-      solution of smallest norm (museval 0.4.1 stops with an AttributeError under numpy 2). A track with left =
-      right in references and estimates then scores as its mono version.
+    - Of identical channels (left = right in a stem, or two identical references) the first does for all: the projection is the
+      same, and the normal equations are not singular (museval gets past that by its rounding, or stops with an
+      AttributeError under numpy 2). A track with left = right in references and estimates scores as its mono version.
 
     Do not read SIR and SAR where the references have a band that is empty beyond about -100 dB and the estimate has not:
     the filters then amplify rounding noise, and museval's own SIR changes with the order of the stems. References that
@@ -82,8 +82,8 @@ class BSSEval:
         rows = self.references.reshape(-1, self.shape[1])  # (stems * channels, samples)
         correlations = _correlate(rows, rows)
         # The slow part, shared by all estimates: one factorisation for all stems together, one for each stem alone.
-        self.project_on_all = _least_squares(correlations)
-        self.project_on_own = [_least_squares(correlations[own, own]) for own in self._stem_rows()]
+        self.project_on_all = _least_squares(correlations, _twins(rows))
+        self.project_on_own = [_least_squares(correlations[own, own], _twins(rows[own])) for own in self._stem_rows()]
 
     def score(self, estimates, stems=None):
         """SDR, ISR, SIR and SAR in dB, each (stems, frames), of estimates (stems, samples, channels).
@@ -243,27 +243,35 @@ def _correlate(first, second):
     return irfft(total, FFT_SIZE)[..., :TAPS]
 
 
-def _least_squares(correlations):
+def _twins(rows):
+    """For every row of (rows, samples), whether an earlier one is identical: (rows,)."""
+    energies = np.einsum("rn,rn->r", rows, rows)
+    same = lambda i, j: np.isclose(energies[i], energies[j]) and np.array_equal(rows[i], rows[j])
+    return np.array([any(same(i, j) for j in range(i)) for i in range(len(rows))])
+
+
+def _least_squares(correlations, twin):
     """The solver of the normal equations for the best filters, factorised once.
 
-    correlations: (rows, rows, TAPS) of the references. Returns a function from the products of references and
-    estimates, (rows, estimates, TAPS), to filters of the same shape.
+    correlations: (rows, rows, TAPS) of the references; twin: (rows,), those that `_twins` finds get no filter. Returns a
+    function from the products of references and estimates, (rows, estimates, TAPS), to filters of the same shape.
     """
-    n_rows = len(correlations)
-    gram = np.block([[toeplitz(correlations[i, j], correlations[j, i]) for j in range(n_rows)] for i in range(n_rows)])
+    kept = np.flatnonzero(~twin)
+    gram = np.block([[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept])
     diagonal, eps = np.s_[:: len(gram) + 1], np.finfo(float).eps
     gram.flat[diagonal] += eps  # as museval does
     # LU like museval, although Cholesky would take half the time: stems that were coded lossily have empty bands, and
     # their Gram matrix is not positive definite within rounding.
     lu, pivots, zero_pivot = lapack.dgetrf(gram)
-    if zero_pivot:  # singular: a ridge at the level of rounding leads to the least-squares solution of smallest norm
-        gram.flat[diagonal] += len(gram) * eps * gram.max()
+    if zero_pivot:  # one channel is a multiple of another: a ridge just above rounding changes a score by less than 1e-4 dB
+        gram.flat[diagonal] += 64 * eps * gram.max()
         lu, pivots, _ = lapack.dgetrf(gram)
 
     def solve(products):
-        right = products.swapaxes(1, 2).reshape(n_rows * TAPS, -1)  # (rows * taps, estimates)
-        filters, _ = lapack.dgetrs(lu, pivots, right)
-        return filters.reshape(n_rows, TAPS, -1).swapaxes(1, 2)
+        right = products[kept].swapaxes(1, 2).reshape(len(gram), -1)  # (rows * taps, estimates)
+        filters = np.zeros_like(products)
+        filters[kept] = lapack.dgetrs(lu, pivots, right)[0].reshape(len(kept), TAPS, -1).swapaxes(1, 2)
+        return filters
 
     return solve
 

@@ -24,7 +24,7 @@ def tracks():
     """A table of test scores as evaluation writes it, with a NaN, a mixture without artifacts, and two seeds."""
     rng, rows = np.random.default_rng(0), []
     for track in range(6):
-        for model, base in {"mixture": -6, "unet": 3, "demucs_lstm": 2, "demucs_attention": 2.5, "irm": 9}.items():
+        for model, base in {"mixture": -6, "unet": 3, "demucs_lstm": 2, "demucs_attention": 2.5, "irm": 9, "mwf": 10}.items():
             for seed in (0, 1) if model in MODELS else (0,):
                 scores = {metric: base + rng.normal() for metric in ("SDR", "ISR", "SIR", "SAR", "utterance_SDR", "SI_SDR")}
                 scores |= {"SAR": 150.0} if model == "mixture" else {}
@@ -114,7 +114,7 @@ def test_training_curves_use_one_colour_a_model():
 def test_score_figures(tracks):
     summary, pairs = summarise(tracks), compare(tracks)
     axes = figures.scores(tracks, summary, "piano")
-    assert axes[2].get_ylim()[1] < 100 and "150 dB" in texts(axes), "the mixture's SAR must not squash the rest"
+    assert axes[2].get_ylim()[1] < 100 and "> 80 dB" in texts(axes), "the mixture's SAR must not squash the rest"
     labels = figures.paired(tracks, pairs, "piano")[0].get_xticklabels()
     assert [label.get_text() for label in labels] == ["B1 − A", "B2 − A", "B2 − B1"]
     cost = pd.DataFrame([dict(target="piano", model=name, seed=0, parameters=1e6, train_s=10.0, inference_rtf=0.01) for name in MODELS])
@@ -122,16 +122,43 @@ def test_score_figures(tracks):
     assert "mixture" in texts(axes) and "ratio-mask oracle" in texts(axes)
 
 
+def test_a_slope_joins_the_scores_of_a_track_in_the_colour_of_the_better_model(tracks):
+    axes = figures.slopes(tracks, compare(tracks), "piano")
+    means = tracks.groupby(["model", "track"])["SDR"].mean()
+    for line, track in zip(axes[0].lines, sorted(tracks["track"].unique())):
+        a, b1 = means["unet"][track], means["demucs_lstm"][track]
+        assert line.get_ydata() == pytest.approx((a, b1))
+        assert line.get_color() == figures.COLOURS["unet" if a > b1 else "demucs_lstm"]
+    assert len(axes[0].lines) == 6 and "ahead on" in axes[0].get_title()
+
+
+def test_the_trade_off_shows_every_track_but_no_mixture(tracks):
+    axes = figures.trade_off(tracks, summarise(tracks), "piano")
+    dots = [len(dots.get_offsets()) for dots in axes[0].collections]
+    assert dots == [6] * 5 + [1] * 5 and axes[1].get_xlabel() == "SAR (dB)"
+
+
+def test_scores_are_written_with_no_digits_of_noise():
+    assert [figures.number(value) for value in (-1.234, 79.999, 80.01, np.inf)] == ["−1.23", "80.00", "> 80", "> 80"]
+    assert figures.number(0.5, 1, "+") == "+0.5" and figures.decibels(-3.0) == "−3.0 dB"
+
+
 def test_figures_survive_a_table_without_intervals(tracks):
     one = tracks[tracks["track"] == "t2"]
+    figures.slopes(one, compare(one), "piano")
+    figures.trade_off(one, summarise(one), "piano")
     figures.scores(one, summarise(one), "piano")
     figures.paired(one, compare(one), "piano")
 
 
 def test_score_table_is_in_reading_order(tracks):
     table = figures.score_table(summarise(tracks), "piano")
-    assert list(table.index) == [figures.LABELS[name] for name in ("mixture", *MODELS, "irm")]
-    assert list(table.columns) == ["SDR", "SIR", "SAR"] and "[" in table.iloc[0, 0]
+    assert list(table.index) == [figures.LABELS[name] for name in ("mixture", *MODELS, "irm", "mwf")]
+    assert list(table.columns) == ["SDR", "SIR", "SAR", "ISR", "utterance SDR", "SI SDR"] and "[" in table.iloc[0, 0]
+    assert table.loc["mixture", "SAR"] == "> 80 [> 80, > 80]"
+    means = figures.score_table(summarise(tracks), "piano", "mean")
+    expected = tracks.query("model == 'unet'").groupby("track")["SDR"].mean().mean()
+    assert means.loc[figures.LABELS["unet"], "SDR"] == f"{expected:.2f}"
 
 
 def test_colours_differ_in_lightness():

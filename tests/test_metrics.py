@@ -223,6 +223,26 @@ def test_identical_channels_score_as_mono():
         np.testing.assert_allclose(stereo[metric], mono[metric], atol=TOLERANCE_DB)
 
 
+def test_a_centred_stem_among_stereo_stems_scores_as_in_museval(museval):
+    """Left = right in one stem, and an empty band that makes the equations ill-conditioned: a ridge would show."""
+    spectrum = np.fft.rfft(music(3, 2), axis=1)
+    spectrum[:, int(0.6 * spectrum.shape[1]) :] = 0
+    references = np.round(np.fft.irfft(spectrum, axis=1) * 2**16) / 2**16
+    references[1, :, 1] = references[1, :, 0]
+    estimates = separated(references)
+    expected = museval_scores(museval, references, estimates, RATE)
+    assert_equal_scores(bss_eval(references, estimates, RATE), expected)
+
+
+def test_a_channel_that_is_a_multiple_of_the_other_scores_as_mono():
+    references = music(2, 1)
+    estimates = separated(references)
+    mono, panned = bss_eval(references, estimates, RATE), np.array([1.0, 0.5])
+    stereo = bss_eval(references * panned, estimates * panned, RATE)
+    for metric in METRICS:
+        np.testing.assert_allclose(stereo[metric], mono[metric], atol=TOLERANCE_DB)
+
+
 def test_identical_references_have_scores():
     references = np.repeat(music(1, 1), 2, axis=0)
     scores = bss_eval(references, separated(references), RATE)

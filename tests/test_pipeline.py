@@ -9,6 +9,7 @@ import pytest
 from conftest import command
 
 import mss_utils.pipeline as pipeline
+from mss_utils.evaluation import TABLES
 from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
 from mss_utils.settings import MODELS, ROOT, open_run
 
@@ -16,7 +17,8 @@ CONTRACT = [
     "settings.json", "environment.json", "report.pdf",
     *(f"notebooks/{name}.ipynb" for name in STAGES),
     *(f"models/piano/{model}/seed0/{file}" for model in MODELS for file in ("model.safetensors", "model.json", "history.csv", "last.ckpt")),
-    *(f"tables/{name}.csv" for name in ("frames", "tracks", "summary", "paired", "cost")),
+    *(f"tables/{name}.csv" for name in TABLES),
+    *(f"ablations/{name}/models/piano/unet/seed0/model.json" for name in ("random_mix", "curriculum")),
 ]
 
 
@@ -51,7 +53,7 @@ def test_nothing_half_written_is_left(smoke_run):
 
 def test_no_path_of_this_machine_is_in_the_tables_and_settings(smoke_run):
     _, _, folder = smoke_run
-    for path in [*folder.glob("*.json"), *folder.glob("tables/*.csv"), *folder.glob("models/*/*/*/model.json")]:
+    for path in [*folder.rglob("*.json"), *folder.glob("tables/*.csv")]:
         assert str(ROOT) not in path.read_text(), path
 
 

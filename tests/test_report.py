@@ -13,10 +13,10 @@ from mss_utils.settings import MODELS, PROFILES, ROOT, Settings
 
 METRICS = ("SDR", "ISR", "SIR", "SAR", "utterance_SDR", "SI_SDR")
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
-MEDIANS = dict(mixture=-7.25, unet=5.5, demucs_lstm=4.25, demucs_attention=4.5, irm=11.75)
+MEDIANS = dict(mixture=-7.25, unet=5.5, demucs_lstm=4.25, demucs_attention=4.5, irm=11.75, mwf=12.5)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="70"><rect width="160" height="70" fill="#cde"/></svg>'
 COMMON_FIGURES = ("pipeline", "data_levels", "data_together", "data_spectrograms", *(f"architecture_{model}" for model in MODELS))
-TARGET_FIGURES = ("training", "scores", "paired", "cost", "excerpt_best", "excerpt_median", "excerpt_worst")
+TARGET_FIGURES = ("training", "scores", "slopes", "trade_off", "cost", "excerpt_best", "excerpt_median", "excerpt_worst")
 
 needs_pdftotext = pytest.mark.skipif(not shutil.which("pdftotext"), reason="pdftotext (poppler-utils) is not installed")
 
@@ -39,6 +39,9 @@ class FakeRun:
             paired=[self._paired(t, a, b, metric, seeds) for t in targets for a, b in PAIRS for metric in METRICS],
             tracks=[self._track(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
             cost=[self._cost(t, model) for t in targets for model in MODELS],
+            lost_frames=[self._lost(t, model, frames) for t in targets for model in MEDIANS for frames in (3, 5)],
+            referee=[dict(metric=metric, scores=100, largest_difference_db=3e-8, unequal_nan=0, tracks=2) for metric in METRICS[:4]],
+            ablations=[self._ablation(t, name, metric) for t in targets for name in ("random_mix", "curriculum") for metric in METRICS],
         )
 
     def _summary(self, target, model, metric, seeds):
@@ -53,6 +56,14 @@ class FakeRun:
     def _track(self, target, name, model):
         key = dict(references="target+residual", target=target, track=name, model=model, seed=0)
         return key | {metric: MEDIANS[model] for metric in METRICS} | dict(frames=70, usable_frames=66)
+
+    def _lost(self, target, model, frames):
+        key = dict(references="target+residual", target=target, track=f"lost {frames}", model=model, seed=0)
+        return key | dict(reason=f"silent: reference of {target}", frames=frames)
+
+    def _ablation(self, target, name, metric):
+        scores = dict(with_it=5.5, without_it=4.75, median_difference=0.625, ci_low=0.125, ci_high=1.25, p_wilcoxon=0.01, p_corrected=0.02)
+        return dict(target=target, model="unet", ablation=name, metric=metric) | scores | dict(tracks=2, seeds=1, steps=self.settings["steps"])
 
     def _cost(self, target, model):
         key = dict(target=target, model=model, seed=0, parameters=1234567, train_s=600.0, steps=self.settings["steps"])
@@ -72,8 +83,9 @@ class FakeRun:
         (self.folder / "settings.json").write_text(json.dumps(self.settings))
         (self.folder / "environment.json").write_text(json.dumps(self.environment))
         for name, rows in self.tables.items():
+            columns = list(rows[0]) if rows else ["a table without rows has a header"]
             with open(self.folder / "tables" / f"{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
+                writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(rows)
         mixing = ["data_mixing"] if len(self.targets) == 1 else [f"data_mixing-{target}" for target in self.targets]
@@ -117,7 +129,7 @@ def test_numbers_come_from_the_run(tmp_path):
     assert says(text, "5.50 dB for A, 4.25 dB for B1 and 4.50 dB for B2, against −7.25 dB for the untouched mixture and 11.75 dB")
     assert says(text, "12.75 dB above the untouched mixture")
     assert says(text, "make report PROFILE=demo RUN=fake TARGET=piano") and says(text, "0a1b2c3d4e") and says(text, "3 February 2026")
-    assert says(text, "132 had one") and says(text, "12.5 ms/s") and says(text, "1,234,567")
+    assert says(text, "132 had a score") and says(text, "12.5 ms/s") and says(text, "1,234,567")
     run.change("summary", dict(model="unet", metric="SDR"), median=-9.876)
     text = run.text()
     assert says(text, "−9.88 dB for A") and not says(text, "5.50 dB for A")
@@ -151,6 +163,31 @@ def test_what_is_switched_on_is_said(tmp_path):
     text = run.text()
     assert says(text, "The stem other is the sum of synth and fx.") and says(text, "synth+fx→other")
     assert says(text, "played higher and faster or lower and slower by up to 2 semitones")
+
+
+@needs_pdftotext
+def test_ablations_are_shown_or_said_not_to_have_run(tmp_path):
+    run = FakeRun(tmp_path)
+    text = run.text()
+    assert says(text, "+0.63 [+0.13, +1.25]") and says(text, "A trained again without each") and not says(text, "Not run.")
+    run.tables["ablations"] = []
+    text = run.text()
+    assert says(text, "Not run. Random mixing and the curriculum") and not says(text, "+0.63 [+0.13, +1.25]")
+
+
+@needs_pdftotext
+def test_what_has_no_score_is_said_and_so_is_who_checked(tmp_path):
+    run = FakeRun(tmp_path)
+    text = run.text()
+    assert says(text, "of 140 frames of A’s estimates 132 had a score; lost: 8 silent: reference of piano")
+    assert says(text, "on the two shortest test tracks museval computed 400 scores again") and says(text, "is below 10−7 dB")
+    run.change("summary", dict(model="mixture", metric="SAR"), median=254.37)
+    run.change("referee", dict(metric="SIR"), largest_difference_db=0.25, unequal_nan=3)
+    text = run.text()
+    assert says(text, "> 80") and not says(text, "254.37")
+    assert says(text, "is below 100 dB; 3 scores exist in one program only")
+    run.tables |= dict(referee=[], lost_frames=[])
+    assert says(run.text(), "museval did not compute any of them again")
 
 
 @needs_pdftotext
@@ -190,7 +227,8 @@ def test_cells_without_a_number(tmp_path, cell):
     run.change("paired", dict(metric="SDR", a="demucs_lstm"), median_difference=cell, ci_low=cell, ci_high=cell, p_corrected=cell)
     run.change("tracks", dict(model="demucs_lstm"), SDR=cell)
     text = run.text()
-    assert says(text, "against – for the untouched mixture") and says(text, "B1 and A could not be compared in SDR")
+    mixture = "> 80 dB" if cell == "inf" else "–"
+    assert says(text, f"against {mixture} for the untouched mixture") and says(text, "B1 and A could not be compared in SDR")
     assert says(text, "0 of 0")
 
 

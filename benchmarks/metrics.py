@@ -1,0 +1,75 @@
+"""museval against mss_utils.metrics on the same tracks and estimates: how long each takes, and how far apart the scores are.
+
+    python benchmarks/metrics.py --data DIR [--formats 44100x2 16000x1] [--tracks N] [--profile demo] [--set groups=synth+fx->other]
+
+The estimates are those of the ratio-mask oracle, for every stem of every test track. museval is called on one track after the
+other, with all the threads that numpy takes; `bss_eval` on as many tracks at once as there are cores, the start of its
+processes included. Differences are of scores below 80 dB; above, all digits are rounding. Compare times of one run only, on an
+otherwise idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import joblib
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from mss_utils.data import Store, Track, open_store
+from mss_utils.evaluation import oracle
+from mss_utils.metrics import METRICS, ROUNDING_DB, Museval, bss_eval
+from mss_utils.settings import Settings, resolve
+from throughput import show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
+    parser.add_argument("--profile", default="demo")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the profile")
+    parser.add_argument("--formats", nargs="+", default=["44100x2", "16000x1"], metavar="RATExCHANNELS", help="a row each")
+    parser.add_argument("--tracks", type=int, default=None, help="this many test tracks only (default: all)")
+    given = parser.parse_args()
+    rows = []
+    for rate, channels in (text.split("x") for text in given.formats):
+        settings = resolve(given.profile, given.data, "", [*given.set, f"sample_rate={rate}", f"channels={channels}"])
+        rows.append(race(settings, open_store(settings), given.tracks))
+    show("BSSEval of all stems", pd.DataFrame(rows))
+
+
+def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
+    """Both programs on the same tracks, and what their scores differ by."""
+    tracks = store.split("test")[:n_tracks]
+    pairs = [references_and_estimates(settings, store, track) for track in tracks]
+    started = time.perf_counter()
+    ours = joblib.Parallel(n_jobs=-1)(joblib.delayed(bss_eval)(*pair, store.sample_rate) for pair in pairs)
+    ours_s = time.perf_counter() - started
+    started = time.perf_counter()
+    theirs = [Museval(references, store.sample_rate).score(estimates) for references, estimates in tqdm(pairs, desc="museval", unit="track")]
+    museval_s = time.perf_counter() - started
+    music_s = sum(track.samples for track in tracks) / store.sample_rate
+    row = dict(sample_rate=store.sample_rate, channels=store.channels, stems=len(store.stems), tracks=len(tracks), music_s=music_s)
+    return row | dict(museval_s=museval_s, ours_s=ours_s, times_faster=museval_s / ours_s) | differences(ours, theirs)
+
+
+def references_and_estimates(settings: Settings, store: Store, track: Track) -> tuple[np.ndarray, np.ndarray]:
+    """All stems and the oracle's estimates of them, both `(stems, samples, channels)`."""
+    mixture, stems = store.load(track)
+    found = np.stack([oracle("irm", mixture, stem, settings) for stem in stems])
+    return stems.swapaxes(1, 2), found.swapaxes(1, 2)
+
+
+def differences(ours: list[dict], theirs: list[dict]) -> dict:
+    """How many scores were compared, their largest difference in dB, and scores that only one of the two has."""
+    join = lambda scores: np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
+    ours, theirs = join(ours), join(theirs)
+    exact = theirs < ROUNDING_DB
+    unequal = np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
+    return dict(scores=np.count_nonzero(exact), largest_difference_db=np.abs(ours - theirs)[exact].max(), unequal_nan=unequal)
+
+
+if __name__ == "__main__":
+    main()
