@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
@@ -240,14 +240,16 @@ def _rows(settings: Settings, store: Store, track: Track, found: dict[tuple[str,
     return dict(frames=pd.concat(frames, ignore_index=True), tracks=pd.DataFrame(tracks), lost_frames=pd.DataFrame(lost, columns=columns))
 
 
-def _why_lost(silent: tuple[np.ndarray, np.ndarray], stems: Iterable[str], row: int) -> pd.Series:
-    """In words, what is silent in each frame, from bool arrays (stems, frames) of references and estimates.
+def _why_lost(silent: tuple[np.ndarray, np.ndarray], stems: Sequence[str], row: int) -> pd.Series:
+    """In words, which references are silent in each frame, or if none is, which estimates; `silent` holds bool arrays (stems, frames).
 
     Another stem that is silent throughout costs the stem of `row` no frames, see `score_track`.
     """
+    mine = np.arange(len(stems))[:, None] == row
+    references, estimates = (signals & (mine | ~signals.all(axis=1, keepdims=True)) for signals in silent)
     named = [f"{kind} of {stem}" for kind in ("reference", "estimate") for stem in stems]
-    blamed = [signals & (~signals.all(axis=1, keepdims=True) | (np.arange(len(signals)) == row)[:, None]) for signals in silent]
-    return pd.Series(["silent: " + ", ".join(itertools.compress(named, frame)) for frame in np.concatenate(blamed).T], dtype=str)
+    blamed = np.concatenate([references, estimates & ~references.any(axis=0)])
+    return pd.Series(["silent: " + ", ".join(itertools.compress(named, frame)) for frame in blamed.T], dtype=str)
 
 
 def _referee(frames: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
@@ -417,7 +419,7 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     rows = [row | dict(zip(("model", "ablation"), keys[row["a"], row["b"]]), steps=run.settings.steps) | {
         column: medians[row["target"], row[side], row["metric"]] for column, side in (("with_it", "a"), ("without_it", "b"))
     } for row in table.to_dict("records")]
-    return pd.DataFrame(rows, columns=ABLATION_COLUMNS)
+    return pd.DataFrame(rows, columns=ABLATION_COLUMNS).sort_values(["target", "model", "ablation"], kind="stable", ignore_index=True)
 
 
 # --- cost ---------------------------------------------------------------------------------------------------------------

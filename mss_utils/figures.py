@@ -586,7 +586,7 @@ def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
     """The table `ablations` for reading: a row an ablation and metric, scores in dB with and without, and the difference."""
     rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(METRICS)]
     return pd.DataFrame({
-        "model": rows["model"].map(LABELS), "what": rows["ablation"].str.replace("_", " "), "metric": rows["metric"],
+        "model": rows["model"].map(LABELS), "left out": rows["ablation"].str.replace("_", " "), "metric": rows["metric"],
         "with": rows["with_it"].map(number), "without": rows["without_it"].map(number),
         "difference [95 % interval]": [_difference(row) for row in rows.itertuples()],
     }).reset_index(drop=True)
@@ -614,7 +614,7 @@ def scores(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.nd
             values = means.get(model, pd.Series(dtype=float)).dropna()
             _dots(ax, x, values.to_numpy(), model)
             _interval(ax, x, _summary_row(summary, target, model, metric), "median", model)
-        ax.set_xticks(range(len(models)), [SHORT[name] for name in models])
+        ax.set_xticks(range(len(models)), ["mix." if name == MIXTURE else SHORT[name] for name in models])
         ax.set(title=metric, xlim=(-0.6, len(models) - 0.4))
         ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("score (dB): tracks; median, 95 % interval")
@@ -658,7 +658,8 @@ def _interval(ax: Axes, x: float, row: pd.Series | None, centre: str, model: str
 
 def _model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
     handles = [plt.Line2D([], [], linestyle="", marker=MARKERS[name], color=COLOURS[name], label=LABELS[name]) for name in models]
-    _figure(axes).legend(handles=handles, ncols=len(models), loc="outside lower center", columnspacing=1.2, handletextpad=0.2)
+    columns = len(models) if len(models) < 5 else 3
+    _figure(axes).legend(handles=handles, ncols=columns, loc="outside lower center", columnspacing=1.2, handletextpad=0.2)
 
 
 def slopes(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
@@ -677,7 +678,7 @@ def slopes(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndar
         for x, model in enumerate(ends):
             ax.scatter([x] * len(both), both[model], s=13, marker=MARKERS[model], color=COLOURS[model], edgecolors="white", linewidths=0.3, zorder=3)
         ahead = int((both[row.a] > both[row.b]).sum())
-        ax.set_title(f"{SHORT[row.a]} − {SHORT[row.b]}: {_difference(row)} dB\n{SHORT[row.a]} ahead on {ahead} of {len(both)}", fontweight="normal")
+        ax.set_title(f"{SHORT[row.a]} − {SHORT[row.b]}: {_difference(row)} dB\n{SHORT[row.a]} ahead on {ahead} of {len(both)}", fontsize=7.2, fontweight="normal")
         ax.set_xticks((0, 1), [SHORT[model] for model in ends])
         ax.set_xlim(-0.3, 1.3)
         ax.grid(axis="x", visible=False)
@@ -701,7 +702,7 @@ def trade_off(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np
             ax.scatter(means.loc[model, metric], means.loc[model, "SDR"], s=11, alpha=0.5, linewidths=0.3, **look)
         for model in models:
             middle = [_summary_row(summary, target, model, name)["median"] for name in (metric, "SDR")]
-            ax.scatter(*middle, s=75, marker=MARKERS[model], color=COLOURS[model], edgecolors=INK, linewidths=1, zorder=3)
+            ax.scatter(*middle, s=50, marker=MARKERS[model], color=COLOURS[model], edgecolors=INK, linewidths=1, zorder=3)
         ax.set(xlabel=f"{metric} (dB)")
     axes[0].set_ylabel("SDR (dB): tracks; medians large")
     _model_legend(axes, models)
