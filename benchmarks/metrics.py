@@ -63,12 +63,12 @@ def references_and_estimates(settings: Settings, store: Store, track: Track) -> 
 
 
 def differences(ours: list[dict], theirs: list[dict]) -> dict:
-    """How many scores were compared, their largest difference in dB, and scores that only one of the two has."""
+    """How many scores were compared, their largest difference in dB, how many differ by more than 1e-4, and scores that only one has."""
     join = lambda scores: np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
     ours, theirs = join(ours), join(theirs)
     exact = theirs < ROUNDING_DB
-    unequal = np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
-    return dict(scores=np.count_nonzero(exact), largest_difference_db=np.abs(ours - theirs)[exact].max(), unequal_nan=unequal)
+    apart, unequal = np.abs(ours - theirs)[exact], np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
+    return {"scores": len(apart), "largest_difference_db": apart.max(), "beyond 1e-4 dB": np.count_nonzero(apart > 1e-4), "unequal_nan": unequal}
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from mss_utils.data import MIXTURE, Store, Track
-from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, score_track
+from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, museval_works, score_track
 from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
@@ -45,6 +45,7 @@ ABLATION_COLUMNS = [
 KEY = ["references", "target", "track", "model", "seed"]
 MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
 N_BOOTSTRAP = 10_000
+MAX_SCORERS = 8  # a four-minute stereo track with all its estimates takes about a gigabyte
 
 Estimates = dict[tuple[str, int], np.ndarray]  # by model and seed: (targets, channels, samples)
 
@@ -161,6 +162,9 @@ def score(
     """
     tracks, names = store.split("test"), {}
     n_referee = settings.referee_tracks if n_referee is None else n_referee
+    if n_referee and not museval_works():
+        warnings.warn("Without ffmpeg and ffprobe museval cannot be imported: no score is checked by it.", stacklevel=2)
+        n_referee = 0
     refereed = sorted(tracks, key=lambda track: (track.samples, track.name))[:n_referee]
     jobs = [(track, settings.scorer) for track in tracks] + [(track, "museval again") for track in refereed]
 
@@ -202,16 +206,16 @@ def references_and(settings: Settings, store: Store, track: Track, found: Estima
 
 
 def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], tuple]) -> Iterator:
-    """`function(*arguments(job))` of every job, in order, as many at once as there are cores; `arguments` runs in this process.
+    """`function(*arguments(job))` of every job, in order, up to `MAX_SCORERS` at once; `arguments` runs in this process.
 
     What a killed process was at is done again here, one job after the other. Another joblib backend, such as Dask's, is
     chosen with `joblib.parallel_config`.
     """
-    n_at_once = joblib.effective_n_jobs(-1)
+    n_at_once = min(joblib.effective_n_jobs(-1), MAX_SCORERS)
     for first in range(0, len(jobs), n_at_once):
         calls = [arguments(job) for job in jobs[first : first + n_at_once]]
         try:
-            results = joblib.Parallel(n_jobs=-1, batch_size=1)(joblib.delayed(function)(*call) for call in calls)
+            results = joblib.Parallel(n_at_once, batch_size=1)(joblib.delayed(function)(*call) for call in calls)
         except BrokenProcessPool:
             warnings.warn(
                 "A scoring process was killed, most likely because memory ran out. Its jobs are done again, one after the other; "

@@ -20,6 +20,7 @@ Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind
 (version 4: one filter for the whole track); the reference implementation is `museval.metrics.bss_eval`.
 """
 
+import shutil
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 
@@ -131,16 +132,19 @@ class Museval:
     """museval itself behind the interface of `BSSEval`, to check the numbers by: the referee.
 
     Where museval raises all scores are NaN: a reference or an estimate that is silent throughout, and normal equations that
-    are exactly singular (an AttributeError under numpy 2). Raises ValueError as `BSSEval` does.
+    are exactly singular (an AttributeError under numpy 2). Raises ValueError as `BSSEval` does, FileNotFoundError where
+    museval cannot be imported.
     """
 
     def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
+        if not museval_works():
+            raise FileNotFoundError("museval needs ffmpeg and ffprobe on the PATH; install them (apt-get install ffmpeg), or set scorer=bss_eval.")
         self.references = _checked(references, "references", ("stems", "samples", "channels"))
         self.window, self.hop = _frame_sizes(self.references.shape[1], sample_rate, window_s, hop_s)
 
     def score(self, estimates, stems=None):
         """As `BSSEval.score`; museval is asked for all stems, with the reference in the place of an estimate that is not there."""
-        from museval.metrics import bss_eval as referee  # needs ffmpeg, which a store does not
+        from museval.metrics import bss_eval as referee
 
         estimates = _checked(estimates, "estimates", ("stems", "samples", "channels"))
         stems = list(range(len(self.references))) if stems is None else stems
@@ -153,6 +157,11 @@ class Museval:
             with suppress(AttributeError):
                 scores = referee(self.references, everything, window=self.window, hop=self.hop)[: len(METRICS)]
         return {metric: values[stems] for metric, values in zip(METRICS, scores)}
+
+
+def museval_works() -> bool:
+    """Whether museval can be imported here: it wants ffmpeg and ffprobe, which nothing else needs once tracks are decoded."""
+    return bool(shutil.which("ffmpeg") and shutil.which("ffprobe"))
 
 
 SCORERS = {"bss_eval": BSSEval, "museval": Museval}

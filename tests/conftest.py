@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mss_utils.metrics import museval_works
 from mss_utils.settings import ROOT, open_run, resolve
 
 STEMS = ("bass", "drums", "piano", "vocals")
@@ -61,6 +62,14 @@ def songs_store():
     from mss_utils.data import open_store
 
     return open_store(resolve("smoke")), resolve("demo", overrides="segment_s=1.5 batch_size=2")
+
+
+@pytest.fixture(scope="session")
+def museval():
+    """museval, which cannot be imported without ffmpeg on the path."""
+    if not museval_works():
+        pytest.skip("museval needs ffmpeg and ffprobe")
+    return pytest.importorskip("museval")
 
 
 @pytest.fixture

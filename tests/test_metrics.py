@@ -1,7 +1,6 @@
 """The scores equal museval's, have the known answers, and fail in words."""
 
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -10,14 +9,6 @@ from mss_utils.metrics import METRICS, ROUNDING_DB, BSSEval, Museval, bss_eval, 
 
 RATE = 8000
 TOLERANCE_DB = 1e-4
-
-
-@pytest.fixture(scope="module")
-def museval():
-    """museval, which cannot be imported without ffmpeg on the path."""
-    if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
-        pytest.skip("museval needs ffmpeg and ffprobe")
-    return pytest.importorskip("museval")
 
 
 def music(n_stems, n_channels, seconds=3.3, seed=0):
@@ -151,6 +142,12 @@ def test_where_museval_stops_the_referee_has_no_score(museval, monkeypatch):
             museval_scores(museval, references, separated(references), RATE)
     scores = Museval(references, RATE).score(separated(references))
     assert scores["SDR"].shape == (2, 3) and np.isnan(scores["SDR"]).all()
+
+
+def test_without_ffmpeg_the_referee_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="ffmpeg and ffprobe.*scorer=bss_eval"):
+        Museval(music(2, 1), RATE)
 
 
 def test_some_stems_score_as_among_all():
