@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.data import Store, Track, open_store
 from mss_utils.evaluation import oracle
-from mss_utils.metrics import METRICS, ROUNDING_DB, Museval, bss_eval
+from mss_utils.metrics import METRICS, Museval, bss_eval, disagreement
 from mss_utils.settings import Settings, resolve
 from throughput import show
 
@@ -48,7 +48,7 @@ def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
     ours = joblib.Parallel(n_jobs=-1)(joblib.delayed(bss_eval)(*pair, store.sample_rate) for pair in pairs)
     ours_s = time.perf_counter() - started
     started = time.perf_counter()
-    theirs = [Museval(references, store.sample_rate).score(estimates) for references, estimates in tqdm(pairs, desc="museval", unit="track")]
+    theirs = [Museval(pair[0], store.sample_rate).score(pair[1]) for pair in tqdm(pairs, desc="museval", unit="track")]
     museval_s = time.perf_counter() - started
     music_s = sum(track.samples for track in tracks) / store.sample_rate
     row = dict(sample_rate=store.sample_rate, channels=store.channels, stems=len(store.stems), tracks=len(tracks), music_s=music_s)
@@ -63,12 +63,10 @@ def references_and_estimates(settings: Settings, store: Store, track: Track) -> 
 
 
 def differences(ours: list[dict], theirs: list[dict]) -> dict:
-    """How many scores were compared, their largest difference in dB, how many differ by more than 1e-4, and scores that only one has."""
+    """See `disagreement`."""
     join = lambda scores: np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
-    ours, theirs = join(ours), join(theirs)
-    exact = theirs < ROUNDING_DB
-    apart, unequal = np.abs(ours - theirs)[exact], np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
-    return {"scores": len(apart), "largest_difference_db": apart.max(), "beyond 1e-4 dB": np.count_nonzero(apart > 1e-4), "unequal_nan": unequal}
+    names = ("scores", "largest_difference_db", "beyond 1e-4 dB", "unequal_nan")
+    return dict(zip(names, disagreement(join(ours), join(theirs))))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +24,14 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from mss_utils.data import MIXTURE, Store, Track
-from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, museval_works, score_track
+from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, disagreement, museval_works, score_track
 from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Run, Settings, write_text
 from mss_utils.training import train
 
-ORACLE = "irm"
-ORACLES = (ORACLE, "mwf")
+ORACLES = ("irm", "mwf")
 ROWS = (MIXTURE, *MODELS, *ORACLES)
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
 ABLATIONS = ("random_mix", "curriculum")  # settings that are turned round
@@ -43,7 +42,9 @@ ABLATION_COLUMNS = [
     "tracks", "seeds", "steps",
 ]
 KEY = ["references", "target", "track", "model", "seed"]
+OTHER_SCORER = {"bss_eval": "museval", "museval": "bss_eval"}
 MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
+MIN_TRACKS = 6  # of fewer, even the range from the lowest to the highest holds the median less often than 95 times in 100
 N_BOOTSTRAP = 10_000
 MAX_SCORERS = 8  # a four-minute stereo track with all its estimates takes about a gigabyte
 
@@ -53,16 +54,17 @@ Estimates = dict[tuple[str, int], np.ndarray]  # by model and seed: (targets, ch
 def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
     """Score every test track, write all of `TABLES` as `tables/<name>.csv` and return them by name.
 
-    Nothing is written before everything is scored. Raises ValueError naming model and track when an estimate cannot be
-    scored (another length, NaN), FileNotFoundError when a model is not trained.
+    Nothing is written before every model is scored; the ablations, which train more, come last. Raises ValueError naming model
+    and track when an estimate cannot be scored (another length, NaN), FileNotFoundError when a model is not trained.
     """
     tables = score(run.settings, store, lambda track: _all_estimates(run, store, track))
     tables["summary"] = summarise(tables["tracks"])
     tables["paired"] = compare(tables["tracks"])
     tables["cost"] = cost(run, store)
+    for name, table in tables.items():
+        write_text(run.table(name), table.to_csv(index=False))
     tables["ablations"] = ablate(run, store, tables["tracks"])
-    for name in TABLES:
-        write_text(run.table(name), tables[name].to_csv(index=False))
+    write_text(run.table("ablations"), tables["ablations"].to_csv(index=False))
     return tables
 
 
@@ -125,7 +127,8 @@ def _gaussian(vectors: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
     for _ in range(n_iterations):
         power = torch.linalg.solve(spatial, outer).diagonal(dim1=-2, dim2=-1).sum(-1).real / n_channels  # (bins, frames)
         power = power.clamp(min=1e-12)[..., None, None]
-        spatial = (outer / power).mean(dim=1, keepdim=True) + 1e-5 * unit
+        sounding = (power > 1e-12).sum(dim=1, keepdim=True).clamp(min=1)  # frames of digital silence say nothing of the place
+        spatial = (outer / power).sum(dim=1, keepdim=True) / sounding + 1e-5 * unit
     return power * spatial
 
 
@@ -158,35 +161,48 @@ def score(
 ) -> dict[str, pd.DataFrame]:
     """Score what `estimates_of` makes of every test track: tables frames, tracks, lost_frames and referee.
 
-    The shortest `n_referee` tracks (default: the setting) are scored by museval too, with the estimates of the first seed.
+    `n_referee` tracks (default: the setting) are scored by the other program too, see `_refereed`, with the estimates of the
+    first seed.
     """
-    tracks, names = store.split("test"), {}
-    n_referee = settings.referee_tracks if n_referee is None else n_referee
-    if n_referee and not museval_works():
-        warnings.warn("Without ffmpeg and ffprobe museval cannot be imported: no score is checked by it.", stacklevel=2)
-        n_referee = 0
-    refereed = sorted(tracks, key=lambda track: (track.samples, track.name))[:n_referee]
-    jobs = [(track, settings.scorer) for track in tracks] + [(track, "museval again") for track in refereed]
+    tracks, names, kept = store.split("test"), {}, {}
+    refereed = _refereed(settings, store, settings.referee_tracks if n_referee is None else n_referee)
 
-    def arguments(job: tuple[Track, str]) -> tuple:
-        track, scorer = job
-        found = {key: estimate for key, estimate in estimates_of(track).items() if key[1] == 0 or scorer != "museval again"}
+    def arguments(track: Track) -> tuple:
+        found = estimates_of(track)
         references, pairs = references_and(settings, store, track, found)
-        names[job] = list(found)
-        labels = (f"{model}, seed {seed}, on {track.name!r}" for model, seed in found)
-        return references, dict(zip(labels, pairs.values())), store.sample_rate, scorer.removesuffix(" again")
+        names[track] = list(found)
+        labelled = {f"{model}, seed {seed}, on {track.name!r}": pairs[model, seed] for model, seed in found}
+        if track in refereed:
+            first = {label: pair for (label, pair), (_, seed) in zip(labelled.items(), found) if seed == 0}
+            kept[track] = references, first, store.sample_rate, OTHER_SCORER[settings.scorer]
+        return references, labelled, store.sample_rate, settings.scorer
 
-    scored = list(tqdm(_in_parallel(score_track, jobs, arguments), total=len(jobs), desc="Evaluation", unit="track"))
-    rows = [_rows(settings, store, job[0], dict(zip(names[job], found.values()))) for job, found in zip(jobs, scored)]
-    join = lambda name, parts: pd.concat([part[name] for part in parts], ignore_index=True) if parts else pd.DataFrame()
-    tables = {name: join(name, rows[: len(tracks)]) for name in ("frames", "tracks", "lost_frames")}
-    return tables | dict(referee=_referee(tables["frames"], join("frames", rows[len(tracks):])))
+    bar = dict(desc="Evaluation", unit="track", total=len(tracks) + len(refereed))
+    scored = list(tqdm(itertools.chain(_in_parallel(score_track, tracks, arguments), _in_parallel(score_track, refereed, kept.get)), **bar))
+    rows = [_rows(settings, store, track, dict(zip(names[track], found.values()))) for track, found in zip(tracks, scored)]
+    tables = {name: pd.concat([row[name] for row in rows], ignore_index=True) for name in rows[0]}
+    first_seed = {track: [name for name in names[track] if name[1] == 0] for track in refereed}
+    again = [_rows(settings, store, track, dict(zip(first_seed[track], found.values())))["frames"]
+             for track, found in zip(refereed, scored[len(tracks):])]
+    return tables | dict(referee=_referee(tables["frames"], again))
+
+
+def _refereed(settings: Settings, store: Store, count: int) -> list[Track]:
+    """The `count` shortest test tracks in which every target sounds: museval takes minutes for a song."""
+    if count and not museval_works():
+        warnings.warn("Without ffmpeg and ffprobe museval cannot be imported: no score is checked by it.", stacklevel=3)
+        return []
+    rows = [store.stem_index(target) for target in store.targets(settings.target)]
+    tracks = sorted(store.split("test"), key=lambda track: (track.samples, track.name))
+    sounding = (track for track in tracks if store.load(track)[1][rows].any(axis=(1, 2)).all())
+    return list(itertools.islice(sounding, count))
 
 
 def references_and(settings: Settings, store: Store, track: Track, found: Estimates) -> tuple[np.ndarray, dict]:
-    """References and estimates of one track for BSSEval, `(stems, samples, channels)`: see DESIGN's *Scores*.
+    """References and estimates of one track for BSSEval, `(stems, samples, channels)`.
 
-    One target is scored beside its residual; several are scored beside each other.
+    One target is scored beside its residual, whose estimate is the mixture minus that of the target; several are scored beside
+    each other. Raises ValueError for an estimate of another shape.
     """
     mixture, stems = store.load(track)
     targets = store.targets(settings.target)
@@ -253,22 +269,21 @@ def _why_lost(silent: tuple[np.ndarray, np.ndarray], stems: Sequence[str], row: 
     references, estimates = (signals & (mine | ~signals.all(axis=1, keepdims=True)) for signals in silent)
     named = [f"{kind} of {stem}" for kind in ("reference", "estimate") for stem in stems]
     blamed = np.concatenate([references, estimates & ~references.any(axis=0)])
-    return pd.Series(["silent: " + ", ".join(itertools.compress(named, frame)) for frame in blamed.T], dtype=str)
+    reason = lambda frame: "silent: " + " and ".join(itertools.compress(named, frame)) if frame.any() else "museval stopped"
+    return pd.Series(list(map(reason, blamed.T)), dtype=str)
 
 
-def _referee(frames: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
-    """Where museval scored the same: largest difference in dB below 80 dB, and frames that only one of the two has a score for."""
+def _referee(frames: pd.DataFrame, again: list[pd.DataFrame]) -> pd.DataFrame:
+    """What the two programs differ by in each metric, see `disagreement`."""
     columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
-    if again.empty:
+    if not again:
         return pd.DataFrame(columns=columns)
-    both = frames.merge(again, on=[*KEY, "frame"], suffixes=("", " again"), validate="one_to_one")
+    both = frames.merge(pd.concat(again), on=[*KEY, "frame"], suffixes=("", " again"), validate="one_to_one")
     rows = []
     for metric in METRICS:
-        ours, theirs = both[metric], both[f"{metric} again"]
-        exact = theirs < ROUNDING_DB
-        row = (metric, int(exact.sum()), (ours - theirs)[exact].abs().max(), int((ours.isna() != theirs.isna()).sum()), again["track"].nunique())
-        rows.append(dict(zip(columns, row)))
-    return pd.DataFrame(rows)
+        count, largest, _, unequal = disagreement(both[metric].to_numpy(), both[f"{metric} again"].to_numpy())
+        rows.append((metric, count, largest, unequal, len(again)))
+    return pd.DataFrame(rows, columns=columns)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------------
@@ -278,6 +293,7 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     """Median over tracks with its bootstrap 95 % interval, and mean over tracks, of every metric; see `median_interval`.
 
     The value of a track is the median over its frames, so these are the two aggregations in use: median and mean of medians.
+    Scores above 80 dB count as 80 dB: what is beyond is rounding noise.
     """
     rows = []
     for (references, target, model), group in tracks.groupby(["references", "target", "model"], sort=False):
@@ -292,10 +308,11 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> pd.DataFrame:
+def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) -> pd.DataFrame:
     """Paired differences a - b over the tracks: median, bootstrap 95 % interval, Wilcoxon signed-rank p, Holm-corrected.
 
-    Seeds are compared one by one, then averaged on each track. The correction covers all `pairs` of one target and metric.
+    Seeds are compared one by one, then averaged on each track; the test is one of tracks, given these trainings. The correction
+    covers all `pairs` of one target and metric. Scores above 80 dB count as 80 dB.
     """
     columns = ["target", "a", "b", "metric", "median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected", "tracks", "seeds"]
     rows = []
@@ -308,8 +325,8 @@ def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> p
 
 
 def _by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A metric with a row a track and a column a seed; tracks without any score are left out."""
-    return rows.pivot(index="track", columns="seed", values=metric).dropna(how="all")
+    """A metric with a row a track and a column a seed, at most 80 dB; tracks without any score are left out."""
+    return rows.pivot(index="track", columns="seed", values=metric).dropna(how="all").clip(upper=ROUNDING_DB)
 
 
 def _difference(values: pd.DataFrame) -> dict:
@@ -322,23 +339,25 @@ def _difference(values: pd.DataFrame) -> dict:
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median over tracks of `values`, `(tracks,)` or `(tracks, seeds)`; NaN for one track.
+    """Interval of the median over tracks of `values`, `(tracks,)` or `(tracks, seeds)`; NaN for fewer than six tracks.
 
-    Tracks are drawn anew. Seeds are not further tracks: they are averaged on each track, and from three on they are drawn
-    anew too, so that the interval holds the luck of training as well as the choice of songs.
-    Source: B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979.
+    Seeds are no further tracks: they are averaged on each track. Over tracks it is the percentile bootstrap interval (B. Efron,
+    "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979). From three seeds on, the interval of
+    Student's t for the mean over seeds of their medians is added to either side, as the root of the sum of squares (G. Zou,
+    A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27(10), 2008): then it holds the
+    luck of training as well as the choice of songs.
     """
     values = np.reshape(values, (len(values), -1))
-    if len(values) < 2:
-        return np.nan, np.nan
     n_tracks, n_seeds = values.shape
-    values = np.where(np.isnan(values), np.nanmean(values, axis=1, keepdims=True), values)  # a seed without a score there
-    rng = np.random.default_rng(0)
-    tracks = rng.integers(n_tracks, size=(N_BOOTSTRAP, n_tracks, 1))
-    seeds = rng.integers(n_seeds, size=(N_BOOTSTRAP, 1, n_seeds)) if n_seeds >= MIN_SEEDS else np.arange(n_seeds)
-    medians = np.median(values[tracks, seeds].mean(axis=-1), axis=1)
-    # No interpolation: between two infinite scores there is no number.
-    low, high = np.quantile(medians, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
+    if n_tracks < MIN_TRACKS:
+        return np.nan, np.nan
+    means, tail = np.nanmean(values, axis=1), (1 - confidence) / 2
+    drawn = np.random.default_rng(0).integers(n_tracks, size=(N_BOOTSTRAP, n_tracks))
+    low, high = np.quantile(np.median(means[drawn], axis=1), [tail, 1 - tail])
+    if n_seeds >= MIN_SEEDS:
+        centre = np.median(means)
+        luck = stats.sem(np.nanmedian(values, axis=0)) * stats.t.ppf(1 - tail, n_seeds - 1)
+        low, high = centre - np.hypot(centre - low, luck), centre + np.hypot(high - centre, luck)
     return float(low), float(high)
 
 
@@ -374,15 +393,20 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
     where = ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))
     whose = "" if row["seeds"] >= MIN_SEEDS else " for these trained weights"
     if np.isnan(row["ci_low"]):
-        return f"{a} and {b} cannot be compared in {metric}: {where} with a score of both."
-    if row["ci_low"] <= 0 <= row["ci_high"]:
-        found = f"{row['median_difference']:+.2f} dB [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {where}"
+        return f"{a} and {b} cannot be compared in {metric}: {where} with a score of both, at least {MIN_TRACKS} tracks are needed."
+    low, high, difference = row["ci_low"], row["ci_high"], row["median_difference"]
+    confirmed = row["p_corrected"] < 0.05
+    if low <= 0 <= high:
+        found = f"{difference:+.2f} dB [{low:+.2f}, {high:+.2f}], {where}"
         enough = f"a difference of {detectable(row):.2f} dB would have been found with a probability of 80 %"
-        return f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}."
-    better, worse = (a, b) if row["median_difference"] > 0 else (b, a)
-    size, bounds = abs(row["median_difference"]), sorted(abs(row[key]) for key in ("ci_low", "ci_high"))
-    doubt = "; the corrected Wilcoxon test does not confirm it" if row["p_corrected"] >= 0.05 else ""
-    return f"{better} is {size:.2f} dB better than {worse} in {metric}{whose} [{bounds[0]:.2f}, {bounds[1]:.2f}], {where}{doubt}."
+        doubt = "; the corrected Wilcoxon test can" if confirmed else ""
+        text = f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}{doubt}."
+    else:
+        better, worse = (a, b) if difference > 0 else (b, a)
+        bounds = sorted((abs(low), abs(high)))
+        doubt = "" if confirmed else "; the corrected Wilcoxon test does not confirm it"
+        text = f"{better} is {abs(difference):.2f} dB better than {worse} in {metric}{whose} [{bounds[0]:.2f}, {bounds[1]:.2f}], {where}{doubt}."
+    return text
 
 
 # --- ablations ----------------------------------------------------------------------------------------------------------
@@ -415,14 +439,18 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     if not todo:
         return pd.DataFrame(columns=ABLATION_COLUMNS)
     both = pd.concat([tracks, score(run.settings, store, estimates_of, n_referee=0)["tracks"]])
-    medians = summarise(both).set_index(["target", "model", "metric"])["median"]
     # In a run that goes without by its settings it is the ablation that has it.
     pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name, _ in todo}
-    table = compare(both, pairs.values())
-    keys = {pair: key for key, pair in pairs.items()}
-    rows = [row | dict(zip(("model", "ablation"), keys[row["a"], row["b"]]), steps=run.settings.steps) | {
-        column: medians[row["target"], row[side], row["metric"]] for column, side in (("with_it", "a"), ("without_it", "b"))
-    } for row in table.to_dict("records")]
+    keys = {pair: dict(zip(("model", "ablation"), key)) for key, pair in pairs.items()}
+
+    def median(target: str, label: str, metric: str) -> float:
+        return _by_seed(both[(both["target"] == target) & (both["model"] == label)], metric).mean(axis=1).median()
+
+    rows = []
+    for row in compare(both, list(keys)).to_dict("records"):
+        target, metric, sides = row["target"], row["metric"], (row["a"], row["b"])
+        scores = dict(zip(("with_it", "without_it"), (median(target, side, metric) for side in sides)))
+        rows.append(row | keys[sides] | scores | dict(steps=run.settings.steps))
     return pd.DataFrame(rows, columns=ABLATION_COLUMNS).sort_values(["target", "model", "ablation"], kind="stable", ignore_index=True)
 
 

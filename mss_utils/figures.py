@@ -102,8 +102,12 @@ def decibels(value: float, digits: int = 1) -> str:
 
 
 def number(value: float, digits: int = 2, sign: str = "") -> str:
-    """Decibels without the unit, with a real minus sign (and a plus for `sign="+"`); above 80 dB digits are rounding noise: "> 80"."""
-    return f"> {ROUNDING_DB:.0f}" if value > ROUNDING_DB else f"{value:{sign}.{digits}f}".replace("-", "−")
+    """Decibels without the unit, with a real minus sign (and a plus for `sign="+"`); from 80 dB on, where digits are rounding
+    noise, "> 80"; NaN is a dash.
+    """
+    if np.isnan(value):
+        return "–"
+    return f"> {ROUNDING_DB:.0f}" if value >= ROUNDING_DB else f"{value:{sign}.{digits}f}".replace("-", "−")
 
 
 def _make(axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options) -> Axes | np.ndarray:
@@ -579,7 +583,7 @@ def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -
     table = cells.pivot(index="model", columns="metric", values="cell")
     table = table.reindex(index=[name for name in LABELS if name in table.index], columns=list(TABLE_METRICS))
     words = "median over tracks [95 % interval], dB" if aggregate == "median" else "mean over tracks, dB"
-    return table.rename(index=LABELS, columns=lambda name: name.replace("_", " ")).rename_axis(index=None, columns=words)
+    return table.rename(index=LABELS, columns=dict(utterance_SDR="utterance SDR", SI_SDR="SI-SDR")).rename_axis(index=None, columns=words)
 
 
 def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
@@ -676,9 +680,11 @@ def slopes(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndar
         for first, second in both.itertuples(index=False):
             ax.plot((0, 1), (first, second), color=COLOURS[ends[second > first]], alpha=0.55, linewidth=0.9)
         for x, model in enumerate(ends):
-            ax.scatter([x] * len(both), both[model], s=13, marker=MARKERS[model], color=COLOURS[model], edgecolors="white", linewidths=0.3, zorder=3)
+            look = dict(marker=MARKERS[model], color=COLOURS[model], edgecolors="white", linewidths=0.3)
+            ax.scatter([x] * len(both), both[model], s=13, zorder=3, **look)
         ahead = int((both[row.a] > both[row.b]).sum())
-        ax.set_title(f"{SHORT[row.a]} − {SHORT[row.b]}: {_difference(row)} dB\n{SHORT[row.a]} ahead on {ahead} of {len(both)}", fontsize=7.2, fontweight="normal")
+        title = f"{SHORT[row.a]} − {SHORT[row.b]}: {_difference(row)} dB"
+        ax.set_title(f"{title}\n{SHORT[row.a]} ahead on {ahead} of {len(both)}", fontsize=7.2, fontweight="normal")
         ax.set_xticks((0, 1), [SHORT[model] for model in ends])
         ax.set_xlim(-0.3, 1.3)
         ax.grid(axis="x", visible=False)
@@ -702,6 +708,8 @@ def trade_off(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np
             ax.scatter(means.loc[model, metric], means.loc[model, "SDR"], s=11, alpha=0.5, linewidths=0.3, **look)
         for model in models:
             middle = [_summary_row(summary, target, model, name)["median"] for name in (metric, "SDR")]
+            if max(middle) >= ROUNDING_DB:
+                continue
             ax.scatter(*middle, s=50, marker=MARKERS[model], color=COLOURS[model], edgecolors=INK, linewidths=1, zorder=3)
         ax.set(xlabel=f"{metric} (dB)")
     axes[0].set_ylabel("SDR (dB): tracks; medians large")

@@ -22,7 +22,6 @@ Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind
 
 import shutil
 from collections.abc import Hashable, Mapping
-from contextlib import suppress
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -154,8 +153,11 @@ class Museval:
         silent = _silent_frames(np.concatenate([self.references, everything]), self.window, self.hop)  # (signals, frames)
         scores = np.full((len(METRICS), len(self.references), silent.shape[1]), np.nan)
         if not silent.all(axis=1).any():
-            with suppress(AttributeError):
+            try:
                 scores = referee(self.references, everything, window=self.window, hop=self.hop)[: len(METRICS)]
+            except AttributeError as error:
+                if error.name != "linalg":  # numpy.linalg.linalg, where museval looks for the error of a singular matrix
+                    raise
         return {metric: values[stems] for metric, values in zip(METRICS, scores)}
 
 
@@ -174,10 +176,12 @@ def score_track(references, estimates: Mapping[Hashable, np.ndarray], sample_rat
     SIR and SAR, (stems, frames); of utterance_SDR and SI_SDR, (stems,); and of silent, two bool arrays (stems, frames): in
     which frames the reference and in which the estimate of a stem is silent.
 
-    - A stem that is silent throughout has no score. The others are scored as if it were not there: there is nothing in it
+    Silent means, as in museval, that the channels add up to zero at every sample.
+
+    - A stem that is silent throughout has no score in BSSEval. The others are scored as if it were not there: there is nothing in it
       that could interfere.
-    - An estimate that is silent throughout has no score in BSSEval and an utterance SDR of 0 dB. The estimates of other
-      stems are scored as usual.
+    - An estimate that is silent throughout has no score in BSSEval; its utterance SDR is 0 dB if it is all zeros. The
+      estimates of other stems are scored as usual.
     - A frame in which another reference or another estimate is silent has no score for any stem, as in museval.
     - A track shorter than a second is scored as one frame, as in museval.
 
@@ -203,6 +207,18 @@ def score_track(references, estimates: Mapping[Hashable, np.ndarray], sample_rat
         whole = {metric: np.array(list(map(score, references, signals))) for metric, score in WHOLE_TRACK.items()}
         found[name] = dict(zip(METRICS, scores)) | whole | dict(silent=(silent, _silent_frames(signals, *frames)))
     return found
+
+
+def disagreement(ours, theirs):
+    """How far two programs are apart in scores of the same shape, in dB.
+
+    Returns how many scores at least one of them has below `ROUNDING_DB`, the largest difference between these (NaN if there
+    is none), how many differ by more than 1e-4 dB, and how many are missing in one of the two only.
+    """
+    both = ~(np.isnan(ours) | np.isnan(theirs)) & ((ours < ROUNDING_DB) | (theirs < ROUNDING_DB))
+    apart = np.abs(ours[both] - theirs[both])
+    unequal = np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
+    return len(apart), max(apart, default=np.nan), np.count_nonzero(apart > 1e-4), unequal
 
 
 def utterance_sdr(reference, estimate):

@@ -154,7 +154,7 @@ def test_figures_survive_a_table_without_intervals(tracks):
 def test_score_table_is_in_reading_order(tracks):
     table = figures.score_table(summarise(tracks), "piano")
     assert list(table.index) == [figures.LABELS[name] for name in ("mixture", *MODELS, "irm", "mwf")]
-    assert list(table.columns) == ["SDR", "SIR", "SAR", "ISR", "utterance SDR", "SI SDR"] and "[" in table.iloc[0, 0]
+    assert list(table.columns) == ["SDR", "SIR", "SAR", "ISR", "utterance SDR", "SI-SDR"] and "[" in table.iloc[0, 0]
     assert table.loc["mixture", "SAR"] == "> 80 [> 80, > 80]"
     means = figures.score_table(summarise(tracks), "piano", "mean")
     expected = tracks.query("model == 'unet'").groupby("track")["SDR"].mean().mean()

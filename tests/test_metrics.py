@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from mss_utils.metrics import METRICS, ROUNDING_DB, BSSEval, Museval, bss_eval, score_track, si_sdr, utterance_sdr
+from mss_utils.metrics import METRICS, ROUNDING_DB, BSSEval, Museval, bss_eval, disagreement, score_track, si_sdr, utterance_sdr
 
 RATE = 8000
 TOLERANCE_DB = 1e-4
@@ -321,6 +321,12 @@ def test_left_minus_right_is_silent_and_a_frame_of_it_is_lost():
 def test_nothing_sounds():
     found = score_track(np.zeros((2, RATE, 1)), {"model": np.ones((2, RATE, 1))}, RATE)["model"]
     assert np.isnan(found["SDR"]).all() and np.isnan(found["utterance_SDR"]).all()
+
+
+def test_disagreement_by_hand():
+    ours, theirs = np.array([1.0, 2.0, np.nan, 120.0, 20.0, np.nan]), np.array([1.0, 2.5, np.nan, 150.0, 120.0, 3.0])
+    assert disagreement(ours, theirs) == (3, 100.0, 2, 1)
+    assert np.isnan(disagreement(np.array([np.inf]), np.array([np.inf]))[1])
 
 
 def test_a_broken_estimate_is_named():

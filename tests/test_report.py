@@ -169,7 +169,7 @@ def test_what_is_switched_on_is_said(tmp_path):
 def test_ablations_are_shown_or_said_not_to_have_run(tmp_path):
     run = FakeRun(tmp_path)
     text = run.text()
-    assert says(text, "+0.63 [+0.13, +1.25]") and says(text, "A trained again without each") and not says(text, "Not run.")
+    assert says(text, "+0.63 [+0.13, +1.25]") and says(text, "A was trained again without each") and not says(text, "Not run.")
     run.tables["ablations"] = []
     text = run.text()
     assert says(text, "Not run. Random mixing and the curriculum") and not says(text, "+0.63 [+0.13, +1.25]")
@@ -179,7 +179,7 @@ def test_ablations_are_shown_or_said_not_to_have_run(tmp_path):
 def test_what_has_no_score_is_said_and_so_is_who_checked(tmp_path):
     run = FakeRun(tmp_path)
     text = run.text()
-    assert says(text, "of 140 frames of A’s estimates 132 had a score; lost: 8 silent: reference of piano")
+    assert says(text, "of 140 frames of A’s estimates 132 had a score; lost: 8 (silent: reference of piano)")
     assert says(text, "on the two shortest test tracks museval computed 400 scores again") and says(text, "is below 10−7 dB")
     run.change("summary", dict(model="mixture", metric="SAR"), median=254.37)
     run.change("referee", dict(metric="SIR"), largest_difference_db=0.25, unequal_nan=3)
@@ -187,7 +187,9 @@ def test_what_has_no_score_is_said_and_so_is_who_checked(tmp_path):
     assert says(text, "> 80") and not says(text, "254.37")
     assert says(text, "is below 100 dB; 3 scores exist in one program only")
     run.tables |= dict(referee=[], lost_frames=[])
-    assert says(run.text(), "museval did not compute any of them again")
+    assert says(run.text(), "in this run no score was computed by both")
+    run.settings["scorer"] = "museval"
+    assert says(run.text(), "The scores are computed by museval 0.4.1; in this run")
 
 
 @needs_pdftotext

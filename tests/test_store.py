@@ -233,7 +233,7 @@ def test_the_audit_finds_what_is_wrong(tmp_path):
     assert silent["silent_share"] == 1 and silent["level_db"] == -np.inf
     found = warnings_of(store, segment_s=1.5)
     assert found[0].startswith("1 track whose stems do not add up to the mixture: train song 0 (off by ")
-    assert "1 track too short for the one-second frames of the scores: test song 0 (0.60 s)" in found
+    assert "1 track shorter than a second, scored as one frame: test song 0 (0.60 s)" in found
     assert "2 tracks shorter than a training segment of 1.5 s, not used: train song 0 (0.60 s), train song 1 (0.60 s)" in found
     assert "1 stem silent throughout: drums of train song 1" in found
 
@@ -278,7 +278,7 @@ def test_check_prints_the_audit_and_stops_at_what_would_stop_a_run(tmp_path, cap
     root = write_dataset(tmp_path / "data", 3, 1, 2, seconds=0.6)
     assert main(["check", "--data", str(root)]) == 0
     printed = capsys.readouterr().out
-    assert "tracks       train 3, valid 1, test 2" in printed and "warning      2 tracks too short" in printed
+    assert "tracks       train 3, valid 1, test 2" in printed and "warning      2 tracks shorter than a second" in printed
     assert main(["check", "--data", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tracks"] == {"train": 3, "valid": 1, "test": 2} and found["source_rates"] == [16000] and len(found["warnings"]) == 2

@@ -63,7 +63,7 @@ def warnings_of(store: Store, segment_s: float = 0.0) -> list[str]:
     silent = stems[(stems["silent_share"] == 1) | (stems["level_db"] == -np.inf)]
     found = {
         "whose stems do not add up to the mixture": [f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()],
-        "too short for the one-second frames of the scores": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
+        "shorter than a second, scored as one frame": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
         f"shorter than a training segment of {segment_s:g} s, not used": [
             f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()],
         "with files of different lengths, the shorter ones end in silence": _uneven(store),
