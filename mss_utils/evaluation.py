@@ -164,26 +164,25 @@ def score(
     `n_referee` tracks (default: the setting) are scored by the other program too, see `_refereed`, with the estimates of the
     first seed.
     """
-    tracks, names, kept = store.split("test"), {}, {}
+    tracks, keys, kept = store.split("test"), {}, {}  # keys: what the label of an estimate, which errors name, stands for
     refereed = _refereed(settings, store, settings.referee_tracks if n_referee is None else n_referee)
 
     def arguments(track: Track) -> tuple:
-        found = estimates_of(track)
-        references, pairs = references_and(settings, store, track, found)
-        names[track] = list(found)
-        labelled = {f"{model}, seed {seed}, on {track.name!r}": pairs[model, seed] for model, seed in found}
+        references, pairs = references_and(settings, store, track, estimates_of(track))
+        labels = {f"{model}, seed {seed}, on {track.name!r}": (model, seed) for model, seed in pairs}
+        keys.update(labels)
         if track in refereed:
-            first = {label: pair for (label, pair), (_, seed) in zip(labelled.items(), found) if seed == 0}
+            first = {label: pairs[key] for label, key in labels.items() if key[1] == 0}
             kept[track] = references, first, store.sample_rate, OTHER_SCORER[settings.scorer]
-        return references, labelled, store.sample_rate, settings.scorer
+        return references, {label: pairs[key] for label, key in labels.items()}, store.sample_rate, settings.scorer
 
-    bar = dict(desc="Evaluation", unit="track", total=len(tracks) + len(refereed))
-    scored = list(tqdm(itertools.chain(_in_parallel(score_track, tracks, arguments), _in_parallel(score_track, refereed, kept.get)), **bar))
-    rows = [_rows(settings, store, track, dict(zip(names[track], found.values()))) for track, found in zip(tracks, scored)]
-    tables = {name: pd.concat([row[name] for row in rows], ignore_index=True) for name in rows[0]}
-    first_seed = {track: [name for name in names[track] if name[1] == 0] for track in refereed}
-    again = [_rows(settings, store, track, dict(zip(first_seed[track], found.values())))["frames"]
-             for track, found in zip(refereed, scored[len(tracks):])]
+    def rows(track: Track, scored: dict[str, dict]) -> dict[str, pd.DataFrame]:
+        return _rows(settings, store, track, {keys[label]: scores for label, scores in scored.items()})
+
+    scored = tqdm(_in_parallel(score_track, tracks, arguments), desc="Evaluation", unit="track", total=len(tracks))
+    parts = list(map(rows, tracks, scored))
+    tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
+    again = [rows(track, scored)["frames"] for track, scored in zip(refereed, _in_parallel(score_track, refereed, kept.get))]
     return tables | dict(referee=_referee(tables["frames"], again))
 
 
@@ -403,9 +402,9 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
         text = f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}{doubt}."
     else:
         better, worse = (a, b) if difference > 0 else (b, a)
-        bounds = sorted((abs(low), abs(high)))
+        size, near, far = abs(difference), *sorted((abs(low), abs(high)))
         doubt = "" if confirmed else "; the corrected Wilcoxon test does not confirm it"
-        text = f"{better} is {abs(difference):.2f} dB better than {worse} in {metric}{whose} [{bounds[0]:.2f}, {bounds[1]:.2f}], {where}{doubt}."
+        text = f"{better} is {size:.2f} dB better than {worse} in {metric}{whose} [{near:.2f}, {far:.2f}], {where}{doubt}."
     return text
 
 

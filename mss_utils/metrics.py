@@ -137,7 +137,9 @@ class Museval:
 
     def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
         if not museval_works():
-            raise FileNotFoundError("museval needs ffmpeg and ffprobe on the PATH; install them (apt-get install ffmpeg), or set scorer=bss_eval.")
+            raise FileNotFoundError(
+                "museval needs ffmpeg and ffprobe on the PATH; install them (apt-get install ffmpeg), or set scorer=bss_eval."
+            )
         self.references = _checked(references, "references", ("stems", "samples", "channels"))
         self.window, self.hop = _frame_sizes(self.references.shape[1], sample_rate, window_s, hop_s)
 
