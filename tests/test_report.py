@@ -172,7 +172,7 @@ def test_ablations_are_shown_or_said_not_to_have_run(tmp_path):
     assert says(text, "+0.63 [+0.13, +1.25]") and says(text, "A was trained again without each") and not says(text, "Not run.")
     run.tables["ablations"] = []
     text = run.text()
-    assert says(text, "Not run. Random mixing and the curriculum") and not says(text, "+0.63 [+0.13, +1.25]")
+    assert says(text, "with --set ablations=unet; this run did not ask for it") and not says(text, "+0.63 [+0.13, +1.25]")
 
 
 @needs_pdftotext
