@@ -180,7 +180,7 @@ def score(
         return _rows(settings, store, track, {keys[label]: scores for label, scores in scored.items()})
 
     scored = tqdm(_in_parallel(score_track, tracks, arguments), desc="Evaluation", unit="track", total=len(tracks))
-    parts = list(map(rows, tracks, scored))
+    parts = list(map(rows, tracks, list(scored)))  # to its end, so that the bar gets there too
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
     again = [rows(track, scored)["frames"] for track, scored in zip(refereed, _in_parallel(score_track, refereed, kept.get))]
     return tables | dict(referee=_referee(tables["frames"], again))
