@@ -113,9 +113,9 @@ def wiener(mixed: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor, bins_a
     blocks = []
     for parts in zip(*(signal[0].split(bins_at_once, dim=1) for signal in (mixed, wanted, rest))):
         x, t, r = (part.permute(1, 2, 0)[..., None] for part in parts)  # (bins, frames, channels, 1)
-        target, total = _gaussian(t), _gaussian(t) + _gaussian(r)
+        target, residual = _gaussian(t), _gaussian(r)
         floor = 1e-10 * torch.eye(len(mixed[0]), dtype=mixed.dtype)
-        blocks.append((target @ torch.linalg.solve(total + floor, x))[..., 0].permute(2, 0, 1))
+        blocks.append((target @ torch.linalg.solve(target + residual + floor, x))[..., 0].permute(2, 0, 1))
     return torch.cat(blocks, dim=1)[None]
 
 
@@ -191,10 +191,10 @@ def _refereed(settings: Settings, store: Store, count: int) -> list[Track]:
     if count and not museval_works():
         warnings.warn("Without ffmpeg and ffprobe museval cannot be imported: no score is checked by it.", stacklevel=3)
         return []
-    rows = [store.stem_index(target) for target in store.targets(settings.target)]
-    tracks = sorted(store.split("test"), key=lambda track: (track.samples, track.name))
-    sounding = (track for track in tracks if store.load(track)[1][rows].any(axis=(1, 2)).all())
-    return list(itertools.islice(sounding, count))
+    rows = [1 + store.stem_index(target) for target in store.targets(settings.target)]  # row 0 is the mixture
+    # A peak above half a step is what 16 bits have kept.
+    sounding = [track for track in store.split("test") if all(track.peak[row] > track.scale / 2 for row in rows)]
+    return sorted(sounding, key=lambda track: (track.samples, track.name))[:count]
 
 
 def references_and(settings: Settings, store: Store, track: Track, found: Estimates) -> tuple[np.ndarray, dict]:
@@ -412,9 +412,8 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
 
 
 def ablation_runs(run: Run) -> dict[str, Run]:
-    """For every ablation the same run with that one setting turned round: what was on is off. Empty when none is asked for."""
-    changed = {name: not getattr(run.settings, name) for name in ABLATIONS} if run.settings.ablations else {}
-    return {name: run.variant(f"ablations/{name}", **{name: value}, ablations=()) for name, value in changed.items()}
+    """For every ablation the same run with that one setting turned round: what was on is off."""
+    return {name: run.variant(f"ablations/{name}", **{name: not getattr(run.settings, name)}, ablations=()) for name in ABLATIONS}
 
 
 def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
@@ -423,6 +422,8 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     Trains what is missing, `steps` steps like the run's own models, whose scores are in `tracks`. Columns: those of `compare` but
     for a and b: model, the setting that was left out, and the medians with and without it. Nothing is chosen by these scores.
     """
+    if not run.settings.ablations:
+        return pd.DataFrame(columns=ABLATION_COLUMNS)
     seeds, targets = range(run.settings.seeds), store.targets(run.settings.target)
     runs = ablation_runs(run)
     todo = list(itertools.product(run.settings.ablations, runs, seeds))
@@ -435,8 +436,6 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         of = lambda model, name, seed: np.stack([estimate_of(runs[name], store, mixture, target, model, seed) for target in targets])
         return {(f"{model} {name}", seed): of(model, name, seed) for model, name, seed in todo}
 
-    if not todo:
-        return pd.DataFrame(columns=ABLATION_COLUMNS)
     both = pd.concat([tracks, score(run.settings, store, estimates_of, n_referee=0)["tracks"]])
     # In a run that goes without by its settings it is the ablation that has it.
     pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name, _ in todo}

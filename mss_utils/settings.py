@@ -24,19 +24,14 @@ MODELS = ("unet", "demucs_lstm", "demucs_attention")
 SPLITS = ("train", "valid", "test")
 
 
-def _numbers(value: object) -> object:
-    """`8,4,2` on the command line is a tuple of numbers."""
-    return tuple(value.split(",")) if isinstance(value, str) else value
+def _listed(value: object) -> object:
+    """`8,4,2` or `unet,demucs_lstm` on the command line is a tuple; nothing is an empty one."""
+    return tuple(value.split(",") if value else ()) if isinstance(value, str) else value
 
 
 def _number(value: object) -> object:
     """`22050` on the command line is a number, where only some numbers are allowed."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _names(value: object) -> object:
-    """`unet,demucs_lstm` on the command line is a tuple of names; nothing is none of them."""
-    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
 
 def _groups(value: object) -> object:
@@ -97,7 +92,7 @@ class Settings(BaseModel):
     unet_tall_channels: int = Field(256, ge=1, description="of the path that sees all bins of a frame at once")
     demucs_channels: int = Field(256, ge=2, description="filters of the first layer; channels double from layer to layer")
     demucs_max_channels: int = Field(256, ge=1, description="up to this many, the width of the bottleneck")
-    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_numbers)] = (64, 4, 4)
+    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (64, 4, 4)
     attention_heads: int = Field(8, ge=1)
 
     # training
@@ -117,7 +112,7 @@ class Settings(BaseModel):
     # evaluation
     scorer: Literal["bss_eval", "museval"] = Field("bss_eval", description="museval gives the same scores, many times slower")
     referee_tracks: int = Field(2, ge=0, description="so many test tracks, the shortest, are scored by museval too, and compared")
-    ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_names)] = Field(
+    ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_listed)] = Field(
         (), description="models that are also trained without random mixing and without curriculum, as many steps"
     )
 
