@@ -57,7 +57,7 @@ def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
     Nothing is written before every model is scored; the ablations, which train more, come last. Raises ValueError naming model
     and track when an estimate cannot be scored (another length, NaN), FileNotFoundError when a model is not trained.
     """
-    tables = score(run.settings, store, lambda track: _all_estimates(run, store, track))
+    tables = score(run.settings, store, lambda track: all_estimates(run, store, track))
     tables["summary"] = summarise(tables["tracks"])
     tables["paired"] = compare(tables["tracks"])
     tables["cost"] = cost(run, store)
@@ -86,7 +86,7 @@ def estimates(run: Run, store: Store, track: Track, target: str, seed: int = 0, 
 
 def estimate_of(run: Run, store: Store, mixture: np.ndarray, target: str, model: str, seed: int = 0) -> np.ndarray:
     """Estimate of `target` by one trained model of a run, `(channels, samples)` like the mixture."""
-    return separate(_model(run.model_folder(target, model, seed)), mixture, store.sample_rate)
+    return separate(model_of(run, target, model, seed), mixture, store.sample_rate)
 
 
 def oracle(name: str, mixture: np.ndarray, target: np.ndarray, settings: Settings) -> np.ndarray:
@@ -132,7 +132,9 @@ def _gaussian(vectors: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
     return power * spatial
 
 
-def _model(folder: Path) -> torch.nn.Module:
+def model_of(run: Run, target: str, model: str, seed: int = 0) -> torch.nn.Module:
+    """One trained model of a run, in evaluation mode."""
+    folder = run.model_folder(target, model, seed)
     written = folder / "model.json"
     return _loaded(folder, written.stat().st_mtime_ns if written.exists() else 0)
 
@@ -143,7 +145,7 @@ def _loaded(folder: Path, _written_ns: int) -> torch.nn.Module:
     return load_model(folder)
 
 
-def _all_estimates(run: Run, store: Store, track: Track) -> Estimates:
+def all_estimates(run: Run, store: Store, track: Track) -> Estimates:
     """Estimates of one track by every row of the score table; what is not trained has one seed."""
     found = {}
     for seed in range(run.settings.seeds):
@@ -346,10 +348,10 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float
     A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27(10), 2008): then it holds the
     luck of training as well as the choice of songs.
     """
+    if len(values) < MIN_TRACKS:
+        return np.nan, np.nan
     values = np.reshape(values, (len(values), -1))
     n_tracks, n_seeds = values.shape
-    if n_tracks < MIN_TRACKS:
-        return np.nan, np.nan
     means, tail = np.nanmean(values, axis=1), (1 - confidence) / 2
     drawn = np.random.default_rng(0).integers(n_tracks, size=(N_BOOTSTRAP, n_tracks))
     low, high = np.quantile(np.median(means[drawn], axis=1), [tail, 1 - tail])
@@ -424,21 +426,10 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     """
     if not run.settings.ablations:
         return pd.DataFrame(columns=ABLATION_COLUMNS)
-    seeds, targets = range(run.settings.seeds), store.targets(run.settings.target)
     runs = ablation_runs(run)
-    todo = list(itertools.product(run.settings.ablations, runs, seeds))
-    for model, name, seed in todo:
-        for target in targets:
-            train(runs[name], store, target, model, seed)
-
-    def estimates_of(track: Track) -> Estimates:
-        mixture, _ = store.load(track)
-        of = lambda model, name, seed: np.stack([estimate_of(runs[name], store, mixture, target, model, seed) for target in targets])
-        return {(f"{model} {name}", seed): of(model, name, seed) for model, name, seed in todo}
-
-    both = pd.concat([tracks, score(run.settings, store, estimates_of, n_referee=0)["tracks"]])
+    both = pd.concat([tracks, score_variants(run, store, runs, run.settings.ablations)])
     # In a run that goes without by its settings it is the ablation that has it.
-    pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name, _ in todo}
+    pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name in itertools.product(run.settings.ablations, runs)}
     keys = {pair: dict(zip(("model", "ablation"), key)) for key, pair in pairs.items()}
 
     def median(target: str, label: str, metric: str) -> float:
@@ -450,6 +441,25 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         scores = dict(zip(("with_it", "without_it"), (median(target, side, metric) for side in sides)))
         rows.append(row | keys[sides] | scores | dict(steps=run.settings.steps))
     return pd.DataFrame(rows, columns=ABLATION_COLUMNS).sort_values(["target", "model", "ablation"], kind="stable", ignore_index=True)
+
+
+def score_variants(run: Run, store: Store, variants: Mapping[str, Run], models: Iterable[str]) -> pd.DataFrame:
+    """Train what is missing of `models` in each variant of a run, and score it on the test tracks.
+
+    Returns the table `tracks` of them; a model is called "<model> <variant>" there.
+    """
+    targets = store.targets(run.settings.target)
+    todo = list(itertools.product(models, variants, range(run.settings.seeds)))
+    for model, name, seed in todo:
+        for target in targets:
+            train(variants[name], store, target, model, seed)
+
+    def estimates_of(track: Track) -> Estimates:
+        mixture, _ = store.load(track)
+        of = lambda model, name, seed: np.stack([estimate_of(variants[name], store, mixture, target, model, seed) for target in targets])
+        return {(f"{model} {name}", seed): of(model, name, seed) for model, name, seed in todo}
+
+    return score(run.settings, store, estimates_of, n_referee=0)["tracks"]
 
 
 # --- cost ---------------------------------------------------------------------------------------------------------------
@@ -464,7 +474,7 @@ def cost(run: Run, store: Store) -> pd.DataFrame:
         trained_s = known["steps"] * run.settings.batch_size * run.settings.segment_s
         rows.append(dict(
             target=target, model=name, seed=seed, parameters=known["parameters"], train_s=known["train_s"], steps=known["steps"],
-            audio_s_per_s=trained_s / known["train_s"], inference_rtf=real_time_factor(_model(folder), store),
+            audio_s_per_s=trained_s / known["train_s"], inference_rtf=real_time_factor(model_of(run, target, name, seed), store),
             peak_memory_mb=known["peak_memory_mb"],
         ))
     return pd.DataFrame(rows)

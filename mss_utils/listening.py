@@ -22,7 +22,7 @@ import torch
 from IPython.display import HTML, display
 
 from mss_utils import figures
-from mss_utils.data import Store, Track
+from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import estimates
 from mss_utils.figures import LABELS
 from mss_utils.metrics import utterance_sdr
@@ -66,17 +66,6 @@ def track_scores(tracks: pd.DataFrame, track: str, target: str) -> dict[str, flo
     """SDR in dB of one test track for every model, mean over seeds; models without a score are left out."""
     rows = tracks[(tracks["target"] == target) & (tracks["track"] == track)]
     return rows.groupby("model")["SDR"].mean().dropna().to_dict()
-
-
-def loudest_start(target: np.ndarray, length: int) -> int:
-    """First sample of the `length` samples of `(channels, samples)` that hold most energy: the earliest such place.
-
-    A signal that is not longer than `length` starts at 0.
-    """
-    energy = np.square(target, dtype=np.float64).sum(axis=0)
-    total = np.concatenate([[0.0], np.cumsum(energy)])
-    sums = total[length:] - total[:-length]
-    return int(sums.argmax()) if len(sums) else 0
 
 
 def common_gain(versions: Mapping[str, np.ndarray], peak_db: float = PEAK_DB) -> float:

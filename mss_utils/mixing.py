@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torchaudio
 
-from mss_utils.data import SILENCE_DB, Store, rms
+from mss_utils.data import SILENCE_DB, Store, Track, rms
 from mss_utils.settings import Settings
 
 MAX_TRIES = 100  # of finding a segment in which the target sounds; a target that sounds 5 % of the time is missed in 0.6 % of draws
@@ -71,9 +71,10 @@ class Mixer:
         self.store, self.settings, self.seed = store, settings, seed
         self.target = store.stem_index(target)
         self.samples = math.ceil(settings.segment * speed_of(settings.speed_semitones))  # to read: playing faster uses up more
-        self.tracks = [track for track in store.split("train") if track.samples >= self.samples]
+        tracks = share_of(store.split("train"), settings.train_share)
+        self.tracks = [track for track in tracks if track.samples >= self.samples]
         if not self.tracks:
-            longest = max(track.samples for track in store.split("train")) / store.sample_rate
+            longest = max(track.samples for track in tracks) / store.sample_rate
             wanted = f"segment_s={settings.segment_s} s"
             raise ValueError(f"No training track lasts {wanted}; the longest has {longest:.1f} s: set segment_s lower.")
         self._audio = [store.raw(track) for track in self.tracks]
@@ -182,6 +183,12 @@ class Mixer:
             at = (semitones == n).nonzero(as_tuple=True)  # example, stem
             stems[at] = _at_speed(whole[at], speed_of(n), self.settings.segment)
         return Batch(stems.sum(dim=1), stems[:, self.target], stems)
+
+
+def share_of(tracks: list[Track], share: float) -> list[Track]:
+    """That share of the tracks, at least one, in their order; a larger share holds all of a smaller one."""
+    chosen = np.random.default_rng(0).permutation(len(tracks))[: math.ceil(share * len(tracks))]
+    return [tracks[index] for index in sorted(chosen)]
 
 
 def speed_of(semitones: int) -> Fraction:

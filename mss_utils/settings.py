@@ -70,6 +70,7 @@ class Settings(BaseModel):
     song_max_s: float = Field(90.0, gt=0, description="built-in songs only")
 
     # mixing
+    train_share: float = Field(1.0, gt=0, le=1, description="share of the training tracks that are used, the first ones of a fixed shuffle")
     segment_s: float = Field(3.0, gt=0)
     batch_size: int = Field(4, ge=1)
     random_mix: bool = Field(True, description="stems of one example come from different songs")
@@ -116,6 +117,9 @@ class Settings(BaseModel):
         (), description="models that are also trained without random mixing and without curriculum, as many steps"
     )
 
+    # analysis
+    data_study: bool = Field(False, description="train B1 and B2 with 10 and 30 % of the training tracks too: which of them needs more?")
+
     # listening
     excerpt_s: float = Field(10.0, gt=0, description="length of the excerpts one can listen to")
 
@@ -132,7 +136,7 @@ PROFILES: dict[str, dict] = {
         n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
         stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16,
         demucs_max_channels=16, attention_heads=2, steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
-        ablations=("unet",), referee_tracks=1,
+        ablations=("unet",), referee_tracks=1, data_study=True,
     ),
     "demo": dict(),
     "musdb7": dict(target="vocals", speed_semitones=2, unet_tall_channels=64, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),

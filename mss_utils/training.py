@@ -40,6 +40,7 @@ from mss_utils.settings import ROOT, Run, Settings, replacing, write_text
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NOT_TRAINED = (
     "profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers", "scorer", "referee_tracks", "ablations",
+    "data_study",
 )
 LEARNING_RATES = dict(unet="unet_lr", demucs_lstm="demucs_lr", demucs_attention="demucs_lr")
 LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before

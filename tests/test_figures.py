@@ -7,6 +7,7 @@ import pytest
 
 from mss_utils import figures
 from mss_utils.evaluation import compare, summarise
+from mss_utils.figures.data import mean_between
 from mss_utils.models import build_model, count_parameters
 from mss_utils.settings import MODELS, Run, Settings, resolve
 
@@ -72,7 +73,7 @@ def test_a_very_short_signal_still_has_a_picture(samples):
 def test_means_between_edges_keep_the_sum():
     values = np.random.default_rng(0).random((50, 3))
     edges = np.linspace(0, 50, 8)
-    means = figures._mean_between(values, edges)
+    means = mean_between(values, edges)
     assert (means * np.diff(edges)[:, None]).sum(axis=0) == pytest.approx(values.sum(axis=0))
 
 

@@ -41,7 +41,7 @@ def test_the_mask_is_soft_and_covers_every_bin(small_settings):
 
 def test_the_baseline_has_no_recurrence_and_no_attention():
     kinds = {type(layer).__name__ for layer in build_model("unet", resolve("demo")).modules()}
-    own = {"UNet", "TallPath", "STFT", "Down", "Up"}
+    own = {"UNet", "TallPath", "STFT", "Level", "Down", "Up"}
     assert kinds <= own | {"ModuleList", "Sequential", "Conv2d", "ConvTranspose2d", "BatchNorm2d", "LeakyReLU", "ReLU", "GELU"}
 
 

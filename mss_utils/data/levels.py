@@ -35,3 +35,14 @@ def window_levels_db(audio: np.ndarray, sample_rate: int, window_s: float = WIND
 def active_windows(audio: np.ndarray, sample_rate: int, window_s: float = WINDOW_S) -> np.ndarray:
     """Which successive windows of `(..., channels, samples)` are louder than -60 dB: bool `(..., windows)`."""
     return window_levels_db(audio, sample_rate, window_s) > SILENCE_DB
+
+
+def loudest_start(target: np.ndarray, length: int) -> int:
+    """First sample of the `length` samples of `(channels, samples)` that hold most energy: the earliest such place.
+
+    A signal that is not longer than `length` starts at 0.
+    """
+    energy = np.square(target, dtype=np.float64).sum(axis=0)
+    total = np.concatenate([[0.0], np.cumsum(energy)])
+    sums = total[length:] - total[:-length]
+    return int(sums.argmax()) if len(sums) else 0

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mss_utils.models.level import Level
+
 
 class Encoder(nn.Sequential):
     """Strided convolution, normalisation, GELU, then a 1x1 "rewrite" whose output a gated linear unit halves."""
@@ -54,6 +56,7 @@ class Demucs(nn.Module):
         super().__init__()
         if any(stride < 2 or stride % 2 for stride in strides):
             raise ValueError(f"Demucs strides are {tuple(strides)}; expected even numbers, so that layers pad alike on both sides.")
+        self.level = Level()
         first, *rest = strides
         widths = [min(width * 2**layer, max_width) for layer in range(len(strides))]
         self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
@@ -75,7 +78,7 @@ class Demucs(nn.Module):
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
         samples = mixture.shape[-1]
-        scale = mixture.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-5
+        scale = self.level(mixture)
         padding = -samples % self.total_stride  # every layer divides the padded length without a remainder
         x = filtered = self.filters(nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2)))
         skips = []

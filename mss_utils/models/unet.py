@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mss_utils.models.level import Level
+
 
 class STFT(nn.Module):
     """Short-time Fourier transform with a Hann window, and its inverse by overlap-add."""
@@ -89,7 +91,7 @@ class UNet(nn.Module):
 
     def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int, tall_width: int):
         super().__init__()
-        self.stft, self.depth = STFT(n_fft, hop), depth
+        self.stft, self.depth, self.level = STFT(n_fft, hop), depth, Level()
         self.tall = TallPath(channels * n_fft // 2, tall_width)
         widths = [2 * channels + 1, *(width * 2**level for level in range(depth))]
         self.input_norm = nn.BatchNorm2d(channels)
@@ -110,8 +112,7 @@ class UNet(nn.Module):
         frames = magnitude.shape[-1]
         padding = -frames % 2**self.depth
         x = nn.functional.pad(magnitude[:, :, :-1], (0, padding))  # without the Nyquist bin
-        level = magnitude.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-5
-        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / level)))[..., :frames]
+        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / self.level(magnitude))))[..., :frames]
         return torch.cat([mask, mask[:, :, -1:]], dim=2).float()  # bfloat16 would be too coarse for what follows
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:

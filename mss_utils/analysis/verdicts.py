@@ -1,0 +1,191 @@
+"""What the measurements say of each hypothesis, by a rule that stood before the numbers.
+
+    *supported*      the 95 % interval leaves out zero on the stated side, and at least three seeds have that sign
+    *not supported*  it leaves out zero on the other side, or lies inside +-0.2 dB (where the unit is dB)
+    *cannot tell*    anything else
+
+Every effect is written so that the hypothesis says it is positive. Everything is computed from the tables of a run. Taught in
+notebook 05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mss_utils.analysis.phase import phase_share
+from mss_utils.analysis.repetition import askable, lags_s
+from mss_utils.evaluation import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, median_interval
+from mss_utils.metrics import ROUNDING_DB
+from mss_utils.settings import Settings
+
+NEGLIGIBLE_DB = 0.2
+COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
+PHASE = "the time domain keeps the phase"
+ATTACK = "the time domain keeps the attack"
+LOCAL = "B1 is good at what is near"
+FAR = "B1 is weak at what is far"
+GLOBAL = "B2 sees all of a segment"
+RHYTHM = "B2 is better on rhythm"
+DATA = "B2 needs more data"
+LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
+Tables = Mapping[str, pd.DataFrame]
+
+
+def hypotheses(settings: Settings, tables: Tables) -> pd.DataFrame:
+    """The table `hypotheses`, from the tables phase, long_range, transients, data_amount and tracks."""
+    rows = []
+    for target in tables["tracks"]["target"].unique():
+        of = {name: table[table["target"] == target] for name, table in tables.items()}
+        for question in (_phase, _repetition, _rhythm, _data, _attack):
+            rows += [dict(hypothesis=name, measure=f"{target}: {measure}", unit=unit) | found for name, measure, unit, found in question(settings, of)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def verdict(effect: float, low: float, high: float, unit: str, by_seed: np.ndarray) -> str:
+    """The verdict on an effect that the hypothesis says is positive, with its interval and the effect in each seed."""
+    if np.isnan([effect, low, high]).any():
+        return "cannot tell"
+    if low > 0 and (np.asarray(by_seed) > 0).sum() >= MIN_SEEDS:
+        return "supported"
+    if high < 0 or (unit == "dB" and -NEGLIGIBLE_DB <= low and high <= NEGLIGIBLE_DB):
+        return "not supported"
+    return "cannot tell"
+
+
+def judged(values: pd.DataFrame, unit: str) -> dict:
+    """Effect, interval and verdict of `values`, a row a track and a column a seed: the median over tracks."""
+    values = values.replace([np.inf, -np.inf], np.nan).dropna(how="all")
+    effect = values.mean(axis=1).median()
+    low, high = median_interval(values.to_numpy())
+    by_seed = values.median().to_numpy()
+    return dict(
+        effect=effect, ci_low=low, ci_high=high, tracks=len(values), seeds=values.shape[1], verdict=verdict(effect, low, high, unit, by_seed)
+    )
+
+
+def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
+    """Spearman's rank correlation of a number a track with an advantage, a row a track and a column a seed; bootstrap interval.
+
+    Seeds are averaged on each track; the interval covers the choice of tracks.
+    """
+    both = advantage.join(index.rename("index"), how="inner").dropna()
+    known, means = both.pop("index").to_numpy(), both.mean(axis=1).to_numpy()
+    if len(both) < MIN_TRACKS:
+        return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=len(both), seeds=advantage.shape[1], verdict="cannot tell")
+    ranks = lambda values: stats.rankdata(values, axis=-1)
+    drawn = np.random.default_rng(0).integers(len(both), size=(N_BOOTSTRAP, len(both)))
+    rho = _correlation(ranks(known[drawn]), ranks(means[drawn]))
+    low, high = np.nanquantile(rho, [0.025, 0.975])
+    effect = float(stats.spearmanr(known, means).statistic)
+    by_seed = np.array([stats.spearmanr(known, both[seed]).statistic for seed in both])
+    found = dict(effect=effect, ci_low=float(low), ci_high=float(high), tracks=len(both), seeds=both.shape[1])
+    return found | dict(verdict=verdict(effect, low, high, "rank correlation", by_seed))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's correlation along the last axis; NaN where one does not vary."""
+    a, b = (values - values.mean(axis=-1, keepdims=True) for values in (a, b))
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(axis=-1) / np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
+
+
+def unanswered(why: str) -> dict:
+    """A row without a number: `not askable` or `not run`."""
+    return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=why)
+
+
+def wide(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd.DataFrame:
+    """One column of one model, a row a track and a column a seed; decibels above 80 count as 80."""
+    rows = table[table["model"] == model]
+    return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(upper=ROUNDING_DB)
+
+
+Answers = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, what was found
+
+
+def _phase(_settings: Settings, tables: Tables) -> Answers:
+    whole = whole_band(tables["phase"])
+    whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
+    for model in ("demucs_lstm", "demucs_attention"):
+        gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
+        yield PHASE, f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A", "dB", judged(gain, "dB")
+        less = wide(whole, "unet", "share") - wide(whole, model, "share")
+        yield PHASE, f"share of the error that is phase, A − {LETTERS[model]}", "of 1", judged(less, "of 1")
+
+
+def _attack(_settings: Settings, tables: Tables) -> Answers:
+    table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
+    for model in ("demucs_lstm", "demucs_attention"):
+        kept = wide(table, model, "kept") - wide(table, "unet", "kept")
+        yield ATTACK, f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A", "dB", judged(kept, "dB")
+        quieter = wide(table, "unet", "pre_echo_db") - wide(table, model, "pre_echo_db")
+        yield ATTACK, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
+
+
+def _repetition(settings: Settings, tables: Tables) -> Answers:
+    table = tables["long_range"]
+    reach = table[(table["probe"] == "reach") & (table["condition"] == "90 %")]
+    further = wide(reach, "demucs_attention", "value", "item") - wide(reach, "demucs_lstm", "value", "item")
+    yield GLOBAL, "radius of 90 % of the reach, B2 − B1", "s", judged(further, "s")
+    bar = table[table["probe"] == "attention_at_bar"]
+    yield GLOBAL, "attention at one bar over that near it", "dB", judged(wide(bar, "demucs_attention", "value", "item"), "dB")
+    lags = lags_s(settings.segment_s)
+    near = [gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)]
+    yield LOCAL, f"context gain of B1 at {lags[0]:g} s", "dB", judged(near[0], "dB") if near else unanswered("not askable")
+    for lag in lags:
+        names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
+        if askable(lag, settings.segment_s):
+            b1, b2 = (gains(table, model, lag)[0] for model in ("demucs_lstm", "demucs_attention"))
+            answers = judged(b2, "dB"), judged(b2 - b1, "dB")
+        else:
+            answers = (unanswered("not askable"),) * 2
+        yield GLOBAL, names[0], "dB", answers[0]
+        yield FAR, names[1], "dB", answers[1]
+
+
+def _rhythm(_settings: Settings, tables: Tables) -> Answers:
+    table = tables["long_range"]
+    index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
+    advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(tables["tracks"], "demucs_lstm", "SDR")
+    yield RHYTHM, "rank correlation of repetitiveness with the SDR of B2 − B1", "rho", rank_correlation(index, advantage)
+    yield RHYTHM, "SDR, B2 − B1", "dB", judged(advantage, "dB")
+
+
+def _data(settings: Settings, tables: Tables) -> Answers:
+    measure, unit = "gain in SDR from ten times the music, B2 − B1", "dB"
+    if not settings.data_study:
+        yield DATA, measure, unit, unanswered("not run")
+        return
+    b1, b2 = (slopes(tables["data_amount"], model) for model in ("demucs_lstm", "demucs_attention"))
+    yield DATA, measure, unit, judged(b2 - b1, "dB")
+
+
+def whole_band(phase: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the table `phase` that are of all frequencies."""
+    return phase[(phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())]
+
+
+def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Repetition gain and context gain in dB of a model at a lag: a row a track (the mean of its loops), a column a seed.
+
+    Repetition gain is the SDR with the repeat around minus that with different music, context gain the latter minus that with silence.
+    """
+    rows = long_range[(long_range["probe"] == "damaged_repeat") & (long_range["model"] == model) & (long_range["lag_s"] == lag_s)]
+    rows = rows.assign(track=rows["item"].str.rsplit(" @ ", n=1).str[0], value=rows["value"].clip(upper=ROUNDING_DB))
+    under = {name: part.pivot_table(index="track", columns="seed", values="value") for name, part in rows.groupby("condition")}
+    if not under:
+        return pd.DataFrame(columns=[0], dtype=float), pd.DataFrame(columns=[0], dtype=float)
+    return under["repeat"] - under["different"], under["different"] - under["silent"]
+
+
+def slopes(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Gain in SDR in dB from ten times the training music: least-squares slope over its logarithm, a row a track, a column a seed."""
+    rows = data_amount[data_amount["model"] == model]
+    table = rows.pivot_table(index=["track", "seed"], columns="share", values="SDR").clip(upper=ROUNDING_DB).dropna()
+    decades = np.log10(table.columns.to_numpy(float))
+    centred = decades - decades.mean()
+    return pd.Series(table.to_numpy() @ centred / np.square(centred).sum(), table.index).unstack("seed")
