@@ -133,7 +133,7 @@ class Settings(BaseModel):
 # `musdb18` for the full dataset on a GPU.
 PROFILES: dict[str, dict] = {
     "smoke": dict(
-        n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=1.5, batch_size=2,
+        n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=2.0, batch_size=2,
         stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16,
         demucs_max_channels=16, attention_heads=2, steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
         ablations=("unet",), referee_tracks=1, data_study=True,

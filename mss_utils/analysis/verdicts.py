@@ -23,6 +23,7 @@ from mss_utils.metrics import ROUNDING_DB
 from mss_utils.settings import Settings
 
 NEGLIGIBLE_DB = 0.2
+RHO, SHARE = "rho", "of 1"  # units beside dB and s
 COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
 PHASE = "the time domain keeps the phase"
 ATTACK = "the time domain keeps the attack"
@@ -83,7 +84,7 @@ def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
     effect = float(stats.spearmanr(known, means).statistic)
     by_seed = np.array([stats.spearmanr(known, both[seed]).statistic for seed in both])
     found = dict(effect=effect, ci_low=float(low), ci_high=float(high), tracks=len(both), seeds=both.shape[1])
-    return found | dict(verdict=verdict(effect, low, high, "rank correlation", by_seed))
+    return found | dict(verdict=verdict(effect, low, high, RHO, by_seed))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -114,7 +115,7 @@ def _phase(_settings: Settings, tables: Tables) -> Answers:
         gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
         yield PHASE, f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A", "dB", judged(gain, "dB")
         less = wide(whole, "unet", "share") - wide(whole, model, "share")
-        yield PHASE, f"share of the error that is phase, A − {LETTERS[model]}", "of 1", judged(less, "of 1")
+        yield PHASE, f"share of the error that is phase, A − {LETTERS[model]}", SHARE, judged(less, SHARE)
 
 
 def _attack(_settings: Settings, tables: Tables) -> Answers:
@@ -128,7 +129,7 @@ def _attack(_settings: Settings, tables: Tables) -> Answers:
 
 def _repetition(settings: Settings, tables: Tables) -> Answers:
     table = tables["long_range"]
-    reach = table[(table["probe"] == "reach") & (table["condition"] == "90 %")]
+    reach = table[(table["probe"] == "reach") & (table["condition"] == "90 %") & (table["item"] != "all tracks")]
     further = wide(reach, "demucs_attention", "value", "item") - wide(reach, "demucs_lstm", "value", "item")
     yield GLOBAL, "radius of 90 % of the reach, B2 − B1", "s", judged(further, "s")
     bar = table[table["probe"] == "attention_at_bar"]
@@ -151,7 +152,7 @@ def _rhythm(_settings: Settings, tables: Tables) -> Answers:
     table = tables["long_range"]
     index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
     advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(tables["tracks"], "demucs_lstm", "SDR")
-    yield RHYTHM, "rank correlation of repetitiveness with the SDR of B2 − B1", "rho", rank_correlation(index, advantage)
+    yield RHYTHM, "rank correlation of repetitiveness with the SDR of B2 − B1", RHO, rank_correlation(index, advantage)
     yield RHYTHM, "SDR, B2 − B1", "dB", judged(advantage, "dB")
 
 
