@@ -19,8 +19,8 @@ import papermill
 import torch
 import typst
 
+from mss_utils import analysis, evaluation
 from mss_utils.data import Store, open_store
-from mss_utils.evaluation import TABLES
 from mss_utils.settings import ROOT, Run, replacing, write_text
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -40,7 +40,7 @@ PRODUCTS = {
     "02_baseline_unet": ("models/*/unet/seed0/model.json",),
     "03_b1_lstm": ("models/*/demucs_lstm/seed0/model.json",),
     "04_b2_attention": ("models/*/demucs_attention/seed0/model.json",),
-    "05_evaluation": tuple(f"tables/{name}.csv" for name in TABLES),
+    "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES)),
     "06_listening": ("audio/*/*/*.mp3",),
 }
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")

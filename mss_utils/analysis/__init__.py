@@ -19,13 +19,16 @@ from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.phase import phase_scores, with_phase_of
 from mss_utils.analysis.repetition import CONDITIONS, askable, damaged_repeat, lags_s, loop_starts
 from mss_utils.analysis.timing import beat_and_bar_s, onsets
-from mss_utils.analysis.verdicts import gains, hypotheses, slopes, whole_band
+from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_band, wide
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import all_estimates, model_of, score_variants
 from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, Run, write_text
 
-__all__ = ["TABLES", "analyse", "gains", "hypotheses", "loops_of", "onsets", "slopes", "transients", "whole_band", "with_phase_of"]
+__all__ = [
+    "CONDITIONS", "TABLES", "analyse", "gains", "hypotheses", "loops_of", "onsets", "said", "slopes", "transients", "whole_band",
+    "wide", "with_phase_of",
+]
 
 TABLES = ("phase", "transients", "envelopes", "long_range", "data_amount", "hypotheses")
 COLUMNS = dict(
@@ -144,6 +147,8 @@ def _reach(run: Run, store: Store, target: str) -> Iterator[dict]:
             for share in repetition.SHARES:
                 radius = repetition.radius_s(profiles[-1], share, block_s)
                 yield key | dict(probe="reach", item=track.name, condition=f"{100 * share:g} %", value=radius, unit="s")
+            far = profiles[-1][math.ceil(repetition.FAR_S / block_s) :].sum()
+            yield key | dict(probe="reach", item=track.name, condition=f"beyond {repetition.FAR_S:g} s", value=far, unit="share")
         mean = _mean_of(profiles)
         for share in repetition.SHARES:
             radius = repetition.radius_s(mean, share, block_s)

@@ -22,6 +22,7 @@ from mss_utils.analysis.timing import onset_strength
 from mss_utils.models.level import Level
 
 SHARES = (0.5, 0.9, 0.99)
+FAR_S = 0.5  # what is further away than this is far
 N_POSITIONS = 4  # of the output sample whose gradient is looked at
 LAGS_S = (1.0, 2.0, 4.0)
 LONG_LAG_S = 8.0  # asked only where training segments are longer than twice that

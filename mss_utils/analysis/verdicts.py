@@ -17,13 +17,13 @@ import pandas as pd
 from scipy import stats
 
 from mss_utils.analysis.phase import phase_share
-from mss_utils.analysis.repetition import askable, lags_s
+from mss_utils.analysis.repetition import FAR_S, askable, lags_s
 from mss_utils.evaluation import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, median_interval
 from mss_utils.metrics import ROUNDING_DB
 from mss_utils.settings import Settings
 
 NEGLIGIBLE_DB = 0.2
-RHO, SHARE = "rho", "of 1"  # units beside dB and s
+RHO, SHARE, LEVEL = "rho", "of 1", "dB of gradient"  # units that the rule of +-0.2 dB is not about
 COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
 PHASE = "the time domain keeps the phase"
 ATTACK = "the time domain keeps the attack"
@@ -32,6 +32,7 @@ FAR = "B1 is weak at what is far"
 GLOBAL = "B2 sees all of a segment"
 RHYTHM = "B2 is better on rhythm"
 DATA = "B2 needs more data"
+SUPPORTED, NOT_SUPPORTED, CANNOT_TELL, NOT_ASKABLE, NOT_RUN = "supported", "not supported", "cannot tell", "not askable", "not run"
 LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
 Tables = Mapping[str, pd.DataFrame]
 
@@ -49,12 +50,12 @@ def hypotheses(settings: Settings, tables: Tables) -> pd.DataFrame:
 def verdict(effect: float, low: float, high: float, unit: str, by_seed: np.ndarray) -> str:
     """The verdict on an effect that the hypothesis says is positive, with its interval and the effect in each seed."""
     if np.isnan([effect, low, high]).any():
-        return "cannot tell"
+        return CANNOT_TELL
     if low > 0 and (np.asarray(by_seed) > 0).sum() >= MIN_SEEDS:
-        return "supported"
+        return SUPPORTED
     if high < 0 or (unit == "dB" and -NEGLIGIBLE_DB <= low and high <= NEGLIGIBLE_DB):
-        return "not supported"
-    return "cannot tell"
+        return NOT_SUPPORTED
+    return CANNOT_TELL
 
 
 def judged(values: pd.DataFrame, unit: str) -> dict:
@@ -76,7 +77,7 @@ def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
     both = advantage.join(index.rename("index"), how="inner").dropna()
     known, means = both.pop("index").to_numpy(), both.mean(axis=1).to_numpy()
     if len(both) < MIN_TRACKS:
-        return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=len(both), seeds=advantage.shape[1], verdict="cannot tell")
+        return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=len(both), seeds=advantage.shape[1], verdict=CANNOT_TELL)
     ranks = lambda values: stats.rankdata(values, axis=-1)
     drawn = np.random.default_rng(0).integers(len(both), size=(N_BOOTSTRAP, len(both)))
     rho = _correlation(ranks(known[drawn]), ranks(means[drawn]))
@@ -94,8 +95,22 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a * b).sum(axis=-1) / np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
 
 
+def said(row: Mapping) -> str:
+    """One row of the table `hypotheses` as a sentence, with what keeps it from telling."""
+    if row["verdict"] in (NOT_ASKABLE, NOT_RUN):
+        return f"{row['measure']}: {row['verdict']}."
+    counts = ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))
+    if np.isnan(row["ci_low"]):
+        return f"{row['measure']}: **{row['verdict']}** ({counts}; an interval takes {MIN_TRACKS} tracks with a value)."
+    unit = "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"
+    effect = f"{row['effect']:+.2f}{unit} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {counts}".replace("-", "−")
+    seeds = f"; the interval leaves out zero, but it takes {MIN_SEEDS} seeds that agree"
+    doubt = seeds if row["verdict"] == CANNOT_TELL and row["ci_low"] > 0 else ""
+    return f"{row['measure']}: {effect}: **{row['verdict']}**{doubt}."
+
+
 def unanswered(why: str) -> dict:
-    """A row without a number: `not askable` or `not run`."""
+    """A row without a number: `NOT_ASKABLE` or `NOT_RUN`."""
     return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=why)
 
 
@@ -129,21 +144,25 @@ def _attack(_settings: Settings, tables: Tables) -> Answers:
 
 def _repetition(settings: Settings, tables: Tables) -> Answers:
     table = tables["long_range"]
-    reach = table[(table["probe"] == "reach") & (table["condition"] == "90 %") & (table["item"] != "all tracks")]
-    further = wide(reach, "demucs_attention", "value", "item") - wide(reach, "demucs_lstm", "value", "item")
-    yield GLOBAL, "radius of 90 % of the reach, B2 − B1", "s", judged(further, "s")
+    reach = table[(table["probe"] == "reach") & (table["item"] != "all tracks")]
+    within, beyond = (reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s"))
+    further = wide(within, "demucs_attention", "value", "item") - wide(within, "demucs_lstm", "value", "item")
+    yield GLOBAL, "radius that holds 99 % of the gradient, B2 − B1", "s", judged(further, "s")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        more = 10 * np.log10(wide(beyond, "demucs_attention", "value", "item") / wide(beyond, "demucs_lstm", "value", "item"))
+    yield GLOBAL, f"gradient from beyond {FAR_S:g} s, B2 over B1", LEVEL, judged(more, LEVEL)
     bar = table[table["probe"] == "attention_at_bar"]
     yield GLOBAL, "attention at one bar over that near it", "dB", judged(wide(bar, "demucs_attention", "value", "item"), "dB")
     lags = lags_s(settings.segment_s)
     near = [gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)]
-    yield LOCAL, f"context gain of B1 at {lags[0]:g} s", "dB", judged(near[0], "dB") if near else unanswered("not askable")
+    yield LOCAL, f"context gain of B1 at {lags[0]:g} s", "dB", judged(near[0], "dB") if near else unanswered(NOT_ASKABLE)
     for lag in lags:
         names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
         if askable(lag, settings.segment_s):
             b1, b2 = (gains(table, model, lag)[0] for model in ("demucs_lstm", "demucs_attention"))
             answers = judged(b2, "dB"), judged(b2 - b1, "dB")
         else:
-            answers = (unanswered("not askable"),) * 2
+            answers = (unanswered(NOT_ASKABLE),) * 2
         yield GLOBAL, names[0], "dB", answers[0]
         yield FAR, names[1], "dB", answers[1]
 
@@ -159,7 +178,7 @@ def _rhythm(_settings: Settings, tables: Tables) -> Answers:
 def _data(settings: Settings, tables: Tables) -> Answers:
     measure, unit = "gain in SDR from ten times the music, B2 − B1", "dB"
     if not settings.data_study:
-        yield DATA, measure, unit, unanswered("not run")
+        yield DATA, measure, unit, unanswered(NOT_RUN)
         return
     b1, b2 = (slopes(tables["data_amount"], model) for model in ("demucs_lstm", "demucs_attention"))
     yield DATA, measure, unit, judged(b2 - b1, "dB")

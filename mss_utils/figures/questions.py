@@ -35,7 +35,7 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     for model in models:
         part = medians[(medians["model"] == model) & ~whole]
         centre = np.sqrt(part["band_low_hz"].clip(lower=60) * part["band_high_hz"])
-        axes[0].plot(centre, part["phase_error_rad"], LINES[model], color=COLOURS[model], marker=MARKERS[model], label=SHORT[model])
+        axes[0].plot(centre, part["phase_error_rad"], linestyle=LINES[model], color=COLOURS[model], marker=MARKERS[model], label=SHORT[model])
     axes[0].axhline(np.pi / 2, color=INK, linewidth=0.9)
     axes[0].annotate("random phase", (0, np.pi / 2), (4, -9), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7)
     axes[0].set(xscale="log", xlabel="frequency (Hz), one mark a band", ylabel="phase error (rad)", ylim=(0, 1.7), title="Phase error")
@@ -69,12 +69,14 @@ def reach(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     for model in MODELS:
         profile = rows[(rows["probe"] == "reach_profile") & (rows["model"] == model)].groupby("lag_s")["value"].mean()
         beyond = 1 - profile.cumsum()
-        axes[0].plot(beyond.index[:-1], beyond.iloc[:-1].clip(lower=1e-9), LINES[model], color=COLOURS[model], label=LABELS[model])
+        axes[0].plot(beyond.index[:-1], beyond.iloc[:-1].clip(lower=1e-9), linestyle=LINES[model], color=COLOURS[model], label=LABELS[model])
     for share in SHARES:
         axes[0].axhline(1 - share, color=INK, linewidth=0.7, linestyle=":")
         axes[0].annotate(f"{100 * share:g} % within", (1, 1 - share), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
                          fontsize=6.5, ha="right")
-    axes[0].set(xscale="log", yscale="log", ylim=(1e-5, 1), xlabel="distance (s)", ylabel="share of the gradient beyond", title="Reach")
+    furthest = rows[(rows["probe"] == "reach_profile") & (rows["value"] > 0)]["lag_s"].max()
+    axes[0].set(yscale="log", ylim=(1e-6, 1), xlim=(0, furthest), xlabel="distance (s)", ylabel="share of the gradient beyond", title="Reach")
+    axes[0].set_yticks([10.0**-n for n in range(7)], ["1", "0.1", "0.01", "0.001", "10⁻⁴", "10⁻⁵", "10⁻⁶"])
     axes[0].minorticks_off()
     _attention_by_lag(axes[1], rows[(rows["probe"] == "attention") & (rows["item"] == "all tracks")])
     _attention_by_bar(axes[2], rows)
@@ -93,9 +95,7 @@ def _attention_by_lag(ax: Axes, rows: pd.DataFrame) -> None:
 
 def _uniform(ax: Axes) -> None:
     ax.axhline(1, color=INK, linewidth=0.8)
-    ax.annotate("uniform", (1, 1), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=6.5, ha="right")
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
+    ax.annotate("uniform", (0.5, 1), (0, -8), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=6.5, ha="center")
 
 
 def _attention_by_bar(ax: Axes, rows: pd.DataFrame) -> None:
@@ -164,7 +164,7 @@ def _gains(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
         _with_interval(ax, x, value, model)
     middle = lambda kind: np.mean([x for x, place in enumerate(places) if place[0] == kind])
     per_lag = ", ".join(f"{lag:g}" for lag in lags)
-    ax.set_xticks([middle(0), middle(1)], [f"repetition gain\nlag {per_lag} s", f"context gain\nlag {per_lag} s"])
+    ax.set_xticks([middle(0), middle(1)], [f"repetition\nlag {per_lag} s", f"context\nlag {per_lag} s"])
     ax.set(ylabel="gain (dB)", xlim=(-0.6, len(places) - 0.3))
     ax.grid(axis="x", visible=False)
 
@@ -188,8 +188,9 @@ def _repetitiveness(ax: Axes, rows: pd.DataFrame, tracks: pd.DataFrame, verdicts
     ax.scatter(both["index"], both["advantage"], s=14, marker=MARKERS[model], color=COLOURS[model], edgecolors="white", linewidths=0.3)
     found = verdicts[(verdicts["unit"] == RHO) & verdicts["measure"].str.startswith(f"{target}: ")].iloc[0]
     values = (number(found[name], sign="+") for name in ("effect", "ci_low", "ci_high"))
-    ax.set_title("ρ = {} [{}, {}]".format(*values), fontweight="normal")
-    ax.set(xlabel="repetitiveness at the bar", ylabel="SDR of B2 − B1 (dB)")
+    ax.text(0.02, 0.98, "ρ = {} [{}, {}]".format(*values), transform=ax.transAxes, va="top", fontsize=7)
+    ax.margins(y=0.15)
+    ax.set(xlabel="repetitiveness at the bar", ylabel="SDR of B2 − B1 (dB)", title="In repetitive songs")
 
 
 def data_amount(table: pd.DataFrame, target: str, ax: Axes | None = None) -> Axes:
@@ -220,7 +221,7 @@ def attack(envelopes: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.n
     curves = envelopes[envelopes["target"] == target]
     for model in [name for name in ("reference", *MODELS) if name in set(curves["model"])]:
         mean = curves[curves["model"] == model].groupby("time_ms")["level"].mean()
-        axes[0].plot(mean.index, mean, LINES[model], color=COLOURS[model], linewidth=2.4 if model == "reference" else 1.3, label=SHORT[model])
+        axes[0].plot(mean.index, mean, linestyle=LINES[model], color=COLOURS[model], linewidth=2.4 if model == "reference" else 1.3, label=SHORT[model])
     axes[0].axvline(0, color=INK, linewidth=0.7)
     axes[0].set(xlabel="time after the onset (ms)", ylabel="level (peak of the reference = 1)", title="Mean envelope of an onset", ylim=(0, None))
     axes[0].legend(fontsize=6.5)
