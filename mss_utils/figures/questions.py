@@ -94,8 +94,7 @@ def _attention_by_lag(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def _uniform(ax: Axes) -> None:
-    ax.axhline(1, color=INK, linewidth=0.8)
-    ax.annotate("uniform", (0.5, 1), (0, -8), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=6.5, ha="center")
+    ax.axhline(1, color="#7d8590", linewidth=2.5, alpha=0.5, label="uniform")
 
 
 def _attention_by_bar(ax: Axes, rows: pd.DataFrame) -> None:
