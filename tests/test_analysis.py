@@ -6,11 +6,13 @@ import pytest
 import soundfile
 import torch
 
-from mss_utils.analysis import analyse, repetition, transients, verdicts
+from mss_utils import figures, listening
+from mss_utils.analysis import TABLES, analyse, repetition, transients, verdicts
 from mss_utils.analysis.phase import ONE_CHANNEL, bands, phase_scores, phase_share, with_phase_of
 from mss_utils.analysis.timing import beat_and_bar_s, onsets
 from mss_utils.data import build_store, open_store
 from mss_utils.evaluation import evaluate
+from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Mixer, share_of
 from mss_utils.models import build_model
 from mss_utils.models.level import Level
@@ -357,8 +359,9 @@ def test_a_stereo_run_on_a_folder_has_every_table_and_says_what_it_lacks(tmp_pat
     store = open_store(run.settings)
     for name in MODELS:
         train(run, store, "piano", name)
-    tables = analyse(run, store, evaluate(run, store)["tracks"])
-    assert all(run.table(name).exists() for name in tables)
+    tracks = evaluate(run, store)["tracks"]
+    tables = analyse(run, store, tracks) | dict(tracks=tracks)
+    assert all(run.table(name).exists() for name in TABLES)
     assert tables["phase"]["interchannel_error_rad"].notna().all() and set(tables["phase"]["model"]) > set(MODELS)
     damaged = tables["long_range"].query("probe == 'damaged_repeat'")
     assert damaged["reason"].str.startswith("not askable").all() and damaged["value"].isna().all() and len(damaged) == 3
@@ -367,3 +370,72 @@ def test_a_stereo_run_on_a_folder_has_every_table_and_says_what_it_lacks(tmp_pat
     assert said["piano: gain in SDR from ten times the music, B2 − B1"] == "not run"
     assert set(said) <= {"not askable", "not run", "cannot tell", "not supported"}  # one seed supports nothing
     assert set(tables["long_range"]["probe"]) >= {"reach", "reach_profile", "attention", "attention_at_bar", "repetitiveness", "tempo"}
+    said = " ".join(text.get_text() for ax in figures.repeat(tables["long_range"], tables["tracks"], tables["hypotheses"], "piano") for text in ax.texts)
+    assert "not askable" in said
+
+
+@pytest.fixture
+def finished(smoke_run):
+    """The finished smoke run with its store and tables as they are read back."""
+    run = open_run("smoke")
+    return run, open_store(run.settings), {name: pd.read_csv(run.table(name)) for name in (*TABLES, "tracks")}
+
+
+def test_a_run_on_the_built_in_songs_asks_the_shortest_lag_and_the_amount_of_music(finished):
+    _, store, tables = finished
+    damaged = tables["long_range"].query("probe == 'damaged_repeat'")
+    asked = damaged.dropna(subset="value")
+    assert set(asked["lag_s"]) == {1.0} and set(asked["condition"]) == set(repetition.CONDITIONS) and set(asked["model"]) == set(MODELS[1:])
+    assert set(damaged[damaged["value"].isna()]["lag_s"]) == {2.0, 4.0}
+    amounts = tables["data_amount"].groupby(["model", "share"])["track"].nunique()
+    assert (amounts == len(store.split("test"))).all() and len(amounts) == 6
+    reach = tables["long_range"].query("probe == 'reach_profile'").groupby("model")["value"].sum()
+    assert reach.to_numpy() == pytest.approx(1)
+    truth = tables["envelopes"].query("model == 'reference'").set_index("time_ms")["level"]
+    assert truth.loc[0:100].max() > 1.5 * truth.loc[-50:-1].mean()
+
+
+def test_the_figures_show_what_the_tables_hold(finished):
+    _, _, tables = finished
+    phase = figures.phase(tables["phase"], "piano")
+    of = lambda line: next(part for part in phase[0].lines if part.get_label() == line).get_ydata()
+    rows = tables["phase"].query("model == 'unet' and not (band_low_hz == 0 and band_high_hz == 8000)")
+    assert of("A") == pytest.approx(rows.groupby("band_low_hz")["phase_error_rad"].median())
+    reach = figures.reach(tables["long_range"], "piano")
+    assert [ax.get_title() for ax in reach] == ["Reach", "Attention of B2", "Attention of B2, by bar"]
+    repeat = figures.repeat(tables["long_range"], tables["tracks"], tables["hypotheses"], "piano")
+    medians = tables["long_range"].query("probe == 'damaged_repeat' and model == 'demucs_lstm'").groupby("condition")["value"].median()
+    assert repeat[0].lines[0].get_ydata() == pytest.approx(medians[["silent", "different", "repeat"]])
+    attack = figures.attack(tables["envelopes"], tables["transients"], "piano")
+    assert [line.get_label() for line in attack[0].lines[:4]] == ["reference", "A", "B1", "B2"]
+    assert len(figures.data_amount(tables["data_amount"], "piano").get_xticks()) == 3
+    assert len(figures.verdict_table(tables["hypotheses"])) == len(tables["hypotheses"])
+
+
+def test_the_three_questions_can_be_heard(finished):
+    run, store, tables = finished
+    _, phase = listening.phase_versions(run, store, "piano", tables["phase"])
+    assert len(phase) == 3
+    for versions in phase.values():
+        reference, estimate = versions["reference"], versions["as it is"]
+        better = utterance_sdr(reference.T, versions["its magnitude, true phase"].T)
+        assert better > utterance_sdr(reference.T, estimate.T) and len({audio.shape for audio in versions.values()}) == 1
+    name, repeat = listening.repeat_versions(run, store, "piano", tables["long_range"])
+    assert " @ " in name and len(repeat) == 3 and all(set(versions) == {"mixture", "reference", *MODELS[1:]} for versions in repeat.values())
+    _, attack = listening.attack_versions(run, store, "piano", tables["transients"])
+    fast, slow = (versions["reference"] for versions in attack.values())
+    assert slow.shape[1] == 2 * fast.shape[1] > 0 and set(attack["as it is"]) == {"reference", *MODELS}
+
+
+def test_what_cannot_be_heard_is_empty(finished):
+    run, store, tables = finished
+    assert listening.repeat_versions(run, store, "piano", tables["long_range"].query("probe != 'damaged_repeat'")) == ("no loop", {})
+    assert listening.attack_versions(run, store, "piano", tables["transients"].assign(attack_sdr=np.nan)) == ("no track", {})
+
+
+def test_a_row_is_said_in_one_sentence():
+    row = dict(measure="piano: SDR, B2 − B1", unit="dB", effect=-0.25, ci_low=-0.5, ci_high=-0.125, tracks=20, seeds=1, verdict="not supported")
+    assert verdicts.said(row) == "piano: SDR, B2 − B1: −0.25 dB [−0.50, −0.12], 20 tracks, 1 seed: **not supported**."
+    assert "takes 3 seeds that agree" in verdicts.said(row | dict(effect=0.25, ci_low=0.125, ci_high=0.5, verdict="cannot tell"))
+    assert verdicts.said(row | dict(effect=np.nan, verdict="not askable")) == "piano: SDR, B2 − B1: not askable."
+    assert "takes 6 tracks" in verdicts.said(row | dict(ci_low=np.nan, ci_high=np.nan, tracks=3, verdict="cannot tell"))

@@ -16,7 +16,19 @@ PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attenti
 MEDIANS = dict(mixture=-7.25, unet=5.5, demucs_lstm=4.25, demucs_attention=4.5, irm=11.75, mwf=12.5)
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="160" height="70"><rect width="160" height="70" fill="#cde"/></svg>'
 COMMON_FIGURES = ("pipeline", "data_levels", "data_together", "data_spectrograms", *(f"architecture_{model}" for model in MODELS))
-TARGET_FIGURES = ("training", "scores", "slopes", "trade_off", "cost", "excerpt_best", "excerpt_median", "excerpt_worst")
+TARGET_FIGURES = (
+    "training", "scores", "slopes", "trade_off", "cost", "excerpt_best", "excerpt_median", "excerpt_worst", "phase", "reach", "repeat", "attack",
+)
+HYPOTHESES = (  # hypothesis, measure, unit
+    ("the time domain keeps the phase", "SDR of the true magnitude with a model's phase, B1 − A", "dB"),
+    ("the time domain keeps the phase", "share of the error that is phase, A − B1", "of 1"),
+    ("B2 sees all of a segment", "gradient from beyond 0.5 s, B2 over B1", "dB of gradient"),
+    ("B2 sees all of a segment", "attention at one bar over that near it", "dB"),
+    ("B2 sees all of a segment", "repetition gain of B2 at 1 s", "dB"),
+    ("B2 is better on rhythm", "rank correlation of repetitiveness with the SDR of B2 − B1", "rho"),
+    ("B2 needs more data", "gain in SDR from ten times the music, B2 − B1", "dB"),
+    ("the time domain keeps the attack", "SDR in the attack minus SDR in the sustain, B1 − A", "dB"),
+)
 
 needs_pdftotext = pytest.mark.skipif(not shutil.which("pdftotext"), reason="pdftotext (poppler-utils) is not installed")
 
@@ -42,6 +54,9 @@ class FakeRun:
             lost_frames=[self._lost(t, model, frames) for t in targets for model in MEDIANS for frames in (3, 5)],
             referee=[dict(metric=metric, scores=100, largest_difference_db=3e-8, unequal_nan=0, tracks=2) for metric in METRICS[:4]],
             ablations=[self._ablation(t, name, metric) for t in targets for name in ("random_mix", "curriculum") for metric in METRICS],
+            phase=[self._phase(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
+            transients=[self._transients(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
+            hypotheses=[self._hypothesis(t, *row) for t in targets for row in HYPOTHESES],
         )
 
     def _summary(self, target, model, metric, seeds):
@@ -64,6 +79,17 @@ class FakeRun:
     def _ablation(self, target, name, metric):
         scores = dict(with_it=5.5, without_it=4.75, median_difference=0.625, ci_low=0.125, ci_high=1.25, p_wilcoxon=0.01, p_corrected=0.02)
         return dict(target=target, model="unet", ablation=name, metric=metric) | scores | dict(tracks=2, seeds=1, steps=self.settings["steps"])
+
+    def _phase(self, target, name, model):
+        key = dict(target=target, track=name, model=model, seed=0, band_low_hz=0.0, band_high_hz=self.settings["sample_rate"] / 2)
+        return key | dict(phase_error_rad=0.5, sdr=MEDIANS[model], sdr_true_phase=MEDIANS[model] + 2, sdr_true_magnitude=7.125)
+
+    def _transients(self, target, name, model):
+        return dict(target=target, track=name, model=model, seed=0, attack_sdr=6.375, sustain_sdr=3.625, attack_time_error_ms=8.5)
+
+    def _hypothesis(self, target, hypothesis, measure, unit):
+        key = dict(hypothesis=hypothesis, measure=f"{target}: {measure}", effect=0.25, unit=unit, ci_low=-0.5, ci_high=0.75)
+        return key | dict(tracks=2, seeds=1, verdict="cannot tell")
 
     def _cost(self, target, model):
         key = dict(target=target, model=model, seed=0, parameters=1234567, train_s=600.0, steps=self.settings["steps"])
@@ -202,6 +228,37 @@ def test_artifacts(tmp_path, low, high, sentence):
     run = FakeRun(tmp_path)
     run.change("paired", dict(metric="SAR"), median_difference=(low + high) / 2, ci_low=low, ci_high=high)
     assert says(run.text(), sentence)
+
+
+@needs_pdftotext
+def test_verdicts_and_the_sentences_before_them_come_from_the_table(tmp_path):
+    run = FakeRun(tmp_path)
+    text = run.text()
+    assert says(text, "allow an SDR of 7.13 dB for A, 7.13 dB for B1 and 7.13 dB for B2") and says(text, "8.5 ms for A")
+    assert says(text, "do not set the two waveform models apart from A on one and the same side")
+    assert says(text, "do not gather at the bar") and says(text, "the data do not tell")
+    for measure, values, sentence in (
+        ("SDR of the true magnitude with a model's phase, B1 − A", dict(effect=1.0, ci_low=0.5, ci_high=1.5), "have the better phase"),
+        ("SDR of the true magnitude with a model's phase, B1 − A", dict(effect=-1.0, ci_low=-1.5, ci_high=-0.5), "have a worse phase"),
+        ("attention at one bar over that near it", dict(ci_low=0.1), "the weights of B2 gather at the bar"),
+        ("gradient from beyond 0.5 s, B2 over B1", dict(ci_low=0.1), "More of what B2 says comes from far away"),
+        ("repetition gain of B2 at 1 s", dict(ci_low=0.1), "The clean repeat beside the damage brings B2 more"),
+        ("repetition gain of B2 at 1 s", dict(ci_low=-0.1, ci_high=0.1, verdict="not supported"), "brings B2 nothing that other music"),
+        ("SDR in the attack minus SDR in the sustain, B1 − A", dict(ci_low=0.1), "both waveform models keep attacks better than A"),
+        ("SDR in the attack minus SDR in the sustain, B1 − A", dict(ci_low=-0.3, ci_high=-0.1), "both waveform models keep attacks worse"),
+    ):
+        assert not says(text, sentence)
+        run.change("hypotheses", dict(measure=f"piano: {measure}"), **values)
+        text = run.text()
+        assert says(text, sentence)
+
+
+@needs_pdftotext
+def test_what_was_not_asked_is_said(tmp_path):
+    run = FakeRun(tmp_path)
+    run.change("hypotheses", dict(unit="dB"), effect="", ci_low="", ci_high="", verdict="not askable")
+    text = run.text()
+    assert says(text, "not askable") and says(text, "Nothing of this could be measured here")
 
 
 @needs_pdftotext
