@@ -28,7 +28,7 @@ from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, disagreement, m
 from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Run, Settings, write_text
+from mss_utils.settings import LETTERS, MODELS, Run, Settings, write_text
 from mss_utils.training import train
 
 ORACLES = ("irm", "mwf")
@@ -388,7 +388,7 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
 
     `names` is how a and b are called. A difference is one if its interval leaves out zero; the corrected test may disagree.
     """
-    names = names or {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
+    names = names or LETTERS
     a, b = names[row["a"]], names[row["b"]]
     metric = row["metric"].replace("_", " ")
     where = ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))

@@ -30,7 +30,7 @@ from mss_utils.figures import LABELS
 from mss_utils.metrics import utterance_sdr
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Run, replacing
+from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run, replacing
 
 PEAK_DB = -1.0
 ATTACKS_S = 3.0
@@ -240,7 +240,7 @@ def repeat_versions(run: Run, store: Store, target: str, long_range: pd.DataFram
     if rows.empty:
         return "no loop", {}
     lag_s = rows["lag_s"].min()
-    b1, b2 = (gains(rows, model, lag_s)[0].mean(axis=1) for model in MODELS[1:])
+    b1, b2 = (gains(rows, model, lag_s)[0].mean(axis=1) for model in WAVEFORM_MODELS)
     track = (b2 - b1).abs().idxmax()
     name, loop = next((name, loop) for name, loop in loops_of(run, store, target, lag_s).items() if name.startswith(f"{track} @ "))
     around = dict(zip(CONDITIONS, ("its repeat around it", "other music around it", "silence around it")))
@@ -249,7 +249,7 @@ def repeat_versions(run: Run, store: Store, target: str, long_range: pd.DataFram
 
 def _loop_versions(run: Run, store: Store, target: str, mixture: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
     """What is heard of one condition; the model meets the loop as one chunk, as when it was measured."""
-    found = {model: separate(model_of(run, target, model), mixture, store.sample_rate) for model in MODELS[1:]}
+    found = {model: separate(model_of(run, target, model), mixture, store.sample_rate) for model in WAVEFORM_MODELS}
     return {"mixture": mixture, "reference": reference} | found
 
 

@@ -20,7 +20,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("unet", "demucs_lstm", "demucs_attention")
+LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}  # what prose calls the models
+MODELS = tuple(LETTERS)
+WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
 
 

@@ -23,7 +23,7 @@ from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_b
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import all_estimates, model_of, score_variants
 from mss_utils.models.unet import STFT
-from mss_utils.settings import MODELS, Run, write_text
+from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run, write_text
 
 __all__ = [
     "CONDITIONS", "TABLES", "analyse", "gains", "hypotheses", "loops_of", "onsets", "said", "slopes", "transients", "whole_band",
@@ -44,7 +44,6 @@ COLUMNS = dict(
     long_range=["target", "probe", "item", "model", "seed", "lag_s", "condition", "value", "unit", "reason"],
     data_amount=["target", "track", "model", "seed", "share", "SDR"],
 )
-WAVEFORM_MODELS = ("demucs_lstm", "demucs_attention")
 N_LOOPS = 40  # at least so many, the same number a track
 N_REACH_TRACKS = 20
 WINDOWS_AT_ONCE = 8

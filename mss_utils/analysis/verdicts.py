@@ -20,7 +20,7 @@ from mss_utils.analysis.phase import phase_share
 from mss_utils.analysis.repetition import FAR_S, askable, lags_s
 from mss_utils.evaluation import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, median_interval
 from mss_utils.metrics import ROUNDING_DB
-from mss_utils.settings import Settings
+from mss_utils.settings import LETTERS, WAVEFORM_MODELS, Settings
 
 NEGLIGIBLE_DB = 0.2
 RHO, SHARE, LEVEL = "rho", "of 1", "dB of gradient"  # units that the rule of +-0.2 dB is not about
@@ -33,7 +33,6 @@ GLOBAL = "B2 sees all of a segment"
 RHYTHM = "B2 is better on rhythm"
 DATA = "B2 needs more data"
 SUPPORTED, NOT_SUPPORTED, CANNOT_TELL, NOT_ASKABLE, NOT_RUN = "supported", "not supported", "cannot tell", "not askable", "not run"
-LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
 Tables = Mapping[str, pd.DataFrame]
 
 
@@ -126,7 +125,7 @@ Answers = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, wha
 def _phase(_settings: Settings, tables: Tables) -> Answers:
     whole = whole_band(tables["phase"])
     whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
-    for model in ("demucs_lstm", "demucs_attention"):
+    for model in WAVEFORM_MODELS:
         gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
         yield PHASE, f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A", "dB", judged(gain, "dB")
         less = wide(whole, "unet", "share") - wide(whole, model, "share")
@@ -135,7 +134,7 @@ def _phase(_settings: Settings, tables: Tables) -> Answers:
 
 def _attack(_settings: Settings, tables: Tables) -> Answers:
     table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
-    for model in ("demucs_lstm", "demucs_attention"):
+    for model in WAVEFORM_MODELS:
         kept = wide(table, model, "kept") - wide(table, "unet", "kept")
         yield ATTACK, f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A", "dB", judged(kept, "dB")
         quieter = wide(table, "unet", "pre_echo_db") - wide(table, model, "pre_echo_db")
@@ -159,7 +158,7 @@ def _repetition(settings: Settings, tables: Tables) -> Answers:
     for lag in lags:
         names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
         if askable(lag, settings.segment_s):
-            b1, b2 = (gains(table, model, lag)[0] for model in ("demucs_lstm", "demucs_attention"))
+            b1, b2 = (gains(table, model, lag)[0] for model in WAVEFORM_MODELS)
             answers = judged(b2, "dB"), judged(b2 - b1, "dB")
         else:
             answers = (unanswered(NOT_ASKABLE),) * 2
@@ -180,7 +179,7 @@ def _data(settings: Settings, tables: Tables) -> Answers:
     if not settings.data_study:
         yield DATA, measure, unit, unanswered(NOT_RUN)
         return
-    b1, b2 = (slopes(tables["data_amount"], model) for model in ("demucs_lstm", "demucs_attention"))
+    b1, b2 = (slopes(tables["data_amount"], model) for model in WAVEFORM_MODELS)
     yield DATA, measure, unit, judged(b2 - b1, "dB")
 
 

@@ -13,9 +13,8 @@ from mss_utils.analysis.repetition import CONDITIONS, SHARES
 from mss_utils.analysis.verdicts import RHO, gains, wide
 from mss_utils.evaluation import median_interval
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT, dots, figure_of, interval, limit, make, model_legend, number
-from mss_utils.settings import MODELS
+from mss_utils.settings import MODELS, WAVEFORM_MODELS
 
-WAVEFORM_MODELS = MODELS[1:]
 LINES = {"mixture": ":", "unet": "-", "demucs_lstm": "--", "demucs_attention": "-.", "irm": (0, (1, 1)), "reference": "-"}
 PARTS = {"sdr": ("o", "as it is"), "sdr_true_phase": ("^", "its magnitude, true phase"), "sdr_true_magnitude": ("v", "true magnitude, its phase")}
 BAR_GRID = np.arange(0, 1.26, 0.02)  # lags in bars

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mss_utils.metrics import ROUNDING_DB
-from mss_utils.settings import Run, replacing, safe_name
+from mss_utils.settings import LETTERS, Run, replacing, safe_name
 
 LABELS = {
     "mixture": "mixture",
@@ -25,7 +25,7 @@ LABELS = {
     "mwf": "Wiener-filter oracle",
     "reference": "reference",
 }
-SHORT = LABELS | {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2", "irm": "IRM", "mwf": "MWF"}
+SHORT = LABELS | LETTERS | {"irm": "IRM", "mwf": "MWF"}
 # A works on spectrograms (cold), B1 and B2 on waveforms (warm); lightness rises from the oracle to B2.
 COLOURS = {
     "mixture": "#9a9a9a",
