@@ -283,7 +283,7 @@ def test_a_broken_estimate_names_model_and_track_and_leaves_nothing(store, small
         mixture, _ = store.load(track)
         return {("unet", 0): broken(mixture[None]) if track.name == "test song 1" else mixture[None]}
 
-    monkeypatch.setattr("mss_utils.evaluation._all_estimates", estimates_of)
+    monkeypatch.setattr("mss_utils.evaluation.all_estimates", estimates_of)
     with pytest.raises(ValueError, match=message):
         evaluate(Run("broken", small_settings, tmp_path), store)
     assert not list(tmp_path.iterdir())

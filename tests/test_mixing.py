@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mss_utils.data import build_store, level_db
+from mss_utils.data import build_store
 from mss_utils.mixing import Mixer
 
 STILL = dict(gain_db=0.0, flip_polarity=False, swap_channels=False, curriculum=False, silent_share=0.0)
