@@ -208,11 +208,14 @@ def excerpt_players(found: Mapping[str, Excerpt], sample_rate: int) -> HTML:
 def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> tuple[str, dict[str, dict[str, np.ndarray]]]:
     """For each model an excerpt as it is, with the true phase, and with the true magnitude, beside the reference.
 
-    Rule: the test track on which A's whole-band SDR gains most from the true phase. Returns its name and what `player_table` takes.
+    Rule: the test track on which A's whole-band SDR gains most from the true phase. Returns its name and what `player_table` takes,
+    empty where no track has such a gain.
     """
     rows = whole_band(phase)
     rows = rows[(rows["target"] == target) & (rows["model"] == "unet")]
-    cost = (rows["sdr_true_phase"] - rows["sdr"]).groupby(rows["track"]).mean().replace([np.inf, -np.inf], np.nan)
+    cost = (rows["sdr_true_phase"] - rows["sdr"]).groupby(rows["track"]).mean().replace([np.inf, -np.inf], np.nan).dropna()
+    if cost.empty:
+        return "no track", {}
     excerpt = _excerpt_of(run, store, target, cost.idxmax())
     reference, stft = excerpt.versions["reference"], STFT(run.settings.n_fft, run.settings.hop)
     versions = {}

@@ -222,7 +222,9 @@ def test_the_stretches_least_alike_are_taken_and_short_tracks_give_none():
     target = np.concatenate([tone(440, 4), tone(2000, 1), tone(440, 3)])[None].astype(np.float32)
     assert repetition.least_alike(target, 0, RATE, 1) == [4 * RATE]
     assert repetition.damaged_repeat(target[:, : 3 * RATE // 2], target[:, : 3 * RATE // 2], 0, RATE, 2 * RATE, RATE) == {}
-    assert repetition.loop_starts(target[:, : 2 * RATE], target[:, : 2 * RATE], RATE, 5) == []
+    assert repetition.loop_starts(target[:, : 2 * RATE], target[:, : 2 * RATE], RATE) == []
+    assert repetition.loop_starts(target, target, 2 * RATE) == [0, 2 * RATE, 4 * RATE, 6 * RATE]
+    assert repetition.spread([0, 1, 2, 3, 4], 3) == [0, 2, 4] and repetition.spread([7], 3) == [7]
 
 
 def test_lags_are_asked_where_a_repeat_fits_into_a_segment():
@@ -431,6 +433,7 @@ def test_what_cannot_be_heard_is_empty(finished):
     run, store, tables = finished
     assert listening.repeat_versions(run, store, "piano", tables["long_range"].query("probe != 'damaged_repeat'")) == ("no loop", {})
     assert listening.attack_versions(run, store, "piano", tables["transients"].assign(attack_sdr=np.nan)) == ("no track", {})
+    assert listening.phase_versions(run, store, "piano", tables["phase"].assign(sdr=np.nan)) == ("no track", {})
 
 
 def test_a_row_is_said_in_one_sentence():

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.phase import phase_scores, with_phase_of
-from mss_utils.analysis.repetition import CONDITIONS, askable, damaged_repeat, lags_s, loop_starts
+from mss_utils.analysis.repetition import CONDITIONS, askable, damaged_repeat, lags_s, loop_starts, spread
 from mss_utils.analysis.timing import beat_and_bar_s, onsets
 from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_band, wide
 from mss_utils.data import Store, Track, loudest_start
@@ -213,15 +213,21 @@ def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
 
 
 def loops_of(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dict]:
-    """The loops of `damaged_repeat` by "track @ start": about as many from every test track, 40 or more in all where there is room."""
-    lag, tracks, found = round(lag_s * store.sample_rate), store.split("test"), {}
-    for track in tracks:
+    """The loops of `damaged_repeat` by "track @ start": as many from every test track as it takes to have 40 in all, where there is room."""
+    lag, found = round(lag_s * store.sample_rate), {}
+
+    def load(track: Track) -> tuple[np.ndarray, np.ndarray]:
         mixture, stems = store.load(track)
         reference = stems[store.stem_index(target)]
-        for start in loop_starts(reference, mixture - reference, lag, -(-N_LOOPS // len(tracks))):
-            loop = damaged_repeat(reference, mixture - reference, start, lag, run.settings.segment, store.sample_rate)
-            if loop:
-                found[f"{track.name} @ {start / store.sample_rate:.2f} s"] = loop
+        return reference, mixture - reference
+
+    places = {track: loop_starts(*load(track), lag) for track in store.split("test")}
+    places = {track: starts for track, starts in places.items() if starts}
+    for track, starts in places.items():
+        reference, residual = load(track)
+        for start in spread(starts, math.ceil(N_LOOPS / len(places))):
+            loop = damaged_repeat(reference, residual, start, lag, run.settings.segment, store.sample_rate)
+            found |= {f"{track.name} @ {start / store.sample_rate:.2f} s": loop} if loop else {}
     return found
 
 

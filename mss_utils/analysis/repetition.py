@@ -156,8 +156,8 @@ def askable(lag_s: float, segment_s: float) -> bool:
     return segment_s >= 2 * lag_s
 
 
-def loop_starts(target: np.ndarray, residual: np.ndarray, lag: int, count: int) -> list[int]:
-    """Where in a track, `(channels, samples)` both, to cut at most `count` loops of `lag` samples: evenly spread places.
+def loop_starts(target: np.ndarray, residual: np.ndarray, lag: int) -> list[int]:
+    """Where in a track, `(channels, samples)` both, loops of `lag` samples can be cut: places side by side.
 
     At a place target and residual are within 20 dB of the loudest place of theirs, and there is other music to put around it.
     """
@@ -166,9 +166,12 @@ def loop_starts(target: np.ndarray, residual: np.ndarray, lag: int, count: int) 
         return []
     powers = [np.array([_power(signal[:, start : start + lag]) for start in starts]) for signal in (target, residual)]
     good = starts[np.logical_and(*((power > 0) & (power >= 0.01 * power.max()) for power in powers))]
-    if len(good) < 3:
-        return []
-    return good[np.unique(np.linspace(0, len(good) - 1, min(count, len(good))).round().astype(int))].tolist()
+    return good.tolist() if len(good) >= 3 else []
+
+
+def spread(places: list, count: int) -> list:
+    """At most `count` of these places, from the first to the last in even steps."""
+    return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))]
 
 
 def least_alike(target: np.ndarray, start: int, lag: int, count: int) -> list[int]:
