@@ -21,7 +21,7 @@ TARGET_FIGURES = (
 )
 HYPOTHESES = (  # hypothesis, measure, unit
     ("the time domain keeps the phase", "SDR of the true magnitude with a model's phase, B1 − A", "dB"),
-    ("the time domain keeps the phase", "share of the error that is phase, A − B1", "of 1"),
+    ("more of A's error is phase", "share of the error that is phase, A − B1", "of 1"),
     ("B2 sees all of a segment", "gradient from beyond 0.5 s, B2 over B1", "dB of gradient"),
     ("B2 sees all of a segment", "attention at one bar over that near it", "dB"),
     ("B2 sees all of a segment", "repetition gain of B2 at 1 s", "dB"),

@@ -165,7 +165,7 @@ def _loudest_window(run: Run, store: Store, track: Track, target: str) -> np.nda
 
 def _mean_of(profiles: list[np.ndarray]) -> np.ndarray:
     """Mean of profiles that may differ in length, NaN where none has a value."""
-    return pd.DataFrame(profiles).mean().to_numpy()
+    return pd.concat(list(map(pd.Series, profiles)), axis=1).mean(axis=1).to_numpy()
 
 
 def _attention(run: Run, store: Store, target: str) -> Iterator[dict]:
@@ -173,19 +173,18 @@ def _attention(run: Run, store: Store, target: str) -> Iterator[dict]:
     frame_s = math.prod(run.settings.demucs_strides) / store.sample_rate
     for seed in range(run.settings.seeds):
         model, profiles = model_of(run, target, "demucs_attention", seed), []
-        key = dict(model="demucs_attention", seed=seed)
+        key, by_lag = dict(model="demucs_attention", seed=seed), dict(probe="attention", unit="times uniform")
         for track in store.split("test"):
             profiles.append(_attention_of(model, store.load(track)[0], run.settings.segment))
             mean, (_, bar_s) = profiles[-1].mean(axis=0), beat_and_bar_s(store, track)
             for index, value in enumerate(mean):
-                yield key | dict(probe="attention", item=track.name, lag_s=index * frame_s, condition="all layers", value=value, unit="times uniform")
+                yield key | by_lag | dict(item=track.name, lag_s=index * frame_s, condition="all layers", value=value)
             at_bar = repetition.at_the_bar_db(mean, bar_s, frame_s)
             reason = "" if np.isfinite(at_bar) else "a bar and a quarter are longer than a training segment"
             yield key | dict(probe="attention_at_bar", item=track.name, lag_s=bar_s, value=at_bar, unit="dB", reason=reason)
         for layer in range(len(profiles[0])):
             for index, value in enumerate(_mean_of([profile[layer] for profile in profiles])):
-                condition = f"layer {layer + 1}"
-                yield key | dict(probe="attention", item="all tracks", lag_s=index * frame_s, condition=condition, value=value, unit="times uniform")
+                yield key | by_lag | dict(item="all tracks", lag_s=index * frame_s, condition=f"layer {layer + 1}", value=value)
 
 
 def _attention_of(model, mixture: np.ndarray, segment: int) -> np.ndarray:
@@ -213,7 +212,7 @@ def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
 
 
 def loops_of(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dict]:
-    """The loops of `damaged_repeat` by "track @ start": as many from every test track as it takes to have 40 in all, where there is room."""
+    """The loops of `damaged_repeat` by "track @ start": as many from every test track as it takes to have 40, where there is room."""
     lag, found = round(lag_s * store.sample_rate), {}
 
     def load(track: Track) -> tuple[np.ndarray, np.ndarray]:
@@ -240,8 +239,9 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         return _table("data_amount", [])
     label = lambda share: f"with {100 * share:g} %"
     smaller = {
-        label(share): run.variant(f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share, ablations=(), data_study=False)
-        for share in DATA_SHARES
+        label(share): run.variant(
+            f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share, ablations=(), data_study=False
+        ) for share in DATA_SHARES
     }
     scored = score_variants(run, store, smaller, WAVEFORM_MODELS)
     named = {f"{model} {label(share)}": (model, share) for model, share in itertools.product(WAVEFORM_MODELS, DATA_SHARES)}

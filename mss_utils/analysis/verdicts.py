@@ -27,6 +27,9 @@ RHO, SHARE, LEVEL = "rho", "of 1", "dB of gradient"  # units that the rule of +-
 COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
 PHASE = "the time domain keeps the phase"
 ATTACK = "the time domain keeps the attack"
+# Two statements that follow from those if all else is equal, but hold for a model that is merely soft or quiet as well.
+PHASE_SHARE = "more of A's error is phase"
+PRE_ECHO = "A has more error before an onset"
 LOCAL = "B1 is good at what is near"
 FAR = "B1 is weak at what is far"
 GLOBAL = "B2 sees all of a segment"
@@ -42,7 +45,8 @@ def hypotheses(settings: Settings, tables: Tables) -> pd.DataFrame:
     for target in tables["tracks"]["target"].unique():
         of = {name: table[table["target"] == target] for name, table in tables.items()}
         for question in (_phase, _repetition, _rhythm, _data, _attack):
-            rows += [dict(hypothesis=name, measure=f"{target}: {measure}", unit=unit) | found for name, measure, unit, found in question(settings, of)]
+            for hypothesis, measure, unit, found in question(settings, of):
+                rows.append(dict(hypothesis=hypothesis, measure=f"{target}: {measure}", unit=unit) | found)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -63,9 +67,8 @@ def judged(values: pd.DataFrame, unit: str) -> dict:
     effect = values.mean(axis=1).median()
     low, high = median_interval(values.to_numpy())
     by_seed = values.median().to_numpy()
-    return dict(
-        effect=effect, ci_low=low, ci_high=high, tracks=len(values), seeds=values.shape[1], verdict=verdict(effect, low, high, unit, by_seed)
-    )
+    found = dict(effect=effect, ci_low=low, ci_high=high, tracks=len(values), seeds=values.shape[1])
+    return found | dict(verdict=verdict(effect, low, high, unit, by_seed))
 
 
 def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
@@ -129,7 +132,7 @@ def _phase(_settings: Settings, tables: Tables) -> Answers:
         gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
         yield PHASE, f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A", "dB", judged(gain, "dB")
         less = wide(whole, "unet", "share") - wide(whole, model, "share")
-        yield PHASE, f"share of the error that is phase, A − {LETTERS[model]}", SHARE, judged(less, SHARE)
+        yield PHASE_SHARE, f"share of the error that is phase, A − {LETTERS[model]}", SHARE, judged(less, SHARE)
 
 
 def _attack(_settings: Settings, tables: Tables) -> Answers:
@@ -138,7 +141,7 @@ def _attack(_settings: Settings, tables: Tables) -> Answers:
         kept = wide(table, model, "kept") - wide(table, "unet", "kept")
         yield ATTACK, f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A", "dB", judged(kept, "dB")
         quieter = wide(table, "unet", "pre_echo_db") - wide(table, model, "pre_echo_db")
-        yield ATTACK, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
+        yield PRE_ECHO, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
 
 
 def _repetition(settings: Settings, tables: Tables) -> Answers:

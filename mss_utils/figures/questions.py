@@ -10,14 +10,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mss_utils.analysis.repetition import CONDITIONS, SHARES
-from mss_utils.analysis.verdicts import RHO, gains, wide
+from mss_utils.analysis.verdicts import RHO, SHARE, gains, wide
 from mss_utils.evaluation import median_interval
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT, dots, figure_of, interval, limit, make, model_legend, number
 from mss_utils.settings import MODELS, WAVEFORM_MODELS
 
 LINES = {"mixture": ":", "unet": "-", "demucs_lstm": "--", "demucs_attention": "-.", "irm": (0, (1, 1)), "reference": "-"}
-PARTS = {"sdr": ("o", "as it is"), "sdr_true_phase": ("^", "its magnitude, true phase"), "sdr_true_magnitude": ("v", "true magnitude, its phase")}
+PARTS = {
+    "sdr": ("o", "as it is"), "sdr_true_phase": ("^", "its magnitude, true phase"), "sdr_true_magnitude": ("v", "true magnitude, its phase"),
+}
 BAR_GRID = np.arange(0, 1.26, 0.02)  # lags in bars
+
+
+def _line(model: str) -> dict:
+    return dict(linestyle=LINES[model], color=COLOURS[model])
 
 
 # --- phase --------------------------------------------------------------------------------------------------------------
@@ -34,7 +40,7 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     for model in models:
         part = medians[(medians["model"] == model) & ~whole]
         centre = np.sqrt(part["band_low_hz"].clip(lower=60) * part["band_high_hz"])
-        axes[0].plot(centre, part["phase_error_rad"], linestyle=LINES[model], color=COLOURS[model], marker=MARKERS[model], label=SHORT[model])
+        axes[0].plot(centre, part["phase_error_rad"], marker=MARKERS[model], label=SHORT[model], **_line(model))
     axes[0].axhline(np.pi / 2, color=INK, linewidth=0.9)
     axes[0].annotate("random phase", (0, np.pi / 2), (4, -9), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=7)
     axes[0].set(xscale="log", xlabel="frequency (Hz), one mark a band", ylabel="phase error (rad)", ylim=(0, 1.7), title="Phase error")
@@ -68,13 +74,14 @@ def reach(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     for model in MODELS:
         profile = rows[(rows["probe"] == "reach_profile") & (rows["model"] == model)].groupby("lag_s")["value"].mean()
         beyond = 1 - profile.cumsum()
-        axes[0].plot(beyond.index[:-1], beyond.iloc[:-1].clip(lower=1e-9), linestyle=LINES[model], color=COLOURS[model], label=LABELS[model])
+        axes[0].plot(beyond.index[:-1], beyond.iloc[:-1].clip(lower=1e-9), label=LABELS[model], **_line(model))
     for share in SHARES:
         axes[0].axhline(1 - share, color=INK, linewidth=0.7, linestyle=":")
-        axes[0].annotate(f"{100 * share:g} % within", (1, 1 - share), (-2, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                         fontsize=6.5, ha="right")
+        axes[0].annotate(f"{100 * share:g} % within", (1, 1 - share), (-2, 2), xycoords=("axes fraction", "data"),
+                         textcoords="offset points", fontsize=6.5, ha="right")
     furthest = rows[(rows["probe"] == "reach_profile") & (rows["value"] > 0)]["lag_s"].max()
-    axes[0].set(yscale="log", ylim=(1e-6, 1), xlim=(0, furthest), xlabel="distance (s)", ylabel="share of the gradient beyond", title="Reach")
+    axes[0].set(yscale="log", ylim=(1e-6, 1), xlim=(0, furthest), title="Reach")
+    axes[0].set(xlabel="distance (s)", ylabel="share of the gradient beyond")
     axes[0].set_yticks([10.0**-n for n in range(7)], ["1", "0.1", "0.01", "0.001", "10⁻⁴", "10⁻⁵", "10⁻⁶"])
     axes[0].minorticks_off()
     _attention_by_lag(axes[1], rows[(rows["probe"] == "attention") & (rows["item"] == "all tracks")])
@@ -202,7 +209,7 @@ def data_amount(table: pd.DataFrame, target: str, ax: Axes | None = None) -> Axe
             points.append((100 * share * offset, values.mean(axis=1).median(), *median_interval(values.to_numpy())))
         x, middle, low, high = np.transpose(points)
         error = np.nan_to_num([middle - low, high - middle])
-        ax.errorbar(x, middle, error, color=COLOURS[model], marker=MARKERS[model], linestyle=LINES[model], capsize=2.5, label=LABELS[model])
+        ax.errorbar(x, middle, error, marker=MARKERS[model], capsize=2.5, label=LABELS[model], **_line(model))
     ax.set(xscale="log", xlabel="share of the training tracks (%)", ylabel="median SDR (dB)")
     ax.set_xticks(100 * np.sort(rows["share"].unique()), [f"{100 * share:g}" for share in np.sort(rows["share"].unique())])
     ax.minorticks_off()
@@ -219,9 +226,9 @@ def attack(envelopes: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.n
     curves = envelopes[envelopes["target"] == target]
     for model in [name for name in ("reference", *MODELS) if name in set(curves["model"])]:
         mean = curves[curves["model"] == model].groupby("time_ms")["level"].mean()
-        axes[0].plot(mean.index, mean, linestyle=LINES[model], color=COLOURS[model], linewidth=2.4 if model == "reference" else 1.3, label=SHORT[model])
+        axes[0].plot(mean.index, mean, linewidth=2.4 if model == "reference" else 1.3, label=SHORT[model], **_line(model))
     axes[0].axvline(0, color=INK, linewidth=0.7)
-    axes[0].set(xlabel="time after the onset (ms)", ylabel="level (peak of the reference = 1)", title="Mean envelope of an onset", ylim=(0, None))
+    axes[0].set(xlabel="time after the onset (ms)", ylabel="level (peak of the reference = 1)", ylim=(0, None), title="Mean envelope of an onset")
     axes[0].legend(fontsize=6.5)
     rows = table[table["target"] == target].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
     for ax, value, title in zip(axes[1:], ("kept", "pre_echo_db"), ("Attack − sustain, SDR", "Pre-echo")):
@@ -243,10 +250,12 @@ def attack(envelopes: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.n
 
 def verdict_table(hypotheses: pd.DataFrame) -> pd.DataFrame:
     """The table `hypotheses` for reading: the effect with its interval and unit as one text."""
-    units = hypotheses["unit"].replace({"of 1": "", RHO: ""})
-    cells = [
-        "–" if np.isnan(row.effect) else f"{number(row.effect, sign='+')} [{number(row.ci_low, sign='+')}, {number(row.ci_high, sign='+')}] {unit}".strip()
-        for row, unit in zip(hypotheses.itertuples(), units)
-    ]
-    shown = hypotheses.assign(effect=cells)[["hypothesis", "measure", "effect", "tracks", "seeds", "verdict"]]
+
+    def effect(row: pd.Series) -> str:
+        if np.isnan(row["effect"]):
+            return "–"
+        middle, low, high = (number(row[name], sign="+") for name in ("effect", "ci_low", "ci_high"))
+        return f"{middle} [{low}, {high}]" + ("" if row["unit"] in (RHO, SHARE) else f" {row['unit']}")
+
+    shown = hypotheses.assign(effect=hypotheses.apply(effect, axis=1))[["hypothesis", "measure", "effect", "tracks", "seeds", "verdict"]]
     return shown.rename(columns=dict(effect="effect [95 % interval]"))
