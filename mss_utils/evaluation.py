@@ -415,7 +415,7 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
 
 def ablation_runs(run: Run) -> dict[str, Run]:
     """For every ablation the same run with that one setting turned round: what was on is off."""
-    return {name: run.variant(f"ablations/{name}", **{name: not getattr(run.settings, name)}, ablations=()) for name in ABLATIONS}
+    return {name: run.variant(f"ablations/{name}", **{name: not getattr(run.settings, name)}) for name in ABLATIONS}
 
 
 def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
@@ -429,7 +429,8 @@ def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     runs = ablation_runs(run)
     both = pd.concat([tracks, score_variants(run, store, runs, run.settings.ablations)])
     # In a run that goes without by its settings it is the ablation that has it.
-    pairs = {(model, name): (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1] for model, name in itertools.product(run.settings.ablations, runs)}
+    pair_of = lambda model, name: (model, f"{model} {name}")[:: 1 if getattr(run.settings, name) else -1]
+    pairs = {(model, name): pair_of(model, name) for model, name in itertools.product(run.settings.ablations, runs)}
     keys = {pair: dict(zip(("model", "ablation"), key)) for key, pair in pairs.items()}
 
     def median(target: str, label: str, metric: str) -> float:

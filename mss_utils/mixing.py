@@ -187,7 +187,8 @@ class Mixer:
 
 def share_of(tracks: list[Track], share: float) -> list[Track]:
     """That share of the tracks, at least one, in their order; a larger share holds all of a smaller one."""
-    chosen = np.random.default_rng(0).permutation(len(tracks))[: math.ceil(share * len(tracks))]
+    count = math.ceil(round(share * len(tracks), 6))  # 0.07 * 100 is a little more than 7
+    chosen = np.random.default_rng(0).permutation(len(tracks))[:count]
     return [tracks[index] for index in sorted(chosen)]
 
 

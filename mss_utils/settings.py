@@ -163,8 +163,9 @@ class Run:
         write_text(self.folder / "settings.json", self.settings.model_dump_json(indent=2) + "\n")
 
     def variant(self, label: str, **changes: object) -> Run:
-        """The same run with other settings, in a folder of its own inside this one's."""
-        return Run(f"{self.name}/{label}", self.settings.model_copy(update=changes), self.folder / label)
+        """The same run with other settings and no ablations or data study, in a folder of its own inside this one's."""
+        settings = self.settings.model_copy(update=dict(ablations=(), data_study=False) | changes)
+        return Run(f"{self.name}/{label}", settings, self.folder / label)
 
     def model_folder(self, target: str, model: str, seed: int = 0) -> Path:
         return self.folder / "models" / target / model / f"seed{seed}"

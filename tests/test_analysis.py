@@ -345,6 +345,7 @@ def test_a_share_of_the_training_tracks_is_used_and_smaller_shares_lie_in_larger
     tracks = list(range(100))
     tenth, third = (share_of(tracks, share) for share in (0.1, 0.3))
     assert len(tenth) == 10 and len(third) == 30 and set(tenth) < set(third) and share_of(tracks, 1.0) == tracks
+    assert len(share_of(tracks, 0.07)) == 7 and len(share_of(tracks[:3], 0.1)) == 1
     mixer = Mixer(store, small_settings.model_copy(update=dict(train_share=0.5)), "piano")
     assert len(mixer.tracks) == len(store.split("train")) // 2
 

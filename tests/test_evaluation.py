@@ -332,7 +332,7 @@ def test_an_ablation_is_the_same_training_without_one_thing(evaluated):
     assert row["with_it"] == tables["summary"].query("model == 'unet' and metric == 'SDR'")["median"].item()
     assert row["steps"] == run.settings.steps and row["tracks"] == 2 and row["with_it"] != row["without_it"]
     kept = resolve("smoke").model_validate_json((run.folder / "ablations" / "curriculum" / "settings.json").read_text())
-    assert kept == without_ablations(run.settings, curriculum=False)
+    assert kept == without_ablations(run.settings, curriculum=False, data_study=False)
 
 
 def test_without_the_setting_no_ablation_is_run(small_settings, store, tmp_path):

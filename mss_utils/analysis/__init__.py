@@ -239,9 +239,7 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         return _table("data_amount", [])
     label = lambda share: f"with {100 * share:g} %"
     smaller = {
-        label(share): run.variant(
-            f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share, ablations=(), data_study=False
-        ) for share in DATA_SHARES
+        label(share): run.variant(f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share) for share in DATA_SHARES
     }
     scored = score_variants(run, store, smaller, WAVEFORM_MODELS)
     named = {f"{model} {label(share)}": (model, share) for model, share in itertools.product(WAVEFORM_MODELS, DATA_SHARES)}
