@@ -148,7 +148,7 @@ def _reach(run: Run, store: Store, target: str) -> Iterator[dict]:
                 yield key | dict(probe="reach", item=track.name, condition=f"{100 * share:g} %", value=radius, unit="s")
             far = profiles[-1][math.ceil(repetition.FAR_S / block_s) :].sum()
             yield key | dict(probe="reach", item=track.name, condition=f"beyond {repetition.FAR_S:g} s", value=far, unit="share")
-        mean = _mean_of(profiles)
+        mean = _mean_of(profiles, beyond=0)
         for share in repetition.SHARES:
             radius = repetition.radius_s(mean, share, block_s)
             yield key | dict(probe="reach", item="all tracks", condition=f"{100 * share:g} %", value=radius, unit="s")
@@ -163,9 +163,9 @@ def _loudest_window(run: Run, store: Store, track: Track, target: str) -> np.nda
     return mixture[:, start : start + run.settings.segment]
 
 
-def _mean_of(profiles: list[np.ndarray]) -> np.ndarray:
-    """Mean of profiles that may differ in length, NaN where none has a value."""
-    return pd.concat(list(map(pd.Series, profiles)), axis=1).mean(axis=1).to_numpy()
+def _mean_of(profiles: list[np.ndarray], beyond: float = np.nan) -> np.ndarray:
+    """Mean of profiles that may differ in length; what is beyond the end of one counts as `beyond`, NaN: it does not count."""
+    return pd.concat(list(map(pd.Series, profiles)), axis=1).fillna(beyond).mean(axis=1).to_numpy()
 
 
 def _attention(run: Run, store: Store, target: str) -> Iterator[dict]:

@@ -23,13 +23,14 @@ from mss_utils.metrics import ROUNDING_DB
 from mss_utils.settings import LETTERS, WAVEFORM_MODELS, Settings
 
 NEGLIGIBLE_DB = 0.2
-RHO, SHARE, LEVEL = "rho", "of 1", "dB of gradient"  # units that the rule of +-0.2 dB is not about
+RHO, SHARE, LEVEL, WEIGHT = "rho", "of 1", "dB of gradient", "dB of attention"  # units that the rule of +-0.2 dB is not about
 COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
 PHASE = "the time domain keeps the phase"
 ATTACK = "the time domain keeps the attack"
 # Two statements that follow from those if all else is equal, but hold for a model that is merely soft or quiet as well.
 PHASE_SHARE = "more of A's error is phase"
 PRE_ECHO = "A has more error before an onset"
+FAINT = "of the little that comes from far, B2 has more"  # shares so small that an untrained model passes
 LOCAL = "B1 is good at what is near"
 FAR = "B1 is weak at what is far"
 GLOBAL = "B2 sees all of a segment"
@@ -152,9 +153,9 @@ def _repetition(settings: Settings, tables: Tables) -> Answers:
     yield GLOBAL, "radius that holds 99 % of the gradient, B2 − B1", "s", judged(further, "s")
     with np.errstate(divide="ignore", invalid="ignore"):
         more = 10 * np.log10(wide(beyond, "demucs_attention", "value", "item") / wide(beyond, "demucs_lstm", "value", "item"))
-    yield GLOBAL, f"gradient from beyond {FAR_S:g} s, B2 over B1", LEVEL, judged(more, LEVEL)
+    yield FAINT, f"gradient from beyond {FAR_S:g} s, B2 over B1", LEVEL, judged(more, LEVEL)
     bar = table[table["probe"] == "attention_at_bar"]
-    yield GLOBAL, "attention at one bar over that near it", "dB", judged(wide(bar, "demucs_attention", "value", "item"), "dB")
+    yield GLOBAL, "attention at one bar over that near it", WEIGHT, judged(wide(bar, "demucs_attention", "value", "item"), WEIGHT)
     lags = lags_s(settings.segment_s)
     near = [gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)]
     yield LOCAL, f"context gain of B1 at {lags[0]:g} s", "dB", judged(near[0], "dB") if near else unanswered(NOT_ASKABLE)
