@@ -443,7 +443,8 @@ def resident_mb(field: str) -> float:
 
 
 def _fingerprint(identity: dict) -> dict:
-    settings = {key: value for key, value in identity["settings"].items() if key not in NOT_TRAINED}
+    complete = Settings().model_dump(mode="json") | identity["settings"]  # a training older than a setting had its default
+    settings = {key: value for key, value in complete.items() if key not in NOT_TRAINED}
     return {key: identity[key] for key in ("model", "target", "seed", "data")} | {"settings": settings}
 
 

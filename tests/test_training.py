@@ -16,7 +16,7 @@ import mss_utils.training as training
 from mss_utils.data import Store
 from mss_utils.mixing import Mixer
 from mss_utils.settings import MODELS, ROOT, Run
-from mss_utils.training import collapse, is_trained, learning_rate, reconstruction_check, train
+from mss_utils.training import collapse, identity_of, is_trained, learning_rate, reconstruction_check, train
 
 
 def test_the_learning_rate_rises_and_falls(small_settings):
@@ -258,3 +258,12 @@ def test_the_waveform_models_can_reconstruct_an_unseen_song(name, songs_store):
     store, settings = songs_store
     table = reconstruction_check(name, store, settings, n_steps=300)
     assert table["sdr_db"].max() >= 20
+
+
+def test_a_setting_that_came_later_had_its_default(store, small_settings, tmp_path):
+    identity = identity_of(small_settings, store, "piano", "unet", 0)
+    older = identity | dict(settings={key: value for key, value in identity["settings"].items() if key != "train_share"})
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.json").write_text(json.dumps(older))
+    assert is_trained(tmp_path, identity)
+    assert not is_trained(tmp_path, identity | dict(settings=identity["settings"] | dict(train_share=0.5)))
