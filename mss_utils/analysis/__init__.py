@@ -137,17 +137,16 @@ def _reach(run: Run, store: Store, target: str) -> Iterator[dict]:
     """Radii of every model on every track, and the mean profile of each model."""
     block = math.prod(run.settings.demucs_strides)
     block_s = block / store.sample_rate
-    tracks = store.split("test")[:N_REACH_TRACKS]
+    windows = {track.name: _loudest_window(run, store, track, target) for track in store.split("test")[:N_REACH_TRACKS]}
     for model, seed in itertools.product(MODELS, range(run.settings.seeds)):
         key, profiles = dict(model=model, seed=seed), []
-        for track in tracks:
-            window = _loudest_window(run, store, track, target)
+        for name, window in windows.items():
             profiles.append(repetition.reach_profile(model_of(run, target, model, seed), window, block))
             for share in repetition.SHARES:
                 radius = repetition.radius_s(profiles[-1], share, block_s)
-                yield key | dict(probe="reach", item=track.name, condition=f"{100 * share:g} %", value=radius, unit="s")
+                yield key | dict(probe="reach", item=name, condition=f"{100 * share:g} %", value=radius, unit="s")
             far = profiles[-1][math.ceil(repetition.FAR_S / block_s) :].sum()
-            yield key | dict(probe="reach", item=track.name, condition=f"beyond {repetition.FAR_S:g} s", value=far, unit="share")
+            yield key | dict(probe="reach", item=name, condition=f"beyond {repetition.FAR_S:g} s", value=far, unit="share")
         mean = _mean_of(profiles, beyond=0)
         for share in repetition.SHARES:
             radius = repetition.radius_s(mean, share, block_s)

@@ -6,6 +6,7 @@ The built-in songs know theirs, `onsets.json` and `song.json` lie beside their s
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import librosa
@@ -54,6 +55,7 @@ def _rises(audio: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
     return until(at + length) - until(at) > 2 * (until(at) - until(at - length))
 
 
+@lru_cache(maxsize=1024)  # asked for every stem and seed
 def beat_and_bar_s(store: Store, track: Track) -> tuple[float, float]:
     """Seconds of a beat and of a bar; without a score, librosa's tempo and four beats a bar; NaN where no beat is found."""
     written = _written(track, "song.json")

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mss_utils.analysis.repetition import CONDITIONS, SHARES
-from mss_utils.analysis.verdicts import RHO, SHARE, gains, wide
+from mss_utils.analysis.verdicts import RHO, SHARE, gains, whole_band, wide
 from mss_utils.evaluation import median_interval
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT, dots, figure_of, interval, limit, make, model_legend, number
 from mss_utils.settings import MODELS, WAVEFORM_MODELS
@@ -35,10 +35,11 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     rows = table[table["target"] == target]
     means = rows.groupby(["model", "track", "band_low_hz", "band_high_hz"])[["phase_error_rad", *PARTS]].mean().reset_index()
     medians = means.groupby(["model", "band_low_hz", "band_high_hz"])[["phase_error_rad", *PARTS]].median().reset_index()
-    whole = (medians["band_low_hz"] == 0) & (medians["band_high_hz"] == medians["band_high_hz"].max())
+    whole = whole_band(medians)
+    bands = medians.drop(whole.index)
     models = [name for name in ("mixture", *MODELS, "irm") if name in set(rows["model"])]
     for model in models:
-        part = medians[(medians["model"] == model) & ~whole]
+        part = bands[bands["model"] == model]
         centre = np.sqrt(part["band_low_hz"].clip(lower=60) * part["band_high_hz"])
         axes[0].plot(centre, part["phase_error_rad"], marker=MARKERS[model], label=SHORT[model], **_line(model))
     axes[0].axhline(np.pi / 2, color=INK, linewidth=0.9)
@@ -47,7 +48,7 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
     ticks = [hz for hz in (100, 300, 1000, 3000, 10000) if hz < rows["band_high_hz"].max()]
     axes[0].set_xticks(ticks, [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks])
     axes[0].minorticks_off()
-    _phase_parts(axes[1], medians[whole].set_index("model"), models[1:])
+    _phase_parts(axes[1], whole.set_index("model"), models[1:])
     figure_of(axes).legend(*axes[0].get_legend_handles_labels(), ncols=len(models), loc="outside lower center")
     return axes
 
