@@ -103,18 +103,23 @@ def _report(given: argparse.Namespace) -> None:
 
 def _add_separate(commands) -> None:
     parser = commands.add_parser("separate", help="pull the target out of a song")
-    parser.add_argument("song", type=Path)
+    parser.add_argument("song", type=Path, help="in any format that ffmpeg reads, of any length")
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="results/<run>/models/<target>/<model>/seed0")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="for the two files (default: here)")
+    parser.add_argument("--flac", action="store_true", help="write 24-bit FLAC instead of 32-bit float WAV")
     parser.set_defaults(function=_separate)
 
 
 def _separate(given: argparse.Namespace) -> None:
-    from mss_utils.models import load_model
-    from mss_utils.separation import separate_file
+    import soundfile
 
-    for path in separate_file(given.song, load_model(given.model), given.out):
-        print(path)
+    from mss_utils.models import load_model
+    from mss_utils.separation import bandwidth_note, separate_file
+
+    model = load_model(given.model)
+    paths = separate_file(given.song, model, given.out, given.flac)
+    note = bandwidth_note(model, soundfile.info(paths[0]).samplerate)
+    print(*paths, *filter(None, [note]), sep="\n")
 
 
 def _add_check(commands) -> None:

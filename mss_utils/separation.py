@@ -1,46 +1,45 @@
-"""From a song of any length to the target in it: overlapping chunks, faded and added.
+"""From a song of any length to the target in it: overlapping windows, faded and added.
 
 Taught in notebook 02.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-import torchaudio
+from scipy.signal import firwin, resample_poly
 from tqdm.auto import tqdm
 
-OVERLAP = 0.25
+CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
+FADE = 0.25  # share of a chunk over which it fades in, and again out
+BLOCK = 2**20  # samples of every channel that are copied at once
+WAV_BYTES = 2**32 - 2**16  # a WAV header cannot count further; an RF64 header can
+Read = Callable[[int, int], np.ndarray]  # (start, stop) in samples -> (channels, stop - start) float32
 
 
-@torch.inference_mode()
+# --- in memory ----------------------------------------------------------------------------------------------------------
+
+
 def separate(model: torch.nn.Module, mixture: np.ndarray, sample_rate: int, chunk_s: float | None = None, progress: bool = False) -> np.ndarray:
     """Target estimate `(channels, samples)` for a mixture of that shape; float32, same length.
 
-    The mixture is cut into chunks of `chunk_s` (default: the model's training segment) that overlap by a quarter; each
-    is weighted by a trapezium and the sum divided by the sum of the weights, so an identity returns its input.
-    Raises ValueError for a wrong shape, rate or number of channels, and for samples that are not finite.
+    The windows are those of `separated_blocks`; a mixture no longer than one is heard in one piece. Raises ValueError for a
+    wrong shape, rate or number of channels, and for samples that are not finite.
     """
     mixture = _checked(model, mixture, sample_rate)
-    samples = mixture.shape[1]
-    chunk = min(max(1, round((chunk_s or model.segment_s) * sample_rate)), max(1, samples))
-    hop = max(1, round(chunk * (1 - OVERLAP)))
-    weight = _trapezium(chunk, chunk - hop)
-    device = next(iter(model.parameters()), torch.empty(0)).device
-    total, weights = np.zeros_like(mixture), np.zeros(samples, np.float32)
-    was_training = model.training
-    model.eval()
-    for start in tqdm(range(0, max(1, samples - chunk + hop), hop), desc="Separating", unit="chunk", disable=not progress):
-        part = mixture[:, start : start + chunk]
-        length = part.shape[1]
-        estimate = model(torch.from_numpy(part)[None].to(device))[0].cpu().numpy()
-        total[:, start : start + length] += estimate * weight[:length]
-        weights[start : start + length] += weight[:length]
-    model.train(was_training)
-    return total / weights
+    blocks = separated_blocks(model, lambda start, stop: mixture[:, start:stop], mixture.shape[1], sample_rate, chunk_s, progress)
+    return np.concatenate(list(blocks), axis=1)
 
 
 def _checked(model: torch.nn.Module, mixture: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -56,35 +55,237 @@ def _checked(model: torch.nn.Module, mixture: np.ndarray, sample_rate: int) -> n
     return mixture
 
 
-def _trapezium(length: int, fade: int) -> np.ndarray:
-    """Weights that rise over `fade` samples, stay at 1 and fall again; never 0, so every sample has a weight."""
-    ramp = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)) / (fade + 1)
-    return np.minimum(1, ramp).astype(np.float32)
+# --- window by window ---------------------------------------------------------------------------------------------------
 
 
-def separate_file(song: Path, model: torch.nn.Module, out: Path) -> list[Path]:
-    """Write the target and the residual of an audio file as 32-bit float WAV at the file's own rate; return the paths.
+def separated_blocks(
+    model: torch.nn.Module, read: Read, samples: int, rate: int, chunk_s: float | None = None, progress: bool = False
+) -> Iterator[np.ndarray]:
+    """The target in a song of any length and rate, block after block: each `(channels, any number)`, together `samples` long.
 
-    The song is brought to the model's rate and channels, separated, and the estimate brought back; the residual is the
-    song minus the target, so that the two add up to the song. Raises FileNotFoundError or ValueError for unreadable input.
+    The model hears windows: a chunk of `chunk_s` and CONTEXT_S on either side, of which the estimate is thrown away. By
+    default a window is as long as the segments of the training. Chunks overlap by a quarter; each is weighted by a trapezium
+    and the sum divided by the sum of the weights, so an identity returns its input. The first window begins and the last
+    one ends with the song, all are full, and no more is held than two of them. Raises ValueError for a chunk that is not positive.
     """
-    if not song.is_file():
-        raise FileNotFoundError(f"No file {song}; expected a WAV, FLAC, OGG or MP3 file.")
+    window, context = _lengths(model, rate, chunk_s)
+    window = min(window, samples)  # with one window there is no seam, and `context` and `hop` no longer matter
+    chunk = max(1, window - 2 * context)
+    hop = chunk - int(FADE * chunk)
+    last = samples - window
+    held, held_weight = np.float32(0), np.zeros(0, np.float32)  # what earlier windows say of samples that are not finished
+    for start in tqdm(range(0, last + hop, hop), desc="Separating", unit="window", disable=not progress):
+        start = min(start, last)
+        weight = _weight(window, context, chunk - hop, start == 0, start == last)
+        kept = np.flatnonzero(weight)  # a run of samples that begins where the finished ones end
+        total, weight = estimate(model, read(start, start + window), rate)[:, kept] * weight[kept], weight[kept]
+        total[:, : len(held_weight)] += held
+        weight[: len(held_weight)] += held_weight
+        finished = len(kept) if start == last else min(start + hop, last) + context - start - kept[0]
+        yield total[:, :finished] / weight[:finished]
+        held, held_weight = total[:, finished:], weight[finished:]
+
+
+def _lengths(model: torch.nn.Module, rate: int, chunk_s: float | None) -> tuple[int, int]:
+    """Samples of a window and of the context on either side."""
+    if chunk_s is not None and not chunk_s > 0:
+        raise ValueError(f"chunk_s is {chunk_s}; expected seconds above 0, or none for the length the model was trained on.")
+    window_s = chunk_s + 2 * CONTEXT_S if chunk_s else max(model.segment_s, 4 * CONTEXT_S)  # at least half of it is kept
+    return round(window_s * rate), round(CONTEXT_S * rate)
+
+
+def _weight(window: int, context: int, fade: int, first: bool, last: bool) -> np.ndarray:
+    """Weights of a window `(samples,)`: none in the context, a rise over `fade`, 1, and the same backwards; 1 to the song's ends."""
+    rise = np.clip((np.arange(window, dtype=np.float32) + 1 - context) / (fade + 1), 0, 1)
+    return np.maximum(rise, first) * np.maximum(rise[::-1], last)
+
+
+def estimate(model: torch.nn.Module, window: np.ndarray, rate: int) -> np.ndarray:
+    """What the model makes of one window `(channels, samples)` of any rate and number of channels: same shape, float32.
+
+    The channels are seated in groups as large as the model's, in their order; the last one also takes what seats are left.
+    So a model of one channel hears each by itself, one of two channels hears a mono song doubled and 5.1 pair by pair.
+    """
+    model_rate, n_heard = getattr(model, "sample_rate", rate), getattr(model, "channels", len(window))
+    seats = np.minimum(np.arange(math.ceil(len(window) / n_heard) * n_heard), len(window) - 1)
+    heard = _resampled(window, rate, model_rate)[seats]
+    batch = torch.from_numpy(heard).unflatten(0, (-1, n_heard))  # (groups, model's channels, samples)
+    with _evaluating(model), torch.inference_mode():
+        found = model(batch.to(next(iter(model.parameters()), batch).device)).flatten(0, 1).cpu().numpy()  # (seats, samples)
+    found = np.stack([found[seats == channel].mean(axis=0) for channel in range(len(window))])
+    return _resampled(found, model_rate, rate)[:, : window.shape[1]]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
     try:
-        audio, rate = soundfile.read(song, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"Cannot read {song} ({error.error_string}); expected a WAV, FLAC, OGG or MP3 file.") from None
-    audio = audio.T  # (channels, samples)
-    heard = np.stack([audio.mean(axis=0)] * model.channels) if audio.shape[0] != model.channels else audio
-    target = separate(model, _resample(heard, rate, model.sample_rate), model.sample_rate, progress=True)
-    target = _resample(target, model.sample_rate, rate)[:, : audio.shape[1]]
-    target = np.broadcast_to(target, audio.shape) if target.shape[0] != audio.shape[0] else target
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _resampled(audio: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """`(channels, samples)` at another rate; any two rates, in little memory, which torchaudio's kernels are not."""
+    if rate == new_rate:
+        return audio
+    up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
+    return resample_poly(audio, up, down, axis=1, window=_low_pass(max(up, down)))
+
+
+@lru_cache(maxsize=2)
+def _low_pass(factor: int, zero_crossings: int = 64) -> np.ndarray:
+    """Keeps what lies under 0.93 of half the lower rate, there and back within -100 dB; reaches 64 of its samples far, 4 ms at 16 kHz."""
+    return firwin(2 * zero_crossings * factor + 1, 1 / factor, window=("kaiser", 10.0)).astype(np.float32)
+
+
+# --- from file to file --------------------------------------------------------------------------------------------------
+
+
+def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = False, chunk_s: float | None = None) -> list[Path]:
+    """Write the target and the residual of a song of any format and length into the folder `out`; return the two paths.
+
+    Both keep the song's rate and channels, as 32-bit float WAV (RF64 beyond 4 GB), or as 24-bit FLAC. The residual is the song
+    minus the target, so that the two add up to the song. Where FLAC would clip, both are lowered alike, and it is said by how
+    much. Nothing is left behind of a separation that breaks off. Raises FileNotFoundError for a missing song, or a song that
+    needs ffmpeg where there is none; ValueError for a file that cannot be read, is empty, holds NaN or would be overwritten.
+    """
+    paths = [out / f"{song.stem}.{name}.{'flac' if flac else 'wav'}" for name in (model.target, "residual")]
+    _check(song, paths)
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{song.stem}.{model.target}.wav", out / f"{song.stem}.residual.wav"]
-    for path, signal in zip(paths, (target, audio - target)):
-        soundfile.write(path, signal.T, rate, subtype="FLOAT")
+    try:  # the working folder is in `out`: there is room where the results are to go, and renaming them costs nothing
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as work, _opened(song, Path(work)) as source:
+            if flac and source.channels > 8:
+                raise ValueError(f"{song} has {source.channels} channels and FLAC holds up to 8: leave --flac out.")
+            read = partial(_read, source, song)
+            parts = [Path(work, "target.wav"), Path(work, "residual.wav")]
+            peak = _write(model, source, read, parts, chunk_s)
+            if flac:
+                parts = _as_flac(source, read, parts[0], min(1.0, 1 / max(peak, 1e-9)))
+            for part, path in zip(parts, paths):
+                os.replace(part, path)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"Cannot finish {song} ({error.error_string.strip(' .')}): the file may be damaged, or the disk full.") from None
     return paths
 
 
-def _resample(audio: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), rate, new_rate).numpy()
+def bandwidth_note(model: torch.nn.Module, sample_rate: int) -> str:
+    """One sentence on what a song at `sample_rate` (Hz) has above the frequencies the model hears; empty if it has nothing there."""
+    if sample_rate <= model.sample_rate:
+        return ""
+    heard, there = (f"{rate / 2000:g} kHz" for rate in (model.sample_rate, sample_rate))
+    return f"The model hears up to {heard}: what the song has above that, up to {there}, stays in the residual."
+
+
+def _check(song: Path, paths: list[Path]) -> None:
+    if not song.is_file():
+        found = f"{song} is a folder" if song.is_dir() else f"No file {song}"
+        raise FileNotFoundError(f"{found}; expected a song in any format that ffmpeg reads.")
+    if song.stat().st_size == 0:
+        raise ValueError(f"{song} is empty (0 bytes); expected a song: copy or download it again.")
+    for path in paths:
+        if path.exists() and path.samefile(song):
+            raise ValueError(f"{path} is the song itself and would be overwritten: choose another folder with --out.")
+    if paths[0] == paths[1]:
+        raise ValueError(f"The model's target is called like the other file, {paths[0].name}: rename the target in its model.json.")
+
+
+def _write(model: torch.nn.Module, source: soundfile.SoundFile, read: Read, parts: list[Path], chunk_s: float | None) -> float:
+    """Write target and residual as WAV while the song is separated; return the highest absolute sample of the two."""
+    start, peak = 0, 0.0
+    header = "RF64" if 4 * source.channels * source.frames > WAV_BYTES else "WAV"
+    with _created(parts[0], source, header, "FLOAT") as target_file, _created(parts[1], source, header, "FLOAT") as residual_file:
+        for target in separated_blocks(model, read, source.frames, source.samplerate, chunk_s, progress=True):
+            residual = read(start, start + target.shape[1]) - target
+            target_file.write(target.T)
+            residual_file.write(residual.T)
+            start += target.shape[1]
+            peak = max(peak, float(np.abs(target).max()), float(np.abs(residual).max()))
+    return peak
+
+
+def _as_flac(source: soundfile.SoundFile, read: Read, target_part: Path, gain: float) -> list[Path]:
+    """Write both once more, `gain` times as high, in 24 bits; return the paths. The residual makes up for what the target was rounded by."""
+    if gain < 1:
+        print(f"Target and residual are {-20 * math.log10(gain):.2g} dB lower than in the song: FLAC would have clipped them.")
+    paths = [target_part.with_suffix(".flac"), target_part.with_name("residual.flac")]
+    with soundfile.SoundFile(target_part) as found, _created(paths[0], source, "FLAC", "PCM_24") as target_file, \
+            _created(paths[1], source, "FLAC", "PCM_24") as residual_file:
+        for start in range(0, source.frames, BLOCK):
+            song = read(start, min(start + BLOCK, source.frames))
+            target = _steps(found.read(BLOCK, always_2d=True), gain)
+            residual = _steps(song.T, gain) - target
+            for file, steps in ((target_file, target), (residual_file, residual)):
+                file.write(np.clip(steps, -(2**23), 2**23 - 1).astype(np.int32) << 8)  # 32-bit input; FLAC keeps the upper 24
+    return paths
+
+
+def _steps(audio: np.ndarray, gain: float) -> np.ndarray:
+    """Samples between -1 and 1 as whole numbers of 24-bit steps, int64."""
+    return np.rint(audio * np.float64(gain) * 2**23).astype(np.int64)
+
+
+def _created(path: Path, source: soundfile.SoundFile, header: str, subtype: str) -> soundfile.SoundFile:
+    return soundfile.SoundFile(path, "w", source.samplerate, source.channels, subtype, format=header)
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(song: Path, work: Path) -> Iterator[soundfile.SoundFile]:
+    """The song, or what it was unpacked to in the folder `work`, open to be read from any place."""
+    with open(_seekable(song, work), "rb") as stream, soundfile.SoundFile(stream) as source:
+        if source.frames == 0:
+            raise ValueError(f"{song} holds no samples; expected a song: copy or download it again.")
+        yield source
+
+
+def _seekable(song: Path, work: Path) -> Path:
+    """A file of the song whose samples lie one after the other: itself, or a WAV in `work`.
+
+    Formats that compress are unpacked from beginning to end, since libsndfile misses the sample it is sent to in Ogg and in
+    some MP3, and does not know how long an MP3 or a FLAC out of a pipe is.
+    """
+    with open(song, "rb") as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
+        try:
+            source = soundfile.SoundFile(stream)
+        except (soundfile.LibsndfileError, TypeError):  # TypeError: a name that ends in .raw
+            return _decoded(song, work / "song.wav")
+        with source:
+            if source.format not in ("FLAC", "OGG") and source.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+                return song
+            with _created(work / "song.wav", source, "RF64", "FLOAT") as copy:
+                while len(block := source.read(BLOCK, "float32", always_2d=True)):
+                    copy.write(block)
+            return work / "song.wav"
+
+
+def _decoded(song: Path, wav: Path) -> Path:
+    """Have ffmpeg write the first audio stream of `song` to `wav`, at its own rate and channels."""
+    if not shutil.which("ffmpeg"):
+        raise FileNotFoundError(f"Reading {song} needs ffmpeg on the PATH: install it (apt-get install ffmpeg), or convert the song to WAV.")
+    options = ["-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto"]
+    # `file:` keeps a colon or a dash in the song's name from meaning something to ffmpeg
+    done = subprocess.run(
+        ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{song}", *options, f"file:{wav}"], capture_output=True, text=True, errors="replace"
+    )
+    if "matches no streams" in done.stderr:
+        raise ValueError(f"{song} holds no sound, only other streams; expected a song.")
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition(": ")[2]
+        raise ValueError(f"Cannot read {song} (ffmpeg: {reason}); expected a song in any format that ffmpeg reads.")
+    return wav
+
+
+def _read(source: soundfile.SoundFile, song: Path, start: int, stop: int) -> np.ndarray:
+    """Samples `start` to `stop` of the song, `(channels, samples)` float32; raises ValueError where they are missing or not finite."""
+    source.seek(start)
+    block = source.read(stop - start, "float32", always_2d=True).T
+    second = start / source.samplerate
+    if block.shape[1] < stop - start:
+        raise ValueError(f"{song} breaks off after {second:.0f} s, its header says {source.frames / source.samplerate:.0f} s: mend the file.")
+    if not np.isfinite(block).all():
+        raise ValueError(f"{song} holds NaN or infinite samples after {second:.0f} s; expected finite ones: mend the file.")
+    return block
