@@ -5,13 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: report test lab bench setup ffmpeg apt clean
+.PHONY: report test lab bench setup ffmpeg chromium apt clean
 
 report: setup
 	$(VENV)/bin/python -m mss_utils run --profile $(PROFILE) --run $(RUN) \
 		$(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(SET),--set $(foreach setting,$(SET),'$(setting)'))
 
-test: setup
+test: setup chromium
 	$(VENV)/bin/python -m pytest
 
 lab: setup
@@ -34,11 +34,15 @@ $(READY): requirements.lock pyproject.toml
 ffmpeg:
 	@command -v ffmpeg >/dev/null && command -v ffprobe >/dev/null || $(MAKE) --no-print-directory apt PACKAGE=ffmpeg
 
+# The tests open the listening page in a browser; without one they are skipped.
+chromium:
+	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGE=chromium
+
 # Install PACKAGE with apt where that needs no password; otherwise say what to run.
 apt:
 	@if [ "$$(id -u)" = 0 ]; then root=; else root="sudo -n"; fi; \
 	$$root apt-get update -qq 2>/dev/null && DEBIAN_FRONTEND=noninteractive $$root apt-get install -y -qq --no-install-recommends $(PACKAGE) >/dev/null 2>&1 \
-		|| { echo "$(PACKAGE) is missing and could not be installed; run: sudo apt-get install $(PACKAGE)" >&2; [ $(PACKAGE) = ffmpeg ]; }
+		|| { echo "$(PACKAGE) is missing and could not be installed; run: sudo apt-get install $(PACKAGE)" >&2; [ $(PACKAGE) != python3-venv ]; }
 
 clean:
 	rm -rf $(VENV) .cache results/smoke results/demo

@@ -19,7 +19,7 @@ import papermill
 import torch
 import typst
 
-from mss_utils import analysis, evaluation
+from mss_utils import analysis, evaluation, listening
 from mss_utils.data import Store, open_store
 from mss_utils.settings import ROOT, Run, replacing, write_text
 
@@ -40,9 +40,11 @@ PRODUCTS = {
     "02_baseline_unet": ("models/*/unet/seed0/model.json",),
     "03_b1_lstm": ("models/*/demucs_lstm/seed0/model.json",),
     "04_b2_attention": ("models/*/demucs_attention/seed0/model.json",),
-    "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES)),
-    "06_listening": ("audio/*/*/*.mp3",),
+    "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
+    "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
+# What a person may add to a run for a stage to read.
+ADDED = {"05_evaluation": "answers/*.json"}
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")
 
 
@@ -69,8 +71,9 @@ def run_pipeline(run: Run) -> None:
 
 
 def stage_key(run: Run, name: str) -> str:
-    """Hash of everything a stage reads: its notebook, the package, the run's settings, and the stages before it."""
+    """Hash of everything a stage reads: its notebook, the package, the run's settings, what was added to the run, the stages before it."""
     parts = [run.settings.model_dump_json(), (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"), _package_hash()]
+    parts += [file.read_text(encoding="utf-8") for file in sorted(run.folder.glob(ADDED[name]))] if name in ADDED else []
     parts += [stage_key(run, before) for before in STAGES[name]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -123,7 +126,7 @@ def _kernel_name() -> str:
 
 
 def _package_hash() -> str:
-    files = sorted((ROOT / "mss_utils").rglob("*.py"))
+    files = sorted(file for kind in ("py", "js", "css") for file in (ROOT / "mss_utils").rglob(f"*.{kind}"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -142,10 +145,11 @@ def build_report(run: Run) -> Path:
     for needed in ("settings.json", *(product for products in PRODUCTS.values() for product in products)):
         if not any(run.folder.glob(needed)):
             raise FileNotFoundError(f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name}).")
+    listening.ratings_of(run)  # answers may have come in since the notebooks ran
     pdf = run.folder / "report.pdf"
     with tempfile.TemporaryDirectory() as root:
         shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf"))
-        shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf"))
+        shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf", "*.html", "songs", "answers"))
         run_settings = run.settings.model_dump_json(indent=2)  # a run of an older version has not all of them
         write_text(Path(root) / "run" / "settings.json", run_settings)
         with replacing(pdf) as part:

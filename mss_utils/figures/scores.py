@@ -136,6 +136,26 @@ def paired(tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndar
     return axes
 
 
+def opinion(table: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
+    """Mean opinion of the listeners, `tables/opinion.csv`, beside the median SDR of the same models; both with intervals. Two axes."""
+    axes = make(axes, 5.2, 1, 2, sharey=True)
+    rows = table[table["target"] == target].set_index("model")
+    names = list(rows.index)[::-1]
+    for y, name in enumerate(names):
+        scored = _summary_row(summary, target, name, "SDR")
+        for ax, row, centre in ((axes[0], rows.loc[name], "mean"), (axes[1], scored, "median")):
+            if row is not None:
+                error = np.nan_to_num([[row[centre] - row["ci_low"]], [row["ci_high"] - row[centre]]])
+                look = dict(color=COLOURS[name], marker=MARKERS.get(name, "|"), markersize=7, markeredgewidth=1.5, capsize=3)
+                ax.errorbar(row[centre], y, xerr=error, **look)
+    axes[0].set_yticks(range(len(names)), [LABELS[name] for name in names])
+    axes[0].set(xlim=(-3, 103), ylim=(-0.6, len(names) - 0.4), xlabel="mean opinion (0 bad, 100 excellent)")
+    axes[1].set(xlabel="median SDR (dB)")
+    for ax in axes:
+        ax.grid(axis="y", visible=False)
+    return axes
+
+
 def cost(table: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
     """Median SDR against training time and against time to separate, between mixture (floor) and oracle (ceiling). Two axes."""
     axes = make(axes, 6.4, 1, 2, sharey=True)

@@ -24,6 +24,7 @@ LABELS = {
     "irm": "ratio-mask oracle",
     "mwf": "Wiener-filter oracle",
     "reference": "reference",
+    "anchor": "low anchor",
 }
 SHORT = LABELS | LETTERS | {"irm": "IRM", "mwf": "MWF"}
 # A works on spectrograms (cold), B1 and B2 on waveforms (warm); lightness rises from the oracle to B2.
@@ -35,6 +36,7 @@ COLOURS = {
     "irm": "#2b2b2b",
     "mwf": "#5d5566",
     "reference": "#5f7f5f",
+    "anchor": "#b99c7d",
 }
 MARKERS = {"mixture": "v", "unet": "o", "demucs_lstm": "s", "demucs_attention": "D", "irm": "^", "mwf": "p"}
 SPLITS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
