@@ -139,6 +139,14 @@ def test_the_trade_off_shows_every_track_but_no_mixture(tracks):
     assert dots == [6] * 5 + [1] * 5 and axes[1].get_xlabel() == "SAR (dB)"
 
 
+def test_opinion_stands_beside_the_scores_of_the_same_version(tracks):
+    rows = [("reference", 98.0, 95.0, 101.0), ("anchor", 5.0, np.nan, np.nan), *((name, 50.0, 40.0, 60.0) for name in MODELS)]
+    table = pd.DataFrame([("piano", *row) for row in rows], columns=["target", "model", "mean", "ci_low", "ci_high"])
+    axes = figures.opinion(table, summarise(tracks), "piano")
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [figures.LABELS[name] for name, *_ in reversed(rows)]
+    assert len(axes[0].containers) == 5 and len(axes[1].containers) == 3, "reference and anchor have no score"
+
+
 def test_scores_are_written_with_no_digits_of_noise():
     assert [figures.number(value) for value in (-1.234, 79.999, 80.01, np.inf)] == ["−1.23", "80.00", "> 80", "> 80"]
     assert figures.number(0.5, 1, "+") == "+0.5" and figures.decibels(-3.0) == "−3.0 dB"

@@ -1,7 +1,12 @@
 """Excerpts: which track, which seconds, one common level in the files, and players that cannot be broken by a name."""
 
+import base64
+import html
 import io
+import json
+import re
 from dataclasses import replace
+from datetime import datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +14,16 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from scipy import stats
 
 from mss_utils import listening
-from mss_utils.data import Track, level_db
+from mss_utils.data import Track, level_db, loudest_start
+from mss_utils.listening import widgets
+from mss_utils.listening.excerpts import excerpt_scores, write_excerpt
+from mss_utils.listening.player import common_gain, residuals_of
+from mss_utils.listening.ratings import RATED, low_anchor, opinion, read_answers, screened
 from mss_utils.settings import MODELS, Run, Settings
+from mss_utils.training import train
 
 RATE = 16000
 
@@ -27,27 +38,62 @@ def versions():
     return {"mixture": noise(0.1), "reference": reference, "unet": noise(0.03), "demucs_lstm": noise(0.003)}
 
 
-def tracks_table(scores):
+def tracks_table(scores, **columns):
     """The columns of tables/tracks.csv that a choice needs; `scores` is {track: one SDR per model}."""
-    rows = [dict(target="piano", track=track, model=model, seed=0, SDR=sdr)
+    rows = [dict(target="piano", track=track, model=model, seed=0, SDR=sdr, frames=10) | columns
             for track, sdrs in scores.items() for model, sdr in zip(MODELS, sdrs)]
     return pd.DataFrame(rows)
 
 
+def onset_table(counts):
+    return pd.DataFrame([dict(target="piano", track=track, model=model, n_onsets=n) for track, n in counts.items() for model in MODELS])
+
+
+def repeat_table(values):
+    return pd.DataFrame([dict(target="piano", probe="repetitiveness", item=track, value=value) for track, value in values.items()])
+
+
+NOTHING = onset_table({"a": 0}), repeat_table({"a": np.nan})
+
+
 def test_tracks_are_ranked_by_the_median_over_the_models():
     table = tracks_table({"a": (0, 1, 90), "b": (2, 2, 2), "c": (5, -9, -9), "d": (3, 3, 3), "e": (np.nan,) * 3})
-    assert listening.chosen_tracks(table, "piano") == {"best": "d", "median": "b", "worst": "c"}
+    chosen = listening.chosen_tracks(table, *NOTHING, "piano")
+    assert chosen == {"best": "d", "median": "b", "worst": "c", "widest disagreement": "a"}, "nothing was measured of onsets and repeats"
 
 
 def test_mixture_oracle_and_other_targets_do_not_rank():
     table = tracks_table({"a": (1, 1, 1), "b": (2, 2, 2)})
     oracle, bass = tracks_table({"a": (50,)}).assign(model="irm"), tracks_table({"a": (50, 50, 50)}).assign(target="bass")
-    assert listening.chosen_tracks(pd.concat([table, oracle, bass]), "piano")["best"] == "b"
+    assert listening.chosen_tracks(pd.concat([table, oracle, bass]), *NOTHING, "piano")["best"] == "b"
+
+
+def test_onsets_count_by_the_second_and_repeats_by_the_bar():
+    table = tracks_table({"a": (1, 1, 1), "b": (2, 2, 2), "c": (3, 3, 3)})
+    table.loc[table["track"] == "b", "frames"] = 100
+    chosen = listening.chosen_tracks(table, onset_table({"a": 20, "b": 90, "c": 5}), repeat_table({"a": 0.1, "b": np.nan, "c": 0.7}), "piano")
+    assert (chosen["most onsets"], chosen["most repetitive"]) == ("a", "c")
+    assert "widest disagreement" not in chosen, "the models agree everywhere"
+
+
+def pair_table(rows):
+    """`rows`: (track, model, SDR, SIR, SAR)."""
+    return pd.DataFrame([dict(target="piano", track=track, model=model, seed=0, SDR=sdr, SIR=sir, SAR=sar) for track, model, sdr, sir, sar in rows])
+
+
+def test_the_pair_has_one_score_and_two_ways_to_be_wrong():
+    a, b1, b2 = MODELS
+    table = pair_table([
+        ("t", a, 5.0, 12, 6), ("t", b1, 5.1, 6, 12), ("t", b2, 9.0, 30, 2),  # A and B1: 12 dB apart in how they fail
+        ("u", a, 5.0, 9, 8), ("u", b1, 5.1, 8, 9), ("u", b2, 5.1, 8, 9),
+    ])
+    assert listening.same_score(table, "piano") == ("t", b1, a)
+    assert listening.same_score(table[table["track"] == "t"].query("model != @b1"), "piano") is None
 
 
 def test_no_score_at_all_is_an_error():
     with pytest.raises(ValueError, match="tracks.csv"):
-        listening.chosen_tracks(tracks_table({"a": (np.nan,) * 3}), "piano")
+        listening.chosen_tracks(tracks_table({"a": (np.nan,) * 3}), *NOTHING, "piano")
 
 
 def test_the_excerpt_lies_where_the_target_has_most_energy(versions):
@@ -58,26 +104,40 @@ def test_the_excerpt_lies_where_the_target_has_most_energy(versions):
 
 @pytest.mark.parametrize("length", [4 * RATE, 9 * RATE])
 def test_a_short_track_is_its_own_excerpt(versions, length):
-    assert listening.loudest_start(versions["reference"], length) == 0
+    assert loudest_start(versions["reference"], length) == 0
 
 
 def test_one_gain_brings_the_loudest_version_to_one_db_below_full_scale(versions):
     excerpt = listening.cut_excerpt(versions, "song", "piano", RATE, 1.0)
-    peaks = {name: np.abs(audio).max() for name, audio in excerpt.versions.items()}
+    peaks = {name: np.abs(audio).max() for name, audio in (*excerpt.versions.items(), *enumerate(residuals_of(excerpt.versions).values()))}
     assert 20 * np.log10(max(peaks.values())) == pytest.approx(-1.0, abs=0.01)
     gains = [excerpt.versions[name] / versions[name][:, round(excerpt.start_s * RATE) :][:, :RATE] for name in versions]
     assert np.ptp([np.median(gain) for gain in gains]) < 1e-4
 
 
 def test_silence_keeps_its_level():
-    assert listening.common_gain({"mixture": np.zeros((1, 10))}) == 1.0
+    assert common_gain({"mixture": np.zeros((1, 10))}) == 1.0
+
+
+def test_the_gain_has_room_for_the_residuals(versions):
+    loud = versions | {"unet": -versions["mixture"]}  # mixture minus this is twice the mixture
+    excerpt = listening.cut_excerpt(loud, "song", "piano", RATE, 1.0)
+    assert max(np.abs(audio).max() for audio in residuals_of(excerpt.versions).values()) == pytest.approx(10 ** (-1 / 20), rel=1e-5)
+    assert common_gain(excerpt.versions | {f"rest {n}": a for n, a in residuals_of(excerpt.versions).items()}) == pytest.approx(1)
+
+
+def test_scores_are_those_of_the_excerpt(versions):
+    scores = excerpt_scores(versions | {"unet": versions["reference"] * np.float32(0.9)}, RATE)
+    assert set(scores) == {"mixture", "unet", "demucs_lstm"} and set(scores["unet"]) == {"SDR", "SIR", "SAR"}
+    assert scores["unet"]["SDR"] == pytest.approx(20, abs=0.1), "a tenth of the amplitude is missing"
 
 
 def test_the_files_keep_the_level_differences(versions, tmp_path):
     run = Run("r", Settings(), tmp_path)
     excerpt = listening.cut_excerpt(versions, "a/b <song>", "piano", RATE, 1.0)
-    paths = listening.write_excerpt(run, excerpt, RATE)
-    assert sorted(path.name for path in run.audio("a/b <song>", "piano").iterdir()) == sorted(f"{name}.mp3" for name in versions)
+    write_excerpt(run, excerpt, RATE)
+    paths = sorted(run.audio("a/b <song>", "piano").iterdir())
+    assert [path.name for path in paths] == sorted(f"{name}.mp3" for name in versions)
     decoded = {path.stem: level_db(soundfile.read(path, always_2d=True)[0][: RATE - 2000]) for path in paths}
     for name in versions:
         wanted = level_db(excerpt.versions[name]) - level_db(excerpt.versions["mixture"])
@@ -85,47 +145,186 @@ def test_the_files_keep_the_level_differences(versions, tmp_path):
         assert decoded[name] - decoded["mixture"] == pytest.approx(wanted, abs=0.1)
 
 
-def test_players_share_one_gain_in_each_column(versions, monkeypatch):
-    peaks = []
-    monkeypatch.setattr(listening, "player", lambda audio, rate, label="": peaks.append(np.abs(audio).max()) or "")
-    listening.player_table({"one": versions, "two": {"unet": versions["unet"]}}, RATE)
-    at_the_limit = np.isclose(peaks, 10 ** (-1 / 20), rtol=1e-5)
-    assert len(peaks) == 5 and at_the_limit.sum() == 2, "the loudest of each column and no other"
-    assert max(peaks) == max(np.array(peaks)[at_the_limit])
+def sounds(page):
+    """Every mp3 in a piece of HTML, decoded: `(samples, channels)`."""
+    coded = re.findall(r"data:audio/mpeg;base64,([A-Za-z0-9+/=]+)", page)
+    return [soundfile.read(io.BytesIO(base64.b64decode(data)), always_2d=True)[0] for data in coded]
 
 
-@pytest.mark.parametrize("rate, channels", [(16000, 1), (22050, 2), (44100, 1)])
+def test_players_share_one_gain_in_each_column(versions):
+    heard = sounds(listening.players({"one": versions, "two": {"unet": versions["unet"]}}, RATE).data)
+    gains = [level_db(audio) - level_db(versions[name]) for audio, name in zip(heard, (*versions, "unet"))]
+    assert np.ptp(gains[:4]) < 0.1, "one gain in the first column"
+    alone = 20 * np.log10(common_gain({"unet": versions["unet"]}) / common_gain(versions))
+    assert gains[4] - gains[2] == pytest.approx(alone, abs=0.1), "another in the second, where one version is alone"
+
+
+@pytest.mark.parametrize("rate, channels", [(16000, 1), (22050, 2), (44100, 2)])
 def test_ten_seconds_are_small(rate, channels):
     noise = 0.2 * np.random.default_rng(0).standard_normal((channels, 10 * rate))
     coded = listening.encode_mp3(noise, rate)
-    assert len(coded) < 150_000
-    assert soundfile.read(io.BytesIO(coded), always_2d=True)[0].shape[1] == channels
+    assert len(coded) <= 300_000
+    assert soundfile.read(io.BytesIO(coded), always_2d=True)[0].shape == (10 * rate, channels)
+
+
+@pytest.mark.parametrize("rate, channels", [(96000, 2), (37800, 1), (44100, 6)])
+def test_what_mp3_cannot_hold_is_brought_to_what_it_can(rate, channels):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * np.ones((channels, 1))
+    heard, new_rate = soundfile.read(io.BytesIO(listening.encode_mp3(tone, rate)), always_2d=True)
+    assert len(heard) / new_rate == pytest.approx(1, abs=0.01) and heard.shape[1] == min(2, channels) - (channels > 2)
+    assert level_db(heard[2000:-2000]) == pytest.approx(level_db(tone), abs=0.3)
 
 
 def test_names_are_escaped(versions):
     name = "<script>alert('x')</script> & \"y\""
-    page = listening.player_table({name: {name: versions["unet"]}}, RATE, {name: {name: name}}).data
-    assert "<script" not in page and "&lt;script&gt;" in page
-    assert page.count("<audio") == 1 and 'src="data:audio/mpeg;base64,' in page
+    page = html.unescape(re.search('srcdoc="([^"]*)"', listening.players({name: {name: versions["unet"]}}, RATE, {name: {name: {name: name}}}).data)[1])
+    assert "<script>alert" not in page and page.count("&lt;script&gt;") == 8
+    assert page.count("<audio class") == 1 and 'src="data:audio/mpeg;base64,' in page
 
 
-def test_the_chooser_separates_on_demand_and_shows_its_first_state(versions, monkeypatch):
-    shown, separated = [], []
-    handle = SimpleNamespace(update=lambda content: shown.append(content.data))
-    monkeypatch.setattr(listening, "display", lambda content, display_id=None: shown.append(content) or handle)
+def test_what_no_script_replaces_is_a_plain_player(versions):
+    page = html.unescape(listening.players({"song": versions}, RATE).data)
+    assert page.count('<audio class="" controls preload="none"') == 4
+
+
+# --- the blind test -----------------------------------------------------------------------------------------------------
+
+
+def answers_of(listener="ear", reference=95, run="r", models=None, n_pages=4, missed=0, **ratings):
+    """What a listener hands back: `missed` excerpts have the hidden reference at 60."""
+    given = dict(anchor=5, unet=60, demucs_lstm=50, demucs_attention=40) | ratings
+    pages = [
+        dict(track=f"t{page}", target="piano", order=list(RATED), heard_s={}, comment="", ratings=given | dict(reference=60 if page < missed else reference))
+        for page in range(n_pages)
+    ]
+    return json.dumps(dict(format="mss-answers-1", run=run, models=models, listener=listener, started="", finished="", pages=pages))
+
+
+def read(*texts):
+    return [read_answers(text, "file") for text in texts]
+
+
+def test_listeners_who_miss_the_reference_too_often_do_not_count():
+    table = screened(read(answers_of("good", n_pages=7, missed=1), answers_of("poor", n_pages=6, missed=1)), None)
+    kept = table.drop_duplicates("listener").set_index("listener")
+    assert kept["kept"].tolist() == [True, False], "one of seven is 14 %, one of six 17 %"
+    assert kept["reason"].tolist() == ["", "hidden reference under 90 on 1 of 6 excerpts"]
+
+
+def test_answers_about_other_weights_do_not_count():
+    table = screened(read(answers_of(models="old"), answers_of(models="new"), answers_of()), "new")
+    assert table.groupby("listener", sort=False)["kept"].first().tolist() == [False, True, True]
+
+
+def test_the_mean_opinion_is_that_of_listeners_not_of_ratings():
+    texts = [answers_of("one", unet=10, n_pages=8), answers_of("two", unet=50, n_pages=1), answers_of("three", unet=60, n_pages=1)]
+    row = opinion(screened(read(*texts), None)).set_index("model").loc["unet"]
+    half = stats.t.ppf(0.975, 2) * np.std([10, 50, 60], ddof=1) / 3**0.5
+    assert [row["mean"], row["ci_low"], row["ci_high"]] == pytest.approx([40, 40 - half, 40 + half])
+    assert (row["listeners"], row["ratings"], row["excerpts"]) == (3, 10, 8)
+
+
+def test_two_listeners_give_no_interval_and_one_name_may_come_twice():
+    table = opinion(screened(read(answers_of("same", unet=10), answers_of("same", unet=50)), None))
+    assert list(table["model"]) == list(RATED)
+    row = table.set_index("model").loc["unet"]
+    assert (row["mean"], row["listeners"]) == (30, 2) and np.isnan(row["ci_low"])
+
+
+def test_answers_become_tables(tmp_path):
+    run = Run("r", Settings(), tmp_path / "r")
+    ratings, opinions = listening.ratings_of(run)
+    assert ratings.empty and opinions.empty and pd.read_csv(run.table("ratings")).empty
+    assert listening.opinion_sentence(ratings, opinions, "piano") == "nobody has taken the blind test yet."
+    for name, text in (("a.json", answers_of("../../x")), ("b.json", answers_of("poor", reference=50)), ("c.json", answers_of("../../x"))):
+        (tmp_path / name).write_text(text)
+    assert len(set(listening.add_answers(run, listening.answer_files(str(tmp_path))))) == 2, "the same answers are kept once"
+    assert all(path.parent == run.folder / "answers" for path in (run.folder / "answers").iterdir())
+    ratings, opinions = listening.ratings_of(run)
+    assert len(pd.read_csv(run.table("ratings"))) == 40 and len(pd.read_csv(run.table("opinion"))) == 5
+    assert listening.opinion_sentence(ratings, opinions, "piano") == "2 listeners, 1 left out; mean opinion A 60, B1 50, B2 40 of 100."
+
+
+@pytest.mark.parametrize("text, words", [
+    ("not json", "holds no answers of the blind test"),
+    ("{}", "Field required"),
+    (answers_of(unet=101), "outside 0 to 100"),
+    (answers_of(unet=float("nan")), "outside 0 to 100|finite"),
+    (answers_of(extra=5), "expected reference, anchor"),
+    (answers_of(n_pages=0), "at least 1"),
+    (answers_of(run="other"), "about run 'other', this is 'r'"),
+])
+def test_other_files_are_refused_in_one_sentence_and_nothing_is_kept(text, words, tmp_path):
+    run = Run("r", Settings(), tmp_path / "r")
+    with pytest.raises(ValueError, match=words) as error:
+        listening.add_answers(run, [("good.json", answers_of().encode()), ("bad.json", text.encode())])
+    assert "bad.json" in str(error.value) and "\n" not in str(error.value)
+    assert not (run.folder / "answers").exists()
+
+
+def test_no_answers_in_a_folder_are_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="No answers in"):
+        listening.answer_files(str(tmp_path))
+
+
+def test_the_low_anchor_has_no_treble_and_the_level_of_the_mixture():
+    mixture = 0.1 * np.random.default_rng(0).standard_normal((2, 2 * RATE)).astype(np.float32)
+    spectrum = np.abs(np.fft.rfft(low_anchor(mixture, RATE))) ** 2 / np.abs(np.fft.rfft(mixture)) ** 2
+    at = np.fft.rfftfreq(2 * RATE, 1 / RATE)
+    assert low_anchor(mixture, RATE).shape == mixture.shape
+    assert np.median(spectrum[:, at < 3300]) == pytest.approx(1, abs=0.01) and np.median(spectrum[:, at > 3650]) < 1e-4
+
+
+# --- menus and fields ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What widgets display and later put in its place."""
+    found = []
+    handle = SimpleNamespace(update=lambda content: found.append(content.data))
+    monkeypatch.setattr(widgets, "display", lambda content, display_id=None: found.append(content) or handle)
+    return found
+
+
+def test_the_chooser_separates_on_demand_and_shows_its_first_state(versions, shown):
+    separated = []
     track = Track("", "test", "file.npy", "", "", "", 4 * RATE, 1.0, (RATE,), (4 * RATE,), (), (), 0.0, (), 8)
     tracks = [replace(track, name=name) for name in ("<b>one</b>", "two")]
     store = SimpleNamespace(split=lambda _: tracks, sample_rate=RATE)
-    everything = {name: versions["unet"] for name in listening.VERSIONS}
-    run = SimpleNamespace(settings=Settings(excerpt_s=1.0))
-    listening.chooser(run, store, "piano", lambda track: separated.append(track.name) or everything)
-    menus, first = shown
+    excerpt_of = lambda track: separated.append(track.name) or listening.cut_excerpt(versions, track.name, "piano", RATE, 1.0)
+    listening.chooser(SimpleNamespace(settings=Settings(excerpt_s=1.0)), store, "piano", excerpt_of)
+    menu, first = shown
     assert separated == ["<b>one</b>"] and "<b>one" not in first.data and "data:audio/mpeg" in first.data
-    menus.children[1].value = "irm"
-    menus.children[0].value = tracks[1]
-    menus.children[0].value = tracks[0]
+    menu.value = tracks[1]
+    menu.value = tracks[0]
     assert separated == ["<b>one</b>", "two"], "a track that was heard is not separated again"
-    assert "two" in shown[-3] and "data:image/png" in shown[-1]
+    assert "two" in shown[-3] and "data:audio/mpeg" in shown[-1]
+
+
+def test_uploaded_answers_are_taken_in_or_refused(tmp_path, shown):
+    run = Run("r", Settings(), tmp_path / "r")
+    listening.answers_field(run)
+    field = shown[0]
+    upload = lambda text: setattr(field, "value", ({"name": "a.json", "type": "", "size": 1, "content": memoryview(text.encode()), "last_modified": datetime.now()},))
+    upload(answers_of(run="<b>other</b>"))
+    assert "this is" in shown[-1] and "<b>" not in shown[-1]
+    upload(answers_of())
+    assert shown[-1].startswith("1 listeners, 1 of them count") and len(pd.read_csv(run.table("opinion"))) == 5
+
+
+def test_a_song_of_ones_own_is_separated_and_played(small_run, store, tmp_path):
+    train(small_run, store, "piano", "unet")
+    song = tmp_path / "my <song>.wav"
+    at = np.arange(44100 * 4)[:, None] / 44100
+    quiet = 0.01 * np.sin(2 * np.pi * np.array([440, 660]) * at)
+    quiet[44100 * 2 : 44100 * 3] *= 20
+    soundfile.write(song, quiet, 44100)
+    page = widgets.separated_song(small_run, song, "piano", "unet").data
+    assert "my <song>" not in page and "from 2 s" in page
+    mixture, target, residual = sounds(page)
+    assert mixture.shape == (44100, 2) and np.mean((mixture - target - residual) ** 2) < 0.01 * np.mean(mixture**2)
+    assert len(list((small_run.folder / "songs" / "unet").glob("*.wav"))) == 2
 
 
 def test_the_example_of_the_training_notebooks_is_a_validation_song(store, small_settings):
@@ -135,4 +334,4 @@ def test_the_example_of_the_training_notebooks_is_a_validation_song(store, small
     assert excerpt.track == store.split("valid")[0].name
     assert list(excerpt.versions) == ["mixture", "reference", "unet"]
     assert excerpt.versions["unet"].shape == (1, RATE)
-    assert excerpt.scores["unet"] == pytest.approx(excerpt.scores["mixture"])
+    assert excerpt.sdr["unet"] == pytest.approx(excerpt.sdr["mixture"])

@@ -14,7 +14,7 @@ from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
 from mss_utils.settings import MODELS, ROOT, open_run
 
 CONTRACT = [
-    "settings.json", "environment.json", "report.pdf",
+    "settings.json", "environment.json", "report.pdf", "listening.html", "tables/ratings.csv", "tables/opinion.csv",
     *(f"notebooks/{name}.ipynb" for name in STAGES),
     *(f"models/piano/{model}/seed0/{file}" for model in MODELS for file in ("model.safetensors", "model.json", "history.csv", "last.ckpt")),
     *(f"tables/{name}.csv" for name in TABLES),

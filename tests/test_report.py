@@ -59,6 +59,7 @@ class FakeRun:
             phase=[self._phase(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
             transients=[self._transients(t, name, model) for t in targets for name in ("one", "two") for model in MEDIANS],
             hypotheses=[self._hypothesis(t, *row) for t in targets for row in HYPOTHESES],
+            ratings=[], opinion=[],
         )
 
     def _summary(self, target, model, metric, seeds):
@@ -256,6 +257,22 @@ def test_verdicts_and_the_sentences_before_them_come_from_the_table(tmp_path):
             run.change("hypotheses", dict(measure=f"piano: {measure.replace('B1', 'B2')}"), **values)
         text = run.text()
         assert says(text, sentence)
+
+
+@needs_pdftotext
+def test_listeners_are_counted_and_their_opinion_stands_beside_the_scores(tmp_path):
+    run = FakeRun(tmp_path)
+    text = run.text()
+    assert says(text, "Nobody has taken it for this run yet") and not says(text, "Mean opinion")
+    run.tables["ratings"] = [dict(listener=f"{n} ear", kept=n > 1) for n in range(5) for _ in range(5)]
+    run.tables["opinion"] = [dict(target="piano", model="unet", mean=61.7, ci_low=48.2, ci_high=75.1, listeners=3, excerpts=6, ratings=18)]
+    text = run.text()
+    assert says(text, "Five listeners took it; two are left out, because") and says(text, "of three listeners in the blind test")
+    assert says(text, "[48, 75]") and says(text, "62")
+    run.change("opinion", dict(model="unet"), mean=33.3, ci_low="", ci_high="")
+    run.tables["ratings"] = [dict(listener="1 ear", kept=True)]
+    text = run.text()
+    assert says(text, "One listener took it.") and says(text, "one listener gives no interval") and says(text, "33") and not says(text, "[48, 75]")
 
 
 @needs_pdftotext

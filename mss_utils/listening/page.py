@@ -9,7 +9,6 @@ import html
 import json
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from mss_utils.data import Store
@@ -62,24 +61,28 @@ def write_page(run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str,
     """Write `listening.html` of a run and return its text; `found` is `{target: {rule: excerpt}}`, `tracks` the table of that name."""
     listen, pages = "", []
     for target, by_rule in found.items():
-        section, tested = _excerpts_section(target, by_rule, store.sample_rate, len(pages))
+        section, tested = excerpts_section(target, by_rule, store.sample_rate, len(pages))
         listen += section + _pair_section(run, store, target, tracks) + _questions_section(run, store, target)
         pages += tested
-    names = " and ".join(html.escape(target) for target in found)
-    body = (
-        f"<header><h1>Listening: {names}</h1><p>Run <b>{html.escape(run.name)}</b>. All versions in a player run together and have one common "
-        f"gain: switching keeps the position, and a model that sounds quieter <i>is</i> quieter.</p>{KEYS}"
-        '<nav aria-label="views"><button type="button" data-view="listen">Listen</button>'
-        '<button type="button" data-view="blind">Blind test</button></nav></header>'
-        f'<main><section id="listen">{listen}</section><section id="blind" hidden>{_blind_section(pages)}</section></main>'
-        f"{_footer()}{_json(run, pages)}"
-    )
-    text = document(body, f"Listening: {run.name}", ["startPlayers()", "startBlindTest()"], (*SCRIPTS, "blind.js"), "page")
+    text = page_of(run.name, models_of(run), list(found), listen, pages)
     write_text(run.folder / "listening.html", text)
     return text
 
 
-def _excerpts_section(target: str, by_rule: Mapping[str, Excerpt], sample_rate: int, first: int) -> tuple[str, list[dict]]:
+def page_of(name: str, models: str | None, targets: list[str], listen: str, pages: list[dict]) -> str:
+    """The page of a run of that `name`: the view `listen`, and the blind test on the excerpts that `pages` name, see `excerpts_section`."""
+    body = (
+        f"<header><h1>Listening: {html.escape(' and '.join(targets))}</h1><p>Run <b>{html.escape(name)}</b>. All versions in a player run together "
+        f"and have one common gain: switching keeps the position, and a model that sounds quieter <i>is</i> quieter.</p>{KEYS}"
+        '<nav aria-label="views"><button type="button" data-view="listen">Listen</button>'
+        '<button type="button" data-view="blind">Blind test</button></nav></header>'
+        f'<main><section id="listen">{listen}</section><section id="blind" hidden>{_blind_section(pages)}</section></main>'
+        f"{_footer()}{_json(dict(run=name, models=models, pages=pages))}"
+    )
+    return document(body, f"Listening: {name}", ["startPlayers()", "startBlindTest()"], (*SCRIPTS, "blind.js"), "page")
+
+
+def excerpts_section(target: str, by_rule: Mapping[str, Excerpt], sample_rate: int, first: int) -> tuple[str, list[dict]]:
     """Players of the excerpts, and for the blind test which sounds of which player are rated."""
     rules = {}
     for rule, excerpt in by_rule.items():
@@ -134,11 +137,11 @@ def _blind_section(pages: list[dict]) -> str:
     return BLIND_TEXT.format(pages=count, n=len(RATED))
 
 
-def _json(run: Run, pages: list[dict]) -> str:
-    """What blind.js reads. A closing tag within a name would end the script."""
+def _json(test: dict) -> str:
+    """What blind.js reads. Without a "<" no name can end the script."""
     names = {name: LABELS.get(name, name) for name in RATED} | {ANCHOR: f"low anchor (mixture up to {ANCHOR_HZ / 1000:g} kHz)"}
-    test = json.dumps(dict(run=run.name, models=models_of(run), pages=pages, names=names)).replace("</", "<\\/")
-    return f'<script type="application/json" id="test">{test}</script>'
+    text = json.dumps(test | dict(names=names)).replace("<", r"\u003c")
+    return f'<script type="application/json" id="test">{text}</script>'
 
 
 def _footer() -> str:

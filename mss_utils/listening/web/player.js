@@ -168,7 +168,7 @@ class Player {
 
   build() {
     this.playButton = element("button", { type: "button", className: "play", textContent: "▶ Play", onclick: () => this.toggle() });
-    this.time = element("output", { className: "time", textContent: "" });
+    this.time = element("span", { className: "time" });
     this.residualBox = element("input", { type: "checkbox", onchange: (event) => this.hear(this.version, event.target.checked) });
     const residual = element("label", {}, this.residualBox, " residual");
     residual.hidden = !this.figure.querySelector("audio.residual");
