@@ -310,7 +310,7 @@ def test_uploaded_answers_are_taken_in_or_refused(tmp_path, shown):
     upload(answers_of(run="<b>other</b>"))
     assert "this is" in shown[-1] and "<b>" not in shown[-1]
     upload(answers_of())
-    assert shown[-1].startswith("1 listeners, 1 of them count") and len(pd.read_csv(run.table("opinion"))) == 5
+    assert shown[-1].startswith("1 listener, 1 count;") and len(pd.read_csv(run.table("opinion"))) == 5
 
 
 def test_a_song_of_ones_own_is_separated_and_played(small_run, store, tmp_path):

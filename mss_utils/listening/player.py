@@ -71,8 +71,9 @@ def players(
     All versions of a player share one gain. `notes` has for a heading and version what stands beside it. With `residuals` the
     mixture minus what is heard can be heard too. Names are escaped.
     """
-    figures = [figure(heading, versions, sample_rate, (notes or {}).get(heading), residuals) for heading, versions in columns.items()]
-    return frame(document(KEYS + "".join(figures), "Players", ["startPlayers()"]), "players: " + ", ".join(columns))
+    notes = notes or {}
+    body = "".join(figure(heading, versions, sample_rate, notes.get(heading), residuals) for heading, versions in columns.items())
+    return frame(document(KEYS + body, "Players", ["startPlayers()"]), "players: " + ", ".join(columns))
 
 
 def figure(

@@ -60,8 +60,8 @@ def _taken_in(run: Run, files: list[tuple[str, bytes]]) -> str:
     except ValueError as error:
         return str(error)
     ratings, _ = ratings_of(run)
-    listeners = ratings.drop_duplicates("listener")
-    return f"{len(listeners)} listeners, {listeners['kept'].sum()} of them count; run notebook 05 again to see their opinion beside the scores."
+    kept = ratings.drop_duplicates("listener")["kept"]
+    return f"{len(kept)} listener{'s' * (len(kept) != 1)}, {kept.sum()} count; run notebook 05 again to see their opinion beside the scores."
 
 
 def own_song(run: Run, targets: tuple[str, ...]) -> None:
