@@ -299,6 +299,31 @@ def test_any_format_is_read(name, options, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+@needs_ffmpeg
+def test_an_mp3_of_variable_rate_has_no_seams(tmp_path, monkeypatch):
+    """Between two reads libsndfile loses what the next frame borrows from the last: ffmpeg decodes it."""
+    monkeypatch.setattr(separation, "BLOCK", 1000)
+    tones = np.sin(np.cumsum(np.linspace(0.01, 0.5, 100000)))[None] * np.linspace(0, 0.5, 100000)
+    wav, song = written(tmp_path / "original.wav", tones + noise(1, 100000, 0.01), 44100), tmp_path / "song.mp3"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-q:a", "4", song], check=True)
+    whole, _ = soundfile.read(song, always_2d=True)
+    target, residual, _ = result(separate_file(song, Identity(), tmp_path / "out"))
+    n = min(len(whole), target.shape[1])
+    assert n >= 99000 and np.abs((target + residual)[:, :n] - whole.T[:, :n]).max() < 1e-4
+
+
+@needs_ffmpeg
+def test_a_flac_of_unknown_length_and_a_name_libsndfile_stumbles_over_are_read(tmp_path):
+    song = noise(2, 40000)
+    wav = written(tmp_path / "original.wav", song, 16000, "PCM_24")
+    piped = subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-f", "flac", "-"], capture_output=True, check=True).stdout
+    (tmp_path / "piped.flac").write_bytes(piped)
+    shutil.copy(wav, tmp_path / "song.raw")
+    for name in ("piped.flac", "song.raw"):
+        target, residual, rate = result(separate_file(tmp_path / name, Identity(), tmp_path / "out"))
+        assert rate == 16000 and np.abs(target + residual - song).max() < 2**-22
+
+
 def test_ogg_is_read_without_ffmpeg_and_mp4_wants_it(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     soundfile.write(tmp_path / "song.ogg", noise(2, 100000).T, 44100, format="OGG", subtype="VORBIS")
@@ -348,10 +373,13 @@ def test_a_text_and_a_picture_are_named(tmp_path):
 
 def test_a_song_cut_off_is_named(tmp_path):
     song = written(tmp_path / "song.flac", noise(1, 100000), subtype="PCM_16")
-    song.write_bytes(song.read_bytes()[:60000])
-    with pytest.raises(ValueError, match="Cannot finish .*song.flac .*damaged"):
-        separate_file(song, Identity(), tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    whole = song.read_bytes()
+    frame = whole.index(whole[whole.index(b"\xff\xf8") :][:4], 60000)  # where a FLAC frame begins, and nothing is cut in two
+    for end in (60000, frame):
+        song.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match="Cannot finish .*song.flac .*damaged"):
+            separate_file(song, Identity(), tmp_path / "out")
+        assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("flac", [False, True])
