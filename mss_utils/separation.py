@@ -246,31 +246,18 @@ def _opened(song: Path, work: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def _seekable(song: Path, work: Path) -> Path:
-    """A file of the song in which every sample can be gone to: itself, or a WAV in the folder `work`.
+    """A file of the song in which every sample can be gone to: itself, or what ffmpeg made of it in the folder `work`.
 
-    libsndfile goes to the wrong sample in Ogg, and in some MP3 even between two reads; how long they are it guesses. So formats
-    that lose something are decoded from beginning to end: by ffmpeg, or, where there is none, by libsndfile as well as it can.
+    libsndfile also reads Ogg and MP3, but goes to the wrong sample in them, and guesses how long they are.
     """
-    wav = work / "song.wav"
     with open(song, "rb") as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
         try:
-            source = soundfile.SoundFile(stream)
+            with soundfile.SoundFile(stream) as source:
+                if source.subtype.startswith(("PCM", "FLOAT", "DOUBLE")) and source.frames < 2**62:  # a FLAC out of a pipe has no length
+                    return song
         except (soundfile.LibsndfileError, TypeError):  # TypeError: a name that ends in .raw
-            return _decoded(song, wav)
-        with source:
-            if _is_stored(source):
-                return song
-            if shutil.which("ffmpeg"):
-                return _decoded(song, wav)
-            with _created(wav, source, "RF64", "FLOAT") as copy:
-                while len(block := source.read(BLOCK, "float32", always_2d=True)):
-                    copy.write(block)
-            return wav
-
-
-def _is_stored(source: soundfile.SoundFile) -> bool:
-    """Whether every sample of the file is kept as it was, and their number is known: a FLAC out of a pipe has none."""
-    return source.subtype.startswith(("PCM", "FLOAT", "DOUBLE")) and source.frames < 2**62
+            pass  # ffmpeg may know more, and says what is wrong if it does not
+    return _decoded(song, work / "song.wav")
 
 
 def _decoded(song: Path, wav: Path) -> Path:
