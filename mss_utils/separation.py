@@ -31,7 +31,9 @@ Read = Callable[[int, int], np.ndarray]  # (start, stop) in samples -> (channels
 # --- in memory ----------------------------------------------------------------------------------------------------------
 
 
-def separate(model: torch.nn.Module, mixture: np.ndarray, sample_rate: int, chunk_s: float | None = None, progress: bool = False) -> np.ndarray:
+def separate(
+    model: torch.nn.Module, mixture: np.ndarray, sample_rate: int, chunk_s: float | None = None, progress: bool = False
+) -> np.ndarray:
     """Target estimate `(channels, samples)` for a mixture of that shape; float32, same length.
 
     The windows are those of `separated_blocks`; a mixture no longer than one is heard in one piece. Raises ValueError for a
@@ -91,7 +93,8 @@ def _lengths(model: torch.nn.Module, rate: int, chunk_s: float | None) -> tuple[
     if chunk_s is not None and not chunk_s > 0:
         raise ValueError(f"chunk_s is {chunk_s}; expected seconds above 0, or none for the length the model was trained on.")
     window_s = chunk_s + 2 * CONTEXT_S if chunk_s else max(model.segment_s, 4 * CONTEXT_S)  # at least half of it is kept
-    return round(window_s * rate), round(CONTEXT_S * rate)
+    context = round(CONTEXT_S * rate)
+    return max(round(window_s * rate), 2 * context + 1), context
 
 
 def _weight(window: int, context: int, fade: int, first: bool, last: bool) -> np.ndarray:
@@ -206,12 +209,12 @@ def _write(model: torch.nn.Module, source: soundfile.SoundFile, read: Read, part
 
 
 def _as_flac(source: soundfile.SoundFile, read: Read, target_part: Path, gain: float) -> list[Path]:
-    """Write both once more, `gain` times as high, in 24 bits; return the paths. The residual makes up for what the target was rounded by."""
+    """Write both once more in 24 bits, `gain` times as high; return the paths. The residual is what the rounded target leaves."""
     if gain < 1:
         print(f"Target and residual are {-20 * math.log10(gain):.2g} dB lower than in the song: FLAC would have clipped them.")
     paths = [target_part.with_suffix(".flac"), target_part.with_name("residual.flac")]
-    with soundfile.SoundFile(target_part) as found, _created(paths[0], source, "FLAC", "PCM_24") as target_file, \
-            _created(paths[1], source, "FLAC", "PCM_24") as residual_file:
+    created = (_created(path, source, "FLAC", "PCM_24") for path in paths)
+    with soundfile.SoundFile(target_part) as found, next(created) as target_file, next(created) as residual_file:
         for start in range(0, source.frames, BLOCK):
             song = read(start, min(start + BLOCK, source.frames))
             target = _steps(found.read(BLOCK, always_2d=True), gain)
@@ -243,34 +246,28 @@ def _opened(song: Path, work: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def _seekable(song: Path, work: Path) -> Path:
-    """A file of the song whose samples lie one after the other: itself, or a WAV in `work`.
+    """A file of the song in which every sample can be gone to: itself, or what ffmpeg made of it in the folder `work`.
 
-    Formats that compress are unpacked from beginning to end, since libsndfile misses the sample it is sent to in Ogg and in
-    some MP3, and does not know how long an MP3 or a FLAC out of a pipe is.
+    libsndfile also reads Ogg and MP3, but goes to the wrong sample in them, and guesses how long they are.
     """
     with open(song, "rb") as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
         try:
-            source = soundfile.SoundFile(stream)
+            with soundfile.SoundFile(stream) as source:
+                if source.subtype.startswith(("PCM", "FLOAT", "DOUBLE")) and source.frames < 2**62:  # a FLAC out of a pipe has no length
+                    return song
         except (soundfile.LibsndfileError, TypeError):  # TypeError: a name that ends in .raw
-            return _decoded(song, work / "song.wav")
-        with source:
-            if source.format not in ("FLAC", "OGG") and source.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
-                return song
-            with _created(work / "song.wav", source, "RF64", "FLOAT") as copy:
-                while len(block := source.read(BLOCK, "float32", always_2d=True)):
-                    copy.write(block)
-            return work / "song.wav"
+            pass  # ffmpeg may know more, and says what is wrong if it does not
+    return _decoded(song, work / "song.wav")
 
 
 def _decoded(song: Path, wav: Path) -> Path:
     """Have ffmpeg write the first audio stream of `song` to `wav`, at its own rate and channels."""
     if not shutil.which("ffmpeg"):
-        raise FileNotFoundError(f"Reading {song} needs ffmpeg on the PATH: install it (apt-get install ffmpeg), or convert the song to WAV.")
+        raise FileNotFoundError(f"Reading {song} needs ffmpeg on the PATH: install it (apt-get install ffmpeg), or convert it to WAV.")
     options = ["-map", "0:a:0", "-c:a", "pcm_f32le", "-rf64", "auto"]
     # `file:` keeps a colon or a dash in the song's name from meaning something to ffmpeg
-    done = subprocess.run(
-        ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{song}", *options, f"file:{wav}"], capture_output=True, text=True, errors="replace"
-    )
+    call = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{song}", *options, f"file:{wav}"]
+    done = subprocess.run(call, capture_output=True, text=True, errors="replace")
     if "matches no streams" in done.stderr:
         raise ValueError(f"{song} holds no sound, only other streams; expected a song.")
     if done.returncode:
@@ -280,12 +277,10 @@ def _decoded(song: Path, wav: Path) -> Path:
 
 
 def _read(source: soundfile.SoundFile, song: Path, start: int, stop: int) -> np.ndarray:
-    """Samples `start` to `stop` of the song, `(channels, samples)` float32; raises ValueError where they are missing or not finite."""
+    """Samples `start` to `stop` of the song, `(channels, samples)` float32; raises ValueError where they are not finite."""
     source.seek(start)
     block = source.read(stop - start, "float32", always_2d=True).T
-    second = start / source.samplerate
-    if block.shape[1] < stop - start:
-        raise ValueError(f"{song} breaks off after {second:.0f} s, its header says {source.frames / source.samplerate:.0f} s: mend the file.")
     if not np.isfinite(block).all():
+        second = start / source.samplerate
         raise ValueError(f"{song} holds NaN or infinite samples after {second:.0f} s; expected finite ones: mend the file.")
     return block
