@@ -6,12 +6,13 @@ import pytest
 import soundfile
 import torch
 
-from mss_utils import figures, listening
+from mss_utils import figures
 from mss_utils.analysis import TABLES, analyse, repetition, transients, verdicts
 from mss_utils.analysis.phase import ONE_CHANNEL, bands, phase_scores, phase_share, with_phase_of
 from mss_utils.analysis.timing import beat_and_bar_s, onsets
 from mss_utils.data import build_store, open_store
 from mss_utils.evaluation import evaluate
+from mss_utils.listening import questions
 from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Mixer, share_of
 from mss_utils.models import build_model
@@ -417,24 +418,24 @@ def test_the_figures_show_what_the_tables_hold(finished):
 
 def test_the_three_questions_can_be_heard(finished):
     run, store, tables = finished
-    _, phase = listening.phase_versions(run, store, "piano", tables["phase"])
+    _, phase = questions.phase_versions(run, store, "piano", tables["phase"])
     assert len(phase) == 3
     for versions in phase.values():
         reference, estimate = versions["reference"], versions["as it is"]
         better = utterance_sdr(reference.T, versions["its magnitude, true phase"].T)
         assert better > utterance_sdr(reference.T, estimate.T) and len({audio.shape for audio in versions.values()}) == 1
-    name, repeat = listening.repeat_versions(run, store, "piano", tables["long_range"])
+    name, repeat = questions.repeat_versions(run, store, "piano", tables["long_range"])
     assert " @ " in name and len(repeat) == 3 and all(set(versions) == {"mixture", "reference", *MODELS[1:]} for versions in repeat.values())
-    _, attack = listening.attack_versions(run, store, "piano", tables["transients"])
+    _, attack = questions.attack_versions(run, store, "piano", tables["transients"])
     fast, slow = (versions["reference"] for versions in attack.values())
     assert slow.shape[1] == 2 * fast.shape[1] > 0 and set(attack["as it is"]) == {"reference", *MODELS}
 
 
 def test_what_cannot_be_heard_is_empty(finished):
     run, store, tables = finished
-    assert listening.repeat_versions(run, store, "piano", tables["long_range"].query("probe != 'damaged_repeat'")) == ("no loop", {})
-    assert listening.attack_versions(run, store, "piano", tables["transients"].assign(attack_sdr=np.nan)) == ("no track", {})
-    assert listening.phase_versions(run, store, "piano", tables["phase"].assign(sdr=np.nan)) == ("no track", {})
+    assert questions.repeat_versions(run, store, "piano", tables["long_range"].query("probe != 'damaged_repeat'")) == ("no loop", {})
+    assert questions.attack_versions(run, store, "piano", tables["transients"].assign(attack_sdr=np.nan)) == ("no track", {})
+    assert questions.phase_versions(run, store, "piano", tables["phase"].assign(sdr=np.nan)) == ("no track", {})
 
 
 def test_a_row_is_said_in_one_sentence():

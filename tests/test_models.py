@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mss_utils.models import build_model, count_parameters, load_model, receptive_field_s
 from mss_utils.models.demucs import Demucs, sinusoidal_positions
@@ -162,6 +163,23 @@ def test_a_pickle_is_no_weights_file(tmp_path, small_settings):
     (tmp_path / "model.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="model.safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "no json", "{\"a\": 1}", "[]", "{\"model\": \"unet\", \"settings\": {\"what\": 1}, \"target\": \"piano\"}"])
+def test_a_description_that_is_none_is_one_sentence(text, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(ValueError, match="model.json does not describe a model") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_model_are_one_sentence(small_settings, tmp_path):
+    save_file(build_model("demucs_lstm", small_settings).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text(json.dumps(dict(model="unet", target="piano", settings=small_settings.model_dump(mode="json"))))
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_the_loss_is_the_negative_snr():

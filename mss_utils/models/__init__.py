@@ -39,22 +39,36 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     """Rebuild a trained model from `model.json` and `model.safetensors`; nothing is unpickled.
 
     The model has attributes `sample_rate`, `channels`, `segment_s` and `target` taken from model.json. Raises
-    FileNotFoundError naming what a model folder holds when one of the two files is missing, ValueError for weights in another format.
+    FileNotFoundError naming what a model folder holds when one of the two files is missing, ValueError for a description that is none,
+    and for weights in another format or of another model.
     """
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0.")
-    description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    settings = Settings.model_validate(description["settings"])
-    model = build_model(description["model"], settings)
+    model, settings, target = _described(folder / "model.json")
+    weights = folder / "model.safetensors"
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(weights))
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is no safetensors file ({error}): train the model again.") from None
+        raise ValueError(f"{weights} is no safetensors file ({error}): train the model again.") from None
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{weights} does not fit the model that model.json beside it describes ({reason}): train it again.") from None
     model.sample_rate, model.channels, model.segment_s = settings.sample_rate, settings.channels, settings.segment_s
-    model.target = description["target"]
+    model.target = target
     return model.eval()
+
+
+def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
+    """The untrained model of a model.json, its settings and its target."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        settings = Settings.model_validate(description["settings"])
+        return build_model(description["model"], settings), settings, description["target"]
+    except (ValueError, KeyError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not describe a model ({type(error).__name__}: {reason}): train the model again.") from None
 
 
 def count_parameters(module: torch.nn.Module) -> int:
