@@ -43,8 +43,6 @@ PRODUCTS = {
     "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
-# What a person may add to a run for a stage to read.
-ADDED = {"05_evaluation": "answers/*.json"}
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")
 
 
@@ -71,9 +69,8 @@ def run_pipeline(run: Run) -> None:
 
 
 def stage_key(run: Run, name: str) -> str:
-    """Hash of everything a stage reads: its notebook, the package, the run's settings, what was added to the run, the stages before it."""
+    """Hash of everything a stage reads: its notebook, the package, the run's settings, and the stages before it."""
     parts = [run.settings.model_dump_json(), (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"), _package_hash()]
-    parts += [file.read_text(encoding="utf-8") for file in sorted(run.folder.glob(ADDED[name]))] if name in ADDED else []
     parts += [stage_key(run, before) for before in STAGES[name]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

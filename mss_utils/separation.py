@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
 FADE = 0.25  # share of a chunk over which it fades in, and again out
 BLOCK = 2**20  # samples of every channel that are copied at once
+FLAC_HZ = 655350
 WAV_BYTES = 2**32 - 2**16  # a WAV header cannot count further; an RF64 header can
 Read = Callable[[int, int], np.ndarray]  # (start, stop) in samples -> (channels, stop - start) float32
 
@@ -154,13 +156,14 @@ def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = Fa
     much. Nothing is left behind of a separation that breaks off. Raises FileNotFoundError for a missing song, or a song that
     needs ffmpeg where there is none; ValueError for a file that cannot be read, is empty, holds NaN or would be overwritten.
     """
-    paths = [out / f"{song.stem}.{name}.{'flac' if flac else 'wav'}" for name in (model.target, "residual")]
+    paths = [out / f"{song.stem}.{name}.{'flac' if flac else 'wav'}" for name in (model.target, f"{model.target}.residual")]
     _check(song, paths)
     out.mkdir(parents=True, exist_ok=True)
     try:  # the working folder is in `out`: there is room where the results are to go, and renaming them costs nothing
         with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as work, _opened(song, Path(work)) as source:
-            if flac and source.channels > 8:
-                raise ValueError(f"{song} has {source.channels} channels and FLAC holds up to 8: leave --flac out.")
+            if flac and (source.channels > 8 or source.samplerate > FLAC_HZ):
+                found = f"{source.channels} channels at {source.samplerate} Hz"
+                raise ValueError(f"{song} has {found} and FLAC holds up to 8 at {FLAC_HZ} Hz: leave --flac out.")
             read = partial(_read, source, song)
             parts = [Path(work, "target.wav"), Path(work, "residual.wav")]
             peak = _write(model, source, read, parts, chunk_s)
@@ -190,8 +193,6 @@ def _check(song: Path, paths: list[Path]) -> None:
     for path in paths:
         if path.exists() and path.samefile(song):
             raise ValueError(f"{path} is the song itself and would be overwritten: choose another folder with --out.")
-    if paths[0] == paths[1]:
-        raise ValueError(f"The model's target is called like the other file, {paths[0].name}: rename the target in its model.json.")
 
 
 def _write(model: torch.nn.Module, source: soundfile.SoundFile, read: Read, parts: list[Path], chunk_s: float | None) -> float:
@@ -273,6 +274,8 @@ def _decoded(song: Path, wav: Path) -> Path:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition(": ")[2]
         raise ValueError(f"Cannot read {song} (ffmpeg: {reason}); expected a song in any format that ffmpeg reads.")
+    if done.stderr:
+        print(f"{song} is damaged, and what could be read of it is separated (ffmpeg: {done.stderr.strip().splitlines()[0]}).", file=sys.stderr)
     return wav
 
 

@@ -20,12 +20,17 @@ from mss_utils import listening
 from mss_utils.data import Track, level_db, loudest_start
 from mss_utils.listening import widgets
 from mss_utils.listening.excerpts import excerpt_scores, write_excerpt
-from mss_utils.listening.player import common_gain, residuals_of
+from mss_utils.listening.page import excerpts_section
+from mss_utils.listening.player import coded_rate, common_gain, gain_with_residuals
 from mss_utils.listening.ratings import RATED, low_anchor, opinion, read_answers, screened
 from mss_utils.settings import MODELS, Run, Settings
 from mss_utils.training import train
 
 RATE = 16000
+
+
+def residuals_of(versions):
+    return [versions["mixture"] - audio for audio in versions.values()]
 
 
 @pytest.fixture
@@ -71,7 +76,9 @@ def test_mixture_oracle_and_other_targets_do_not_rank():
 def test_onsets_count_by_the_second_and_repeats_by_the_bar():
     table = tracks_table({"a": (1, 1, 1), "b": (2, 2, 2), "c": (3, 3, 3)})
     table.loc[table["track"] == "b", "frames"] = 100
-    chosen = listening.chosen_tracks(table, onset_table({"a": 20, "b": 90, "c": 5}), repeat_table({"a": 0.1, "b": np.nan, "c": 0.7}), "piano")
+    table = pd.concat([table, tracks_table({"unscored": (np.nan,) * 3}, frames=0)])
+    onsets, repeats = onset_table({"a": 20, "b": 90, "c": 5, "unscored": 99}), repeat_table({"a": 0.1, "b": np.nan, "c": 0.7, "unscored": 0.9})
+    chosen = listening.chosen_tracks(table, onsets, repeats, "piano")
     assert (chosen["most onsets"], chosen["most repetitive"]) == ("a", "c")
     assert "widest disagreement" not in chosen, "the models agree everywhere"
 
@@ -109,7 +116,7 @@ def test_a_short_track_is_its_own_excerpt(versions, length):
 
 def test_one_gain_brings_the_loudest_version_to_one_db_below_full_scale(versions):
     excerpt = listening.cut_excerpt(versions, "song", "piano", RATE, 1.0)
-    peaks = {name: np.abs(audio).max() for name, audio in (*excerpt.versions.items(), *enumerate(residuals_of(excerpt.versions).values()))}
+    peaks = {name: np.abs(audio).max() for name, audio in (*excerpt.versions.items(), *enumerate(residuals_of(excerpt.versions)))}
     assert 20 * np.log10(max(peaks.values())) == pytest.approx(-1.0, abs=0.01)
     gains = [excerpt.versions[name] / versions[name][:, round(excerpt.start_s * RATE) :][:, :RATE] for name in versions]
     assert np.ptp([np.median(gain) for gain in gains]) < 1e-4
@@ -122,8 +129,8 @@ def test_silence_keeps_its_level():
 def test_the_gain_has_room_for_the_residuals(versions):
     loud = versions | {"unet": -versions["mixture"]}  # mixture minus this is twice the mixture
     excerpt = listening.cut_excerpt(loud, "song", "piano", RATE, 1.0)
-    assert max(np.abs(audio).max() for audio in residuals_of(excerpt.versions).values()) == pytest.approx(10 ** (-1 / 20), rel=1e-5)
-    assert common_gain(excerpt.versions | {f"rest {n}": a for n, a in residuals_of(excerpt.versions).items()}) == pytest.approx(1)
+    assert max(np.abs(audio).max() for audio in residuals_of(excerpt.versions)) == pytest.approx(10 ** (-1 / 20), rel=1e-5)
+    assert gain_with_residuals(excerpt.versions) == pytest.approx(1), "a player leaves an excerpt as it is"
 
 
 def test_scores_are_those_of_the_excerpt(versions):
@@ -155,7 +162,7 @@ def test_players_share_one_gain_in_each_column(versions):
     heard = sounds(listening.players({"one": versions, "two": {"unet": versions["unet"]}}, RATE).data)
     gains = [level_db(audio) - level_db(versions[name]) for audio, name in zip(heard, (*versions, "unet"))]
     assert np.ptp(gains[:4]) < 0.1, "one gain in the first column"
-    alone = 20 * np.log10(common_gain({"unet": versions["unet"]}) / common_gain(versions))
+    alone = 20 * np.log10(common_gain({"unet": versions["unet"]}) / gain_with_residuals(versions))
     assert gains[4] - gains[2] == pytest.approx(alone, abs=0.1), "another in the second, where one version is alone"
 
 
@@ -171,7 +178,7 @@ def test_ten_seconds_are_small(rate, channels):
 def test_what_mp3_cannot_hold_is_brought_to_what_it_can(rate, channels):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate) * np.ones((channels, 1))
     heard, new_rate = soundfile.read(io.BytesIO(listening.encode_mp3(tone, rate)), always_2d=True)
-    assert len(heard) / new_rate == pytest.approx(1, abs=0.01) and heard.shape[1] == min(2, channels) - (channels > 2)
+    assert new_rate == coded_rate(rate) and len(heard) / new_rate == pytest.approx(1, abs=0.01) and heard.shape[1] == min(2, channels) - (channels > 2)
     assert level_db(heard[2000:-2000]) == pytest.approx(level_db(tone), abs=0.3)
 
 
@@ -179,56 +186,67 @@ def test_names_are_escaped(versions):
     name = "<script>alert('x')</script> & \"y\""
     page = html.unescape(re.search('srcdoc="([^"]*)"', listening.players({name: {name: versions["unet"]}}, RATE, {name: {name: {name: name}}}).data)[1])
     assert "<script>alert" not in page and page.count("&lt;script&gt;") == 8
-    assert page.count("<audio class") == 1 and 'src="data:audio/mpeg;base64,' in page
+    assert page.count("<audio controls") == 1 and 'src="data:audio/mpeg;base64,' in page
 
 
 def test_what_no_script_replaces_is_a_plain_player(versions):
     page = html.unescape(listening.players({"song": versions}, RATE).data)
-    assert page.count('<audio class="" controls preload="none"') == 4
+    assert page.count('<audio controls preload="none"') == 4
 
 
 # --- the blind test -----------------------------------------------------------------------------------------------------
 
 
-def answers_of(listener="ear", reference=95, run="r", models=None, n_pages=4, missed=0, **ratings):
+def answers_of(listener="ear", reference=95, run="r", models=None, n_pages=4, missed=0, order=RATED, tracks=None, **ratings):
     """What a listener hands back: `missed` excerpts have the hidden reference at 60."""
     given = dict(anchor=5, unet=60, demucs_lstm=50, demucs_attention=40) | ratings
     pages = [
-        dict(track=f"t{page}", target="piano", order=list(RATED), heard_s={}, comment="", ratings=given | dict(reference=60 if page < missed else reference))
-        for page in range(n_pages)
+        dict(track=track, target="piano", order=list(order), heard_s={}, comment="", ratings=given | dict(reference=60 if page < missed else reference))
+        for page, track in enumerate(tracks or [f"t{page}" for page in range(n_pages)])
     ]
-    return json.dumps(dict(format="mss-answers-1", run=run, models=models, listener=listener, started="", finished="", pages=pages))
+    return json.dumps(dict(format="mss-answers-1", run=run, models=models, listener=listener, started="", finished="", pages=pages)).encode()
 
 
-def read(*texts):
-    return [read_answers(text, "file") for text in texts]
+def read(*files):
+    return [read_answers(content, "file") for content in files]
 
 
 def test_listeners_who_miss_the_reference_too_often_do_not_count():
-    table = screened(read(answers_of("good", n_pages=7, missed=1), answers_of("poor", n_pages=6, missed=1)), None)
+    table = screened(read(answers_of("good", n_pages=7, missed=1), answers_of("poor", n_pages=6, missed=1)), "r", None)
     kept = table.drop_duplicates("listener").set_index("listener")
     assert kept["kept"].tolist() == [True, False], "one of seven is 14 %, one of six 17 %"
     assert kept["reason"].tolist() == ["", "hidden reference under 90 on 1 of 6 excerpts"]
 
 
 def test_answers_about_other_weights_do_not_count():
-    table = screened(read(answers_of(models="old"), answers_of(models="new"), answers_of()), "new")
+    table = screened(read(answers_of("one", models="old"), answers_of("two", models="new"), answers_of("another")), "r", "new")
     assert table.groupby("listener", sort=False)["kept"].first().tolist() == [False, True, True]
 
 
 def test_the_mean_opinion_is_that_of_listeners_not_of_ratings():
-    texts = [answers_of("one", unet=10, n_pages=8), answers_of("two", unet=50, n_pages=1), answers_of("three", unet=60, n_pages=1)]
-    row = opinion(screened(read(*texts), None)).set_index("model").loc["unet"]
-    half = stats.t.ppf(0.975, 2) * np.std([10, 50, 60], ddof=1) / 3**0.5
-    assert [row["mean"], row["ci_low"], row["ci_high"]] == pytest.approx([40, 40 - half, 40 + half])
+    texts = [answers_of("one", unet=40, n_pages=8), answers_of("two", unet=50, n_pages=1), answers_of("three", unet=60, n_pages=1)]
+    row = opinion(screened(read(*texts), "r", None)).set_index("model").loc["unet"]
+    half = stats.t.ppf(0.975, 2) * np.std([40, 50, 60], ddof=1) / 3**0.5
+    assert [row["mean"], row["ci_low"], row["ci_high"]] == pytest.approx([50, 50 - half, 50 + half])
     assert (row["listeners"], row["ratings"], row["excerpts"]) == (3, 10, 8)
 
 
-def test_two_listeners_give_no_interval_and_one_name_may_come_twice():
-    table = opinion(screened(read(answers_of("same", unet=10), answers_of("same", unet=50)), None))
+def test_one_name_is_one_listener_and_two_give_no_interval():
+    table = opinion(screened(read(answers_of("same", unet=10), answers_of("same", unet=50), answers_of("other", unet=90)), "r", None))
     assert list(table["model"]) == list(RATED)
     row = table.set_index("model").loc["unet"]
-    assert (row["mean"], row["listeners"]) == (30, 2) and np.isnan(row["ci_low"])
+    assert (row["mean"], row["listeners"], row["ratings"]) == (60, 2, 12) and np.isnan(row["ci_low"])
+
+
+def test_an_interval_ends_where_the_scale_does():
+    texts = [answers_of(name, unet=rating) for name, rating in (("a", 0), ("b", 100), ("c", 50))]
+    row = opinion(screened(read(*texts), "r", None)).set_index("model").loc["unet"]
+    assert (row["ci_low"], row["ci_high"]) == (0, 100)
+
+
+def test_a_comment_about_a_letter_can_be_followed():
+    table = screened(read(answers_of()), "r", None)
+    assert dict(zip(table["letter"][:5], table["model"][:5])) == dict(zip("VWXYZ", RATED))
 
 
 def test_answers_become_tables(tmp_path):
@@ -236,8 +254,8 @@ def test_answers_become_tables(tmp_path):
     ratings, opinions = listening.ratings_of(run)
     assert ratings.empty and opinions.empty and pd.read_csv(run.table("ratings")).empty
     assert listening.opinion_sentence(ratings, opinions, "piano") == "nobody has taken the blind test yet."
-    for name, text in (("a.json", answers_of("../../x")), ("b.json", answers_of("poor", reference=50)), ("c.json", answers_of("../../x"))):
-        (tmp_path / name).write_text(text)
+    for name, content in (("a.json", answers_of("../../x")), ("b.json", answers_of("poor", reference=50)), ("c.json", answers_of("../../x"))):
+        (tmp_path / name).write_bytes(content)
     assert len(set(listening.add_answers(run, listening.answer_files(str(tmp_path))))) == 2, "the same answers are kept once"
     assert all(path.parent == run.folder / "answers" for path in (run.folder / "answers").iterdir())
     ratings, opinions = listening.ratings_of(run)
@@ -245,19 +263,37 @@ def test_answers_become_tables(tmp_path):
     assert listening.opinion_sentence(ratings, opinions, "piano") == "2 listeners, 1 left out; mean opinion A 60, B1 50, B2 40 of 100."
 
 
-@pytest.mark.parametrize("text, words", [
-    ("not json", "holds no answers of the blind test"),
-    ("{}", "Field required"),
+def test_what_is_put_into_the_folder_by_hand_is_looked_at_too(tmp_path):
+    run = Run("r", Settings(), tmp_path / "r")
+    folder = run.folder / "answers"
+    folder.mkdir(parents=True)
+    for name, content in {
+        "a.json": answers_of("ear"), "a (1).json": answers_of("ear"), "b.json": b"\xef\xbb\xbf" + answers_of("with a mark of Windows"),
+        "c.json": answers_of("elsewhere", run="another"), ".part-1-c.json": b'{"format"',
+    }.items():
+        (folder / name).write_bytes(content)
+    ratings, opinions = listening.ratings_of(run)
+    assert ratings.groupby("listener")["rating"].size().to_dict() == {"ear": 20, "elsewhere": 20, "with a mark of Windows": 20}
+    assert ratings.groupby("listener")["reason"].first()["elsewhere"] == "about run another" and opinions["listeners"].max() == 2
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"not json", "holds no answers of the blind test"),
+    (b"\xff\xfe", "holds no answers of the blind test"),
+    (b"{}", "Field required"),
+    (answers_of(order=["unet"] * 5), "expected each of reference, anchor"),
+    (answers_of(order=[*RATED, "unet"]), "expected each of reference, anchor"),
+    (answers_of(tracks=["t", "t"]), "rates an excerpt twice"),
     (answers_of(unet=101), "outside 0 to 100"),
     (answers_of(unet=float("nan")), "outside 0 to 100|finite"),
-    (answers_of(extra=5), "expected reference, anchor"),
+    (answers_of(extra=5), "expected each of reference, anchor"),
     (answers_of(n_pages=0), "at least 1"),
     (answers_of(run="other"), "about run 'other', this is 'r'"),
 ])
-def test_other_files_are_refused_in_one_sentence_and_nothing_is_kept(text, words, tmp_path):
+def test_other_files_are_refused_in_one_sentence_and_nothing_is_kept(content, words, tmp_path):
     run = Run("r", Settings(), tmp_path / "r")
     with pytest.raises(ValueError, match=words) as error:
-        listening.add_answers(run, [("good.json", answers_of().encode()), ("bad.json", text.encode())])
+        listening.add_answers(run, [("good.json", answers_of()), ("bad.json", content)])
     assert "bad.json" in str(error.value) and "\n" not in str(error.value)
     assert not (run.folder / "answers").exists()
 
@@ -265,6 +301,12 @@ def test_other_files_are_refused_in_one_sentence_and_nothing_is_kept(text, words
 def test_no_answers_in_a_folder_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="No answers in"):
         listening.answer_files(str(tmp_path))
+
+
+def test_a_page_of_six_excerpts_in_stereo_has_room_for_the_rest():
+    noise = {name: 0.1 * np.random.default_rng(0).standard_normal((2, 10 * 22050)).astype(np.float32) for name in listening.VERSIONS}
+    section, _ = excerpts_section("piano", {"best": listening.Excerpt("one", "piano", 0.0, 0.0, noise, {})}, 22050, 0)
+    assert 6 * len(section) < 9e6, "noise is what mp3 needs most for"
 
 
 def test_the_low_anchor_has_no_treble_and_the_level_of_the_mixture():
@@ -306,11 +348,11 @@ def test_uploaded_answers_are_taken_in_or_refused(tmp_path, shown):
     run = Run("r", Settings(), tmp_path / "r")
     listening.answers_field(run)
     field = shown[0]
-    upload = lambda text: setattr(field, "value", ({"name": "a.json", "type": "", "size": 1, "content": memoryview(text.encode()), "last_modified": datetime.now()},))
+    upload = lambda content: setattr(field, "value", ({"name": "a.json", "type": "", "size": 1, "content": memoryview(content), "last_modified": datetime.now()},))
     upload(answers_of(run="<b>other</b>"))
     assert "this is" in shown[-1] and "<b>" not in shown[-1]
     upload(answers_of())
-    assert shown[-1].startswith("1 listener, 1 count;") and len(pd.read_csv(run.table("opinion"))) == 5
+    assert shown[-1] == "Taken in. piano: 1 listener, 0 left out; mean opinion A 60, B1 50, B2 40 of 100." and len(pd.read_csv(run.table("opinion"))) == 5
 
 
 def test_a_song_of_ones_own_is_separated_and_played(small_run, store, tmp_path):
@@ -322,9 +364,11 @@ def test_a_song_of_ones_own_is_separated_and_played(small_run, store, tmp_path):
     soundfile.write(song, quiet, 44100)
     page = widgets.separated_song(small_run, song, "piano", "unet").data
     assert "my <song>" not in page and "from 2 s" in page
-    mixture, target, residual = sounds(page)
-    assert mixture.shape == (44100, 2) and np.mean((mixture - target - residual) ** 2) < 0.01 * np.mean(mixture**2)
-    assert len(list((small_run.folder / "songs" / "unet").glob("*.wav"))) == 2
+    mixture, _ = sounds(page)
+    gain = np.sqrt(np.mean(mixture**2) / np.mean(quiet[44100 * 2 : 44100 * 3] ** 2))
+    assert mixture.shape == (44100, 2) and np.mean((mixture - gain * quiet[44100 * 2 : 44100 * 3]) ** 2) < 0.01 * np.mean(mixture**2)
+    names = {path.name for path in (small_run.folder / "songs" / "piano" / "unet").iterdir()}
+    assert names == {"my <song>.piano.wav", "my <song>.piano.residual.wav"}
 
 
 def test_the_example_of_the_training_notebooks_is_a_validation_song(store, small_settings):

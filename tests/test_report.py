@@ -265,14 +265,14 @@ def test_listeners_are_counted_and_their_opinion_stands_beside_the_scores(tmp_pa
     text = run.text()
     assert says(text, "Nobody has taken it for this run yet") and not says(text, "Mean opinion")
     run.tables["ratings"] = [dict(listener=f"{n} ear", kept=n > 1) for n in range(5) for _ in range(5)]
-    run.tables["opinion"] = [dict(target="piano", model="unet", mean=61.7, ci_low=48.2, ci_high=75.1, listeners=3, excerpts=6, ratings=18)]
+    run.tables["opinion"] = [dict(target="piano", model="unet", mean=81.7, ci_low=68.2, ci_high=95.1, listeners=3, excerpts=6, ratings=18)]
     text = run.text()
     assert says(text, "Five listeners took it; two are left out, because") and says(text, "of three listeners in the blind test")
-    assert says(text, "[48, 75]") and says(text, "62")
+    assert says(text, "[68, 95]") and says(text, "has the mean over the others")
     run.change("opinion", dict(model="unet"), mean=33.3, ci_low="", ci_high="")
     run.tables["ratings"] = [dict(listener="1 ear", kept=True)]
     text = run.text()
-    assert says(text, "One listener took it.") and says(text, "one listener gives no interval") and says(text, "33") and not says(text, "[48, 75]")
+    assert says(text, "One listener took it.") and says(text, "one listener gives no interval") and not says(text, "[68, 95]") and says(text, "has the mean over all")
 
 
 @needs_pdftotext

@@ -200,12 +200,12 @@ def test_separating_leaves_the_model_in_its_mode(small_settings):
 def test_a_song_keeps_its_rate_and_what_the_model_hears_of_it(rate, seconds, tmp_path):
     song = band_limited(2, round(seconds * rate), rate, min(7000, 0.43 * rate))
     paths = separate_file(written(tmp_path / "song.wav", song, rate), Identity(), tmp_path / "out")
-    assert [path.name for path in paths] == ["song.piano.wav", "song.residual.wav"]
+    assert [path.name for path in paths] == ["song.piano.wav", "song.piano.residual.wav"]
     target, residual, found_rate = result(paths)
     assert found_rate == rate
     assert error_db(target, song) < -80
     np.testing.assert_allclose(target + residual, song, atol=1e-6)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.residual.wav"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.piano.residual.wav"}
 
 
 def test_what_the_model_cannot_hear_stays_in_the_residual(tmp_path):
@@ -332,7 +332,7 @@ def test_what_needs_ffmpeg_says_so(tmp_path, monkeypatch):
             separate_file(tmp_path / name, Identity(), tmp_path / "out")
     soundfile.write(tmp_path / "song.flac", noise(2, 10000).T, 44100)
     separate_file(tmp_path / "song.flac", Identity(), tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.residual.wav"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.piano.residual.wav"}
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -397,14 +397,12 @@ def test_the_song_itself_is_never_overwritten(tmp_path):
     before = stored.read_bytes()
     with pytest.raises(ValueError, match="song.piano.wav is the song itself"):
         separate_file(tmp_path / "song.wav", Identity(), tmp_path)
-    with pytest.raises(ValueError, match="called like the other file, song.residual.wav"):
-        separate_file(tmp_path / "song.wav", Identity(target="residual"), tmp_path)
     assert stored.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_flac_holds_eight_channels(tmp_path):
     song = written(tmp_path / "song.wav", noise(9, 1000))
-    with pytest.raises(ValueError, match="9 channels and FLAC holds up to 8"):
+    with pytest.raises(ValueError, match="9 channels at .* and FLAC holds up to 8"):
         separate_file(song, Identity(), tmp_path / "out", flac=True)
 
 

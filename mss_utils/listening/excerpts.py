@@ -17,7 +17,7 @@ from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import estimates
 from mss_utils.figures import decibels
 from mss_utils.figures.style import METRICS
-from mss_utils.listening.player import common_gain, encode_mp3, players, residuals_of
+from mss_utils.listening.player import encode_mp3, gain_with_residuals, players
 from mss_utils.metrics import score_track, utterance_sdr
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, Run, replacing
@@ -71,6 +71,7 @@ def chosen_tracks(tracks: pd.DataFrame, transients: pd.DataFrame, long_range: pd
     onsets = transients[transients["target"] == target].groupby("track")["n_onsets"].max() / rows.groupby("track")["frames"].max()
     repeats = long_range[(long_range["target"] == target) & (long_range["probe"] == "repetitiveness")].set_index("item")["value"]
     others = {"widest disagreement": scores.max(axis=1) - scores.min(axis=1), "most onsets": onsets, "most repetitive": repeats}
+    others = {rule: values.reindex(ranked).replace(np.inf, np.nan) for rule, values in others.items()}
     return chosen | {rule: values.idxmax() for rule, values in others.items() if values.max() > 0}
 
 
@@ -99,7 +100,7 @@ def cut_excerpt(
     length = round(excerpt_s * sample_rate)
     start = loudest_start(versions["reference"], length)
     parts = {name: audio[:, start : start + length] for name, audio in versions.items()}
-    gain = common_gain({**parts, **{f"{name} residual": audio for name, audio in residuals_of(parts).items()}})
+    gain = gain_with_residuals(parts)
     parts = {name: audio * np.float32(gain) for name, audio in parts.items()}
     return Excerpt(track, target, start / sample_rate, 20 * np.log10(gain), parts, dict(scores or {}))
 
@@ -168,7 +169,7 @@ def validation_excerpt(store: Store, model: torch.nn.Module, name: str, target: 
 
 
 def excerpt_players(found: Mapping[str, Excerpt], sample_rate: int) -> HTML:
-    """One player an excerpt, `{heading: excerpt}`, with its scores and residuals."""
+    """One player an excerpt, `{heading: excerpt}`, with its scores."""
     heading = {name: f"{name}: {excerpt.track}" for name, excerpt in found.items()}
     versions = {heading[name]: excerpt.versions for name, excerpt in found.items()}
-    return players(versions, sample_rate, {heading[name]: excerpt.notes for name, excerpt in found.items()}, residuals=True)
+    return players(versions, sample_rate, {heading[name]: excerpt.notes for name, excerpt in found.items()})

@@ -92,7 +92,7 @@ def excerpts_section(target: str, by_rule: Mapping[str, Excerpt], sample_rate: i
         anchor = audio_tag(low_anchor(excerpt.versions["mixture"], sample_rate), sample_rate, "low anchor")
         hidden = f'<div hidden data-version="{ANCHOR}">{anchor}</div>'
         lead = f"{', '.join(its_rules)}; from {excerpt.start_s:.1f} s of the track"
-        text += figure(track, excerpt.versions, sample_rate, excerpt.notes, True, lead, hidden, f"excerpt-{number}")
+        text += figure(track, excerpt.versions, sample_rate, excerpt.notes, lead, hidden, f"excerpt-{number}")
         pages.append(dict(figure=f"excerpt-{number}", track=track, target=target, versions=RATED))
     return text, pages
 
@@ -100,7 +100,7 @@ def excerpts_section(target: str, by_rule: Mapping[str, Excerpt], sample_rate: i
 def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> str:
     """Two models with the same SDR that sound different."""
     pair = same_score(tracks, target)
-    title = "<h2>Same score, different sound</h2>"
+    title = f"<h2>{html.escape(target)}: same score, different sound</h2>"
     if pair is None:
         return f"{title}<p>No two models are within {SAME_DB:g} dB of SDR on any test track.</p>"
     name, *models = pair
@@ -113,7 +113,7 @@ def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> 
         "are wrong: a higher SIR means less of the other instruments, a higher SAR fewer artifacts. Scores are those of the whole track. "
         "Which would you keep?</p>"
     )
-    return title + text + figure(name, excerpt.versions, store.sample_rate, notes, residuals=True)
+    return title + text + figure(name, excerpt.versions, store.sample_rate, notes)
 
 
 def _questions_section(run: Run, store: Store, target: str) -> str:
@@ -123,7 +123,7 @@ def _questions_section(run: Run, store: Store, target: str) -> str:
         (REPEAT_TEXT, repeat_versions(run, store, target, table("long_range")), "Not askable in this run, see notebook 05."),
         (ATTACK_TEXT, attack_versions(run, store, target, table("transients")), "No onset in this run has rest before it."),
     )
-    return "<h2>The three questions</h2>" + "".join(_question(text, heard, store.sample_rate, instead) for text, heard, instead in parts)
+    return f"<h2>{html.escape(target)}: the three questions</h2>" + "".join(_question(text, heard, store.sample_rate, instead) for text, heard, instead in parts)
 
 
 def _question(text: str, heard: Heard, sample_rate: int, instead: str) -> str:
@@ -147,6 +147,7 @@ def _json(test: dict) -> str:
 def _footer() -> str:
     licence = html.escape((WEB / "vendor" / "LICENSE").read_text(encoding="utf-8"))
     return (
-        "<footer><p class='small'>Coded as mp3 with one quality for all. Blind test after ITU-R BS.1534-3.</p>"
+        "<footer><p class='small'>Coded as mp3 with one quality for all; a residual is the difference of two coded signals and has the coding "
+        "noise of both, some 20 dB below it. Blind test after ITU-R BS.1534-3.</p>"
         f"<details class='small'><summary>wavesurfer.js draws the pictures; its licence</summary><pre class='wide'>{licence}</pre></details></footer>"
     )

@@ -42,69 +42,70 @@ def common_gain(versions: Mapping[str, np.ndarray], peak_db: float = PEAK_DB) ->
     return 10 ** (peak_db / 20) / peak if peak > 0 else 1.0
 
 
-def residuals_of(versions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mixture minus version, for every version but the mixture; empty where there is no mixture."""
-    return {name: versions["mixture"] - audio for name, audio in versions.items() if name != "mixture"} if "mixture" in versions else {}
+def gain_with_residuals(versions: Mapping[str, np.ndarray]) -> float:
+    """The common gain of all versions and, where there is a mixture, of mixture minus version, which can be louder than both."""
+    rest = {f"{name} residual": versions["mixture"] - audio for name, audio in versions.items()} if "mixture" in versions else {}
+    return common_gain({**versions, **rest})
+
+
+def coded_rate(sample_rate: int) -> int:
+    """The rate that mp3 has for a signal: its own, or 48 kHz."""
+    return sample_rate if sample_rate in MP3_RATES else MP3_RATES[-1]
 
 
 def encode_mp3(audio: np.ndarray, sample_rate: int) -> bytes:
     """`(channels, samples)` in full-scale floats as mp3: about 6 kB a second in mono at 16 kHz, at most 26 kB in stereo at 44.1 kHz.
 
-    More than two channels become their mean, and a rate that mp3 has not becomes 48 kHz: mp3 knows no other way.
+    More than two channels become their mean, and the rate becomes `coded_rate`: mp3 knows no other way.
     """
-    audio = audio if len(audio) <= 2 else audio.mean(axis=0, keepdims=True)
-    if sample_rate not in MP3_RATES:
-        audio = torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), sample_rate, MP3_RATES[-1]).numpy()
-        sample_rate = MP3_RATES[-1]
+    audio, rate = audio if len(audio) <= 2 else audio.mean(axis=0, keepdims=True), coded_rate(sample_rate)
+    if rate != sample_rate:
+        audio = torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), sample_rate, rate).numpy()
     buffer = io.BytesIO()
     # A variable rate holds the quality, so that no version suffers more from the coding than another; and of LAME's modes it
     # alone leaves the level as it is.
-    soundfile.write(buffer, np.clip(audio.T, -1, 1), sample_rate, format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
+    soundfile.write(buffer, np.clip(audio.T, -1, 1), rate, format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
     return buffer.getvalue()
 
 
 def players(
-    columns: Mapping[str, Mapping[str, np.ndarray]], sample_rate: int, notes: Mapping[str, Notes] | None = None, residuals: bool = False
+    columns: Mapping[str, Mapping[str, np.ndarray]], sample_rate: int, notes: Mapping[str, Notes] | None = None
 ) -> HTML:
     """Players below each other for a notebook: `{heading: {version: (channels, samples)}}`, one player a heading.
 
-    All versions of a player share one gain. `notes` has for a heading and version what stands beside it. With `residuals` the
-    mixture minus what is heard can be heard too. Names are escaped.
+    All versions of a player, and the residuals it makes where there is a mixture, share one gain. `notes` has for a heading and
+    version what stands beside it. Names are escaped.
     """
     notes = notes or {}
-    body = "".join(figure(heading, versions, sample_rate, notes.get(heading), residuals) for heading, versions in columns.items())
+    body = "".join(figure(heading, versions, sample_rate, notes.get(heading)) for heading, versions in columns.items())
     return frame(document(KEYS + body, "Players", ["startPlayers()"]), "players: " + ", ".join(columns))
 
 
 def figure(
-    title: str, versions: Mapping[str, np.ndarray], sample_rate: int, notes: Notes | None = None, residuals: bool = False, lead: str = "",
-    more: str = "", identity: str = "",
+    title: str, versions: Mapping[str, np.ndarray], sample_rate: int, notes: Notes | None = None, lead: str = "", more: str = "",
+    identity: str = "",
 ) -> str:
     """HTML of one player. `lead` is text under the title, `more` HTML behind the versions, `identity` what scripts find it by.
 
     Where scripts do not run, it is a list of plain players.
     """
-    rest = residuals_of(versions) if residuals else {}
-    gain = np.float32(common_gain({**versions, **{f"{name} residual": audio for name, audio in rest.items()}}))
+    gain = np.float32(gain_with_residuals(versions))
     rows = []
     for name, audio in versions.items():
-        label = f"{LABELS.get(name, name)}, {title}"
-        sounds = audio_tag(audio * gain, sample_rate, label)
-        if name in rest:
-            sounds += audio_tag(rest[name] * gain, sample_rate, f"residual of {label}", "residual")
-        rows.append(f'<li data-version="{_attribute(name)}">{_chip(name)}{_scores((notes or {}).get(name, {}))}{sounds}</li>')
+        sound = audio_tag(audio * gain, sample_rate, f"{LABELS.get(name, name)}, {title}")
+        rows.append(f'<li data-version="{_attribute(name)}">{_chip(name)}{_scores((notes or {}).get(name, {}))}{sound}</li>')
     caption = f"<h3>{html.escape(title)}</h3>" + (f"<p>{html.escape(lead)}</p>" if lead else "")
-    scored = " scored" if notes else ""
+    found_by = f'id="{identity}" ' if identity else ""
     return (
-        f'<figure class="player" id="{identity}" data-rate="{sample_rate}" aria-label="{_attribute(title)}"><figcaption>{caption}</figcaption>'
-        f'<ol class="versions{scored}">{"".join(rows)}</ol>{more}</figure>'
+        f'<figure class="player" {found_by}data-rate="{coded_rate(sample_rate)}" aria-label="{_attribute(title)}"><figcaption>{caption}</figcaption>'
+        f'<ol class="versions{" scored" if notes else ""}">{"".join(rows)}</ol>{more}</figure>'
     )
 
 
-def audio_tag(audio: np.ndarray, sample_rate: int, label: str, kind: str = "") -> str:
+def audio_tag(audio: np.ndarray, sample_rate: int, label: str) -> str:
     """HTML of the audio itself, as a plain player, at the level it has."""
     data = base64.b64encode(encode_mp3(audio, sample_rate)).decode()
-    return f'<audio class="{kind}" controls preload="none" aria-label="{_attribute(label)}" src="data:audio/mpeg;base64,{data}"></audio>'
+    return f'<audio controls preload="none" aria-label="{_attribute(label)}" src="data:audio/mpeg;base64,{data}"></audio>'
 
 
 def document(body: str, title: str, calls: list[str], scripts: tuple[str, ...] = SCRIPTS, kind: str = "") -> str:

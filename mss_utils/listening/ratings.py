@@ -20,7 +20,7 @@ import torchaudio
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from scipy import stats
 
-from mss_utils.settings import LETTERS, MODELS, Run, from_root, safe_name, write_text
+from mss_utils.settings import LETTERS, MODELS, Run, from_root, replacing, safe_name, write_text
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
@@ -29,7 +29,8 @@ GOOD_EAR = 90  # the hidden reference is rated at least this
 MAX_MISSED = 0.15  # share of excerpts on which a listener may rate it lower
 MIN_LISTENERS = 3  # for an interval
 TABLES = ("ratings", "opinion")
-RATING_COLUMNS = ["listener", "target", "track", "model", "rating", "position", "heard_s", "comment", "kept", "reason"]
+LETTERS_SHOWN = "VWXYZ"  # what a listener knows the versions of an excerpt by, in the order that was drawn
+RATING_COLUMNS = ["listener", "target", "track", "model", "letter", "rating", "heard_s", "comment", "kept", "reason"]
 OPINION_COLUMNS = ["target", "model", "mean", "ci_low", "ci_high", "listeners", "excerpts", "ratings"]
 
 
@@ -64,8 +65,8 @@ class Page(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Page:
-        if set(self.ratings) != set(RATED) or set(self.order) != set(RATED):
-            raise ValueError(f"rates {', '.join(self.ratings)}; expected {', '.join(RATED)}")
+        if not set(self.ratings) == set(RATED) == set(self.order) or len(self.order) != len(RATED):
+            raise ValueError(f"rates {', '.join(self.ratings)} in the order {', '.join(self.order)}; expected each of {', '.join(RATED)} once")
         if not all(0 <= rating <= 100 for rating in self.ratings.values()):
             raise ValueError(f"has a rating outside 0 to 100: {self.ratings}")
         return self
@@ -80,13 +81,19 @@ class Answers(BaseModel):
     listener: str = Field(min_length=1, max_length=200)
     pages: tuple[Page, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _once(self) -> Answers:
+        if len({(page.target, page.track) for page in self.pages}) < len(self.pages):
+            raise ValueError("rates an excerpt twice")
+        return self
 
-def read_answers(text: str, name: str) -> Answers:
+
+def read_answers(content: bytes, name: str) -> Answers:
     """The answers in one downloaded file; ValueError in one sentence where it holds anything else."""
     try:
-        return Answers.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
+        return Answers.model_validate_json(content.decode("utf-8-sig"))
+    except ValueError as error:  # pydantic's, and that of a file that is no text
+        first = error.errors()[0] if isinstance(error, ValidationError) else dict(msg=str(error), loc=())
         where = " in " + ".".join(map(str, first["loc"])) if first["loc"] else ""
         raise ValueError(
             f"{name} holds no answers of the blind test ({first['msg']}{where}); expected the file that listening.html offers at the end."
@@ -100,12 +107,13 @@ def add_answers(run: Run, files: Iterable[tuple[str, bytes]]) -> list[Path]:
     """
     checked = []
     for name, content in files:
-        answers = read_answers(content.decode("utf-8", errors="replace"), name)
+        answers = read_answers(content, name)
         if answers.run != run.name:
             raise ValueError(f"{name} has answers about run {answers.run!r}, this is {run.name!r}: open the run that was rated.")
-        checked.append((run.folder / "answers" / f"{safe_name(answers.listener)}-{hashlib.sha256(content).hexdigest()[:16]}.json", content.decode("utf-8")))
-    for path, text in checked:
-        write_text(path, text)
+        checked.append((run.folder / "answers" / f"{safe_name(answers.listener)}-{hashlib.sha256(content).hexdigest()[:16]}.json", content))
+    for path, content in checked:
+        with replacing(path) as part:
+            part.write_bytes(content)
     return [path for path, _ in checked]
 
 
@@ -121,37 +129,38 @@ def answer_files(place: str) -> list[tuple[str, bytes]]:
 def ratings_of(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read every file under `answers/`, write `tables/ratings.csv` and `tables/opinion.csv`, and return the two.
 
-    Both have no rows where nobody has answered yet. Raises ValueError for a file that holds no answers.
+    Both have no rows where nobody has answered yet; of equal files one is read. Raises ValueError for a file that holds no answers.
     """
-    files = sorted((run.folder / "answers").glob("*.json"))
-    ratings = screened([read_answers(file.read_text(encoding="utf-8"), str(file)) for file in files], models_of(run))
+    files = {file.read_bytes(): file for file in sorted((run.folder / "answers").glob("[!.]*.json"))}
+    ratings = screened([read_answers(content, str(file)) for content, file in files.items()], run.name, models_of(run))
     opinions = opinion(ratings)
     for name, table in zip(TABLES, (ratings, opinions)):
         write_text(run.table(name), table.to_csv(index=False))
     return ratings, opinions
 
 
-def screened(answers: list[Answers], models: str | None) -> pd.DataFrame:
+def screened(answers: list[Answers], run_name: str, models: str | None) -> pd.DataFrame:
     """One row a rating, columns `RATING_COLUMNS`, with whether it counts and if not why.
 
-    Listeners are left out who rate the hidden reference under 90 on more than 15 % of the excerpts (ITU-R BS.1534-3, section 4.1.2),
-    and answers about other weights than `models`.
+    Answers are left out that rate the hidden reference under 90 on more than 15 % of the excerpts (ITU-R BS.1534-3, section 4.1.2), and
+    those about another run or other weights than `models`. Answers under one name are one listener's.
     """
     rows = []
-    for number, given in enumerate(answers):
-        reason = _why_left_out(given, models)
-        listener = f"{number + 1} {given.listener}"  # two may give the same name
+    for given in answers:
+        reason = _why_left_out(given, run_name, models)
         for page in given.pages:
-            key = dict(listener=listener, target=page.target, track=page.track)
+            key = dict(listener=given.listener, target=page.target, track=page.track)
             rows += [
-                key | dict(model=version, rating=page.ratings[version], position=position, heard_s=page.heard_s.get(version),
+                key | dict(model=version, letter=letter, rating=page.ratings[version], heard_s=page.heard_s.get(version),
                            comment=page.comment, kept=not reason, reason=reason)
-                for position, version in enumerate(page.order, 1)
+                for letter, version in zip(LETTERS_SHOWN, page.order)
             ]
     return pd.DataFrame(rows, columns=RATING_COLUMNS)
 
 
-def _why_left_out(given: Answers, models: str | None) -> str:
+def _why_left_out(given: Answers, run_name: str, models: str | None) -> str:
+    if given.run != run_name:
+        return f"about run {given.run}"
     if models and given.models and given.models != models:
         return "about models that have been trained anew since"
     missed = sum(page.ratings["reference"] < GOOD_EAR for page in given.pages)
@@ -163,8 +172,8 @@ def _why_left_out(given: Answers, models: str | None) -> str:
 def opinion(ratings: pd.DataFrame) -> pd.DataFrame:
     """Mean opinion of every version with its 95 % interval, columns `OPINION_COLUMNS`.
 
-    A listener's ratings are averaged first: his excerpts are no independent witnesses. The interval is Student's t over
-    listeners, from three on.
+    A listener's ratings are averaged first: the excerpts are no independent witnesses. The interval is Student's t over
+    listeners, from three on, and ends where the scale does.
     """
     kept = ratings[ratings["kept"].astype(bool)]
     rows = []
@@ -174,17 +183,18 @@ def opinion(ratings: pd.DataFrame) -> pd.DataFrame:
         mean, half = means.mean(), np.nan
         if len(means) >= MIN_LISTENERS:
             half = stats.t.ppf(0.975, len(means) - 1) * means.sem()
-        rows.append((target, model, mean, mean - half, mean + half, len(means), group["track"].nunique(), len(group)))
+        ends = np.clip([mean - half, mean + half], 0, 100)
+        rows.append((target, model, mean, *ends, len(means), group["track"].nunique(), len(group)))
     return pd.DataFrame(rows, columns=OPINION_COLUMNS)
 
 
 def opinion_sentence(ratings: pd.DataFrame, opinions: pd.DataFrame, target: str) -> str:
     """Who listened and what they think of the models, in one sentence."""
-    listeners = ratings[ratings["target"] == target].drop_duplicates("listener")
-    if listeners.empty:
+    heard = ratings[ratings["target"] == target]
+    count, kept = heard["listener"].nunique(), heard.loc[heard["kept"].astype(bool), "listener"].nunique()
+    if not count:
         return "nobody has taken the blind test yet."
-    left_out = int((~listeners["kept"].astype(bool)).sum())
-    heard = f"{len(listeners)} listener{'s' * (len(listeners) != 1)}, {left_out} left out"
+    heard = f"{count} listener{'s' * (count != 1)}, {count - kept} left out"
     rows = opinions[(opinions["target"] == target) & opinions["model"].isin(MODELS)].sort_values("mean", ascending=False)
     said = [f"{LETTERS[row.model]} {row.mean:.0f}" + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]") for row in rows.itertuples()]
     return f"{heard}; mean opinion {', '.join(said)} of 100." if said else f"{heard}."

@@ -17,7 +17,7 @@ from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
 from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerpt
 from mss_utils.listening.player import players
-from mss_utils.listening.ratings import add_answers, ratings_of
+from mss_utils.listening.ratings import add_answers, opinion_sentence, ratings_of
 from mss_utils.separation import bandwidth_note, separate_file
 from mss_utils.settings import MODELS, Run, from_root, replacing, safe_name
 
@@ -43,7 +43,7 @@ def chooser(run: Run, store: Store, target: str, excerpt_of: Callable[[Track], E
 
 
 def answers_field(run: Run) -> None:
-    """An upload field for the files that listeners downloaded; says how many count."""
+    """An upload field for the files that listeners downloaded; says what listeners think."""
     upload = ipywidgets.FileUpload(accept=".json", multiple=True, description="answers")
     display(upload)
     below = display(HTML(""), display_id=True)
@@ -59,9 +59,9 @@ def _taken_in(run: Run, files: list[tuple[str, bytes]]) -> str:
         add_answers(run, files)
     except ValueError as error:
         return str(error)
-    ratings, _ = ratings_of(run)
-    kept = ratings.drop_duplicates("listener")["kept"]
-    return f"{len(kept)} listener{'s' * (len(kept) != 1)}, {kept.sum()} count; run notebook 05 again to see their opinion beside the scores."
+    ratings, opinions = ratings_of(run)
+    said = [f"{target}: {opinion_sentence(ratings, opinions, target)}" for target in ratings["target"].unique()]
+    return "Taken in. " + " ".join(said)
 
 
 def own_song(run: Run, targets: tuple[str, ...]) -> None:
@@ -98,20 +98,20 @@ def _uploaded(run: Run, files: tuple) -> Path:
 
 
 def separated_song(run: Run, song: Path, target: str, model: str) -> HTML:
-    """Separate a song into `songs/` of the run's folder; players of the stretch in which the target is loudest.
+    """Separate a song into `songs/` of the run's folder; a player of the stretch in which the target is loudest.
 
     Raises as `separate_file` does.
     """
     network = model_of(run, target, model)
-    paths = separate_file(song, network, run.folder / "songs" / model)
-    start, rate = _loudest_second(paths[0], run.settings.excerpt_s)
+    paths = separate_file(song, network, run.folder / "songs" / target / model)
+    start, rate = _loudest(paths[0], run.settings.excerpt_s)
     length = round(run.settings.excerpt_s * rate)
     found, rest = (soundfile.read(path, length, start, dtype="float32", always_2d=True)[0].T for path in paths)
-    print(bandwidth_note(network, rate), *paths, sep="\n")
-    return players({f"{song.name}, from {start / rate:.0f} s": {"mixture": found + rest, model: found, "residual": rest}}, rate)
+    print(*paths, *filter(None, [bandwidth_note(network, rate)]), sep="\n")
+    return players({f"{song.name}, from {start / rate:.0f} s": {"mixture": found + rest, model: found}}, rate)
 
 
-def _loudest_second(path: Path, length_s: float) -> tuple[int, int]:
+def _loudest(path: Path, length_s: float) -> tuple[int, int]:
     """First sample of the `length_s` seconds with most energy, to a second, and the rate; reads a second at a time."""
     rate = soundfile.info(path).samplerate
     energy = np.array([np.sum(block.astype(float) ** 2) for block in soundfile.blocks(path, blocksize=rate, always_2d=True)])

@@ -2,7 +2,8 @@
 // a low anchor and the models, each rated from 0 to 100. Uses the sounds of the players in the same page, and player.js.
 "use strict";
 
-const HEARD_S = 2; // what was played for less has not been heard
+const HEARD_S = 2; // what was played for less, or in a shorter loop, has not been heard
+const FIRST_LETTER = "V".charCodeAt(0); // V to Z: A and B are models elsewhere
 const CLOCK_MS = 100;
 const GRADES = ["bad", "poor", "fair", "good", "excellent"];
 
@@ -52,7 +53,7 @@ class BlindTest {
 
   buildPlayer() {
     const original = document.getElementById(this.page.figure);
-    const soundOf = (version) => original.querySelector(`[data-version="${version}"] audio:not(.residual)`).cloneNode();
+    const soundOf = (version) => original.querySelector(`[data-version="${version}"] audio`).cloneNode();
     const row = (version, name, sound) => {
       const item = element("li", {}, element("span", { className: "name", textContent: name }), sound);
       item.dataset.version = version;
@@ -67,24 +68,36 @@ class BlindTest {
     return figure;
   }
 
-  letter(index) { return String.fromCharCode(65 + index); }
+  letter(index) { return String.fromCharCode(FIRST_LETTER + index); }
 
   slider(version, index) {
     const value = element("output", { textContent: "–" });
-    const input = element("input", { type: "range", min: 0, max: 100, value: 50, oninput: () => {
+    const input = element("input", { type: "range", min: 0, max: 100, value: 50 });
+    labelled(input, { "aria-label": `rating of ${this.letter(index)}`, "aria-valuetext": "not rated" });
+    const rate = () => {
       this.rated[version] = Number(input.value);
       value.textContent = input.value;
+      input.removeAttribute("aria-valuetext");
       this.showMissing();
-    } });
-    labelled(input, { "aria-label": `rating of ${this.letter(index)}` });
-    input.addEventListener("pointerdown", () => this.player.hear(version));
+    };
+    input.addEventListener("input", rate);
+    input.addEventListener("click", rate); // the value it stands at is a rating too
+    input.addEventListener("keydown", (event) => event.key === "Enter" && rate());
+    input.addEventListener("focus", () => this.player.hear(version));
     return element("div", { className: "rating" }, element("span", { textContent: this.letter(index) }), input, value);
   }
 
+  // By the clock of the sound, which stands still when nothing is heard.
   tick() {
     const { transport } = this.player;
-    if (!transport || transport.paused) return;
-    this.heard[transport.heard] += CLOCK_MS / 1000;
+    if (!transport || transport.paused) {
+      this.heardUntil = null;
+      return;
+    }
+    const now = contextOf(transport.rate).currentTime;
+    const [from, to] = transport.loop;
+    if (this.heardUntil && to - from >= Math.min(HEARD_S, transport.duration)) this.heard[transport.heard] += now - this.heardUntil;
+    this.heardUntil = now;
     this.showMissing();
   }
 
@@ -94,14 +107,13 @@ class BlindTest {
     const named = (version) => (version === "open" ? "the reference" : this.letter(this.order.indexOf(version)));
     const unheard = Object.keys(this.heard).filter((version) => !this.wasHeard(version)).map(named);
     const unrated = this.order.filter((version) => !(version in this.rated)).map(named);
-    const parts = [unheard.length ? `Still to hear (${HEARD_S} s each): ${unheard.join(", ")}.` : "", unrated.length ? `Still to rate: ${unrated.join(", ")}.` : ""];
+    const parts = [unheard.length ? `Still to hear (${HEARD_S} s each, in no shorter loop): ${unheard.join(", ")}.` : "", unrated.length ? `Still to rate: ${unrated.join(", ")}.` : ""];
     const text = parts.filter(Boolean).join(" ");
     if (this.missing.textContent !== text) this.missing.textContent = text;
     this.next.disabled = Boolean(text);
   }
 
   onNext() {
-    this.player.transport.pause();
     this.player.close();
     const { track, target } = this.page;
     const heard_s = Object.fromEntries(Object.entries(this.heard).map(([version, seconds]) => [version, Math.round(seconds * 10) / 10]));
@@ -126,9 +138,9 @@ class BlindTest {
 
   // What was behind the letters, now that nothing can be changed.
   revealed() {
-    const head = element("tr", {}, ...["excerpt", "what it was", "your rating"].map((text) => element("th", { textContent: text })));
-    const rows = this.answers.flatMap(({ track, ratings }) => Object.entries(ratings).map(([version, rating]) =>
-      element("tr", {}, ...[track, this.test.names[version], rating].map((text) => element("td", { textContent: text })))));
+    const head = element("tr", {}, ...["excerpt", "letter", "what it was", "your rating"].map((text) => element("th", { textContent: text })));
+    const rows = this.answers.flatMap(({ track, order, ratings }) => order.map((version, index) =>
+      element("tr", {}, ...[track, this.letter(index), this.test.names[version], ratings[version]].map((text) => element("td", { textContent: text })))));
     return element("div", { className: "wide" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   }
 }

@@ -6,6 +6,7 @@
 "use strict";
 
 const FADE_S = 0.008; // from one version to the next: too short to be heard, long enough not to click
+const START_S = 0.01; // a moment ahead, so that all start on the same sample
 const STEP_S = 1; // arrow keys
 const SHORTEST_LOOP_S = 0.1;
 const REGION_COLOUR = "rgba(31, 90, 153, 0.18)";
@@ -34,6 +35,17 @@ function contextOf(rate) {
   return contexts.get(rate);
 }
 
+// Mixture minus version, sample by sample.
+function difference(mixture, version) {
+  const { numberOfChannels, sampleRate } = mixture;
+  const made = new AudioBuffer({ numberOfChannels, sampleRate, length: Math.min(mixture.length, version.length) });
+  for (let channel = 0; channel < numberOfChannels; channel += 1) {
+    const [all, part] = [mixture, version].map((buffer) => buffer.getChannelData(channel));
+    made.copyToChannel(Float32Array.from({ length: made.length }, (_, index) => all[index] - part[index]), channel);
+  }
+  return made;
+}
+
 // What wavesurfer takes for its <audio>: all sounds run together and loop together, one of them is heard.
 class Transport extends EventTarget {
   constructor(buffers, rate) {
@@ -43,8 +55,8 @@ class Transport extends EventTarget {
     this.heard = Object.keys(buffers)[0];
     this.duration = Math.min(...Object.values(buffers).map((buffer) => buffer.duration));
     this.paused = true;
-    this.position = 0; // where the sources were started, in seconds
-    this.startedAt = 0; // on the context's clock
+    this.position = 0; // in seconds, at `startedAt` on the context's clock
+    this.startedAt = 0;
     this.region = null; // [from, to] in seconds
     this.sources = [];
     Object.assign(this, { src: "", currentSrc: "", volume: 1, muted: false, playbackRate: 1, ended: false, seeking: false, readyState: 4 });
@@ -73,10 +85,9 @@ class Transport extends EventTarget {
 
   pause() {
     if (this.paused) return;
-    const at = this.currentTime;
+    this.position = this.currentTime;
     this.stop();
     this.paused = true;
-    this.position = at;
     this.emit("pause");
   }
 
@@ -85,14 +96,16 @@ class Transport extends EventTarget {
     const [from, to] = this.loop;
     this.output ??= this.connectOutput(context);
     this.position = at < to ? at : from;
-    this.startedAt = context.currentTime + 0.01; // a moment ahead, so that all start on the same sample
+    this.startedAt = context.currentTime + START_S;
     this.sources = Object.entries(this.buffers).map(([name, buffer]) => {
-      const gain = new GainNode(context, { gain: name === this.heard ? 1 : 0 });
+      const gain = new GainNode(context, { gain: 0 });
       const source = new AudioBufferSourceNode(context, { buffer, loop: true, loopStart: from, loopEnd: to });
       source.connect(gain).connect(this.output);
+      source.onended = () => gain.disconnect();
       source.start(this.startedAt, this.position);
-      return { name, source, gain };
+      return { name, source, gain: gain.gain };
     });
+    this.fade(this.heard, this.startedAt);
     const wasPaused = this.paused;
     this.paused = false;
     if (wasPaused) this.emit("play");
@@ -104,39 +117,46 @@ class Transport extends EventTarget {
     return output;
   }
 
-  stop() {
-    for (const { source, gain } of this.sources) {
-      source.stop();
-      gain.disconnect();
+  // From now on `name` is let through and nothing else; a step would click.
+  fade(name, at = contextOf(this.rate).currentTime) {
+    for (const source of this.sources) {
+      source.gain.cancelScheduledValues(at);
+      source.gain.setValueAtTime(source.gain.value, at);
+      source.gain.linearRampToValueAtTime(source.name === name ? 1 : 0, at + FADE_S);
     }
+  }
+
+  stop() {
+    const now = contextOf(this.rate).currentTime;
+    this.fade(null, now);
+    for (const { source } of this.sources) source.stop(Math.max(now, this.startedAt) + FADE_S);
     this.sources = [];
   }
 
   restart(at) {
-    if (this.paused) {
-      this.position = at;
-    } else {
+    if (!this.paused) {
       this.stop();
       this.start(at);
+    } else {
+      this.position = at;
     }
   }
 
   select(name) {
     this.heard = name;
-    if (this.paused) return;
-    const now = contextOf(this.rate).currentTime;
-    for (const source of this.sources) {
-      const { gain } = source.gain;
-      gain.cancelScheduledValues(now);
-      gain.setValueAtTime(gain.value, now);
-      gain.linearRampToValueAtTime(source.name === name ? 1 : 0, now + FADE_S);
-    }
+    if (!this.paused) this.fade(name);
   }
 
   setLoop(region) {
     const at = this.currentTime;
     this.region = region;
-    this.restart(region && (at < region[0] || at >= region[1]) ? region[0] : at);
+    const [from, to] = this.loop;
+    if (at < from || at >= to) {
+      this.restart(from);
+    } else if (!this.paused) { // goes on where it is, and turns back at the new end
+      [this.position, this.startedAt] = [at, Math.max(this.startedAt, contextOf(this.rate).currentTime)];
+      for (const { source } of this.sources) [source.loopStart, source.loopEnd] = [from, to];
+    }
     this.emit("timeupdate");
   }
 
@@ -171,7 +191,7 @@ class Player {
     this.time = element("span", { className: "time" });
     this.residualBox = element("input", { type: "checkbox", onchange: (event) => this.hear(this.version, event.target.checked) });
     const residual = element("label", {}, this.residualBox, " residual");
-    residual.hidden = !this.figure.querySelector("audio.residual");
+    residual.hidden = !this.versions.includes("mixture") || this.blind;
     this.loopButton = element("button", { type: "button", textContent: "loop all", disabled: true, onclick: () => this.loop(null) });
     this.status = labelled(element("span", { className: "unseen" }), { role: "status" });
     const bar = element("div", { className: "bar" }, this.playButton, this.time, this.loopButton, residual, this.status);
@@ -189,7 +209,7 @@ class Player {
   }
 
   buildVersion(item, index) {
-    for (const audio of item.querySelectorAll("audio")) audio.hidden = true;
+    item.querySelector("audio").hidden = true;
     labelled(item, { role: "radio", tabindex: "-1" });
     if (index < 10) item.prepend(labelled(element("kbd", { textContent: (index + 1) % 10 }), { "aria-hidden": "true" }));
     item.addEventListener("click", () => this.hear(item.dataset.version));
@@ -199,9 +219,10 @@ class Player {
   ready() { return (this.preparing ??= this.prepare()); }
 
   async prepare() {
-    const sounds = this.items.flatMap((item) => [...item.querySelectorAll("audio")].map((audio) => [soundName(item, audio), audio]));
-    const buffers = await Promise.all(sounds.map(([, audio]) => decode(audio, this.rate)));
-    this.transport = new Transport(Object.fromEntries(sounds.map(([name], index) => [name, buffers[index]])), this.rate);
+    const buffers = await Promise.all(this.items.map((item) => decode(item.querySelector("audio"), this.rate)));
+    const sounds = Object.fromEntries(this.versions.map((version, index) => [version, buffers[index]]));
+    for (const version of this.versions) if (this.hasResidual(version)) sounds[`${version} residual`] = difference(sounds.mixture, sounds[version]);
+    this.transport = new Transport(sounds, this.rate);
     this.transport.select(this.sound);
     this.regions = WaveSurfer.Regions.create();
     this.waves = WaveSurfer.create({
@@ -210,6 +231,15 @@ class Player {
     });
     this.connect();
     this.figure.dataset.ready = "yes";
+  }
+
+  // Far from the screen a silent player gives back what it holds; it begins anew when it comes near.
+  release() {
+    if (!this.transport?.paused) return;
+    this.waves.destroy();
+    this.waves = this.transport = this.preparing = undefined;
+    this.loopButton.disabled = true;
+    delete this.figure.dataset.ready;
   }
 
   get blind() { return this.figure.dataset.blind !== undefined; }
@@ -238,7 +268,7 @@ class Player {
   }
 
   get sound() { return this.residual && this.hasResidual(this.version) ? `${this.version} residual` : this.version; }
-  hasResidual(version) { return Boolean(this.items[this.versions.indexOf(version)].querySelector("audio.residual")); }
+  hasResidual(version) { return this.versions.includes("mixture") && version !== "mixture" && !this.blind; }
 
   peaks() {
     const buffer = this.transport.buffers[this.sound];
@@ -298,7 +328,8 @@ class Player {
   close() {
     Player.all = Player.all.filter((player) => player !== this);
     this.channel.close();
-    this.waves.destroy();
+    this.transport.pause();
+    this.release();
   }
 
   say(text) { this.status.textContent = text; }
@@ -346,28 +377,38 @@ class Player {
   }
 }
 
-const soundName = (item, audio) => item.dataset.version + (audio.classList.contains("residual") ? " residual" : "");
-
 // Keys act on the player that was used last; what is typed into a field, or a button that space presses, is left alone.
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest?.("textarea, select, input[type=text]")) return;
-  if (event.key.startsWith("Arrow") && event.target.closest?.("input")) return; // a slider
+  if (event.target.closest?.("textarea, select, input[type=text]")) return;
+  const bracket = event.key === "[" || event.key === "]"; // many keyboards have them behind a modifier
+  if ((event.ctrlKey || event.metaKey || event.altKey) && !bracket) return;
+  if (event.key.startsWith("Arrow") ? event.target.closest?.("input") : event.repeat) return; // arrows move a slider
   if (event.key === " " && event.target.closest?.("button:not(.play), input[type=checkbox], summary, a")) return;
   const visible = Player.all.filter((player) => player.figure.offsetParent);
   const player = visible.includes(Player.active) ? Player.active : visible[0];
   if (player?.onKey(event)) event.preventDefault();
 });
 
+// What does not decode is left as the plain players that it was.
+function giveUp(player, error) {
+  const { figure } = player;
+  for (const node of figure.querySelectorAll(".bar, .wave, .spectrogram")) node.remove();
+  for (const audio of figure.querySelectorAll("audio")) audio.hidden = false;
+  figure.append(element("p", { className: "small", textContent: `This browser cannot play these versions together (${error.message}).` }));
+}
+
+function watch(figures, margin, act) {
+  const observer = new IntersectionObserver((entries) => entries.forEach(act), { rootMargin: margin });
+  figures.forEach((figure) => observer.observe(figure));
+}
+
 function startPlayers() {
-  const nearScreen = new IntersectionObserver((entries) => {
-    for (const { isIntersecting, target } of entries) if (isIntersecting) target.player.ready();
-  }, { rootMargin: "200px" });
-  for (const figure of document.querySelectorAll("figure.player")) {
-    new Player(figure);
-    nearScreen.observe(figure);
-  }
+  const figures = [...document.querySelectorAll("figure.player")];
+  for (const figure of figures) new Player(figure);
+  watch(figures, "200px", ({ isIntersecting, target: { player } }) => isIntersecting && player.ready().catch((error) => giveUp(player, error)));
+  watch(figures, "4000px", ({ isIntersecting, target: { player } }) => isIntersecting || player.release());
   if (window.frameElement) { // in a notebook: as high as what it shows
-    const fit = () => { window.frameElement.style.height = `${document.documentElement.scrollHeight}px`; };
+    const fit = () => { window.frameElement.style.height = `${Math.ceil(document.body.getBoundingClientRect().height)}px`; };
     new ResizeObserver(fit).observe(document.body);
     fit();
   }
