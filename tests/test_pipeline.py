@@ -80,7 +80,7 @@ def test_a_trained_model_separates_a_song(smoke_run, tmp_path, own_folders):
     song = next((own_folders / "cache").glob("songs-*/test/*/mixture.flac"))
     done = command("separate", str(song), "--model", str(folder / "models/piano/unet/seed0"), "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"mixture.piano.wav", "mixture.residual.wav"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mixture.piano.wav", "mixture.piano.residual.wav"}
 
 
 def test_the_report_can_be_made_again(smoke_run):

@@ -385,10 +385,10 @@ def test_a_song_cut_off_is_named(tmp_path):
 @pytest.mark.parametrize("flac", [False, True])
 def test_a_separation_that_breaks_off_leaves_what_was_there(flac, tmp_path):
     song = written(tmp_path / "song.wav", noise(1, 64000))
-    before = [path.read_bytes() for path in separate_file(song, Identity(), tmp_path / "out", flac)]
+    before = {path: path.read_bytes() for path in separate_file(song, Identity(), tmp_path / "out", flac)}
     with pytest.raises(FloatingPointError, match="third window"):
         separate_file(song, Failing(), tmp_path / "out", flac)
-    assert [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())] == before
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_the_song_itself_is_never_overwritten(tmp_path):
@@ -398,6 +398,17 @@ def test_the_song_itself_is_never_overwritten(tmp_path):
     with pytest.raises(ValueError, match="song.piano.wav is the song itself"):
         separate_file(tmp_path / "song.wav", Identity(), tmp_path)
     assert stored.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
+
+
+@needs_ffmpeg
+def test_a_damaged_song_is_separated_as_far_as_it_goes_and_it_is_said(tmp_path, capsys):
+    soundfile.write(tmp_path / "whole.mp3", noise(1, 160000)[0], 16000, format="MP3")
+    whole = (tmp_path / "whole.mp3").read_bytes()
+    (tmp_path / "hole.mp3").write_bytes(whole[: len(whole) // 3] + bytes(range(256)) * 40 + whole[len(whole) // 2 :])
+    separate_file(tmp_path / "hole.mp3", Identity(), tmp_path / "out")
+    assert "hole.mp3 is damaged, and what could be read of it is separated (ffmpeg: " in capsys.readouterr().err
+    separate_file(tmp_path / "whole.mp3", Identity(), tmp_path / "out")
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_flac_holds_eight_channels(tmp_path):
@@ -427,7 +438,7 @@ def test_the_command_prints_the_paths_and_what_is_not_heard(model_folder, tmp_pa
     done = command("separate", str(song), "--model", str(model_folder), "--out", str(tmp_path / "out"), "--flac")
     assert done.returncode == 0, done.stderr
     target, residual, note = done.stdout.splitlines()
-    assert [target, residual] == [str(tmp_path / "out" / f"song.{name}.flac") for name in ("piano", "residual")]
+    assert [target, residual] == [str(tmp_path / "out" / f"song.{name}.flac") for name in ("piano", "piano.residual")]
     assert note.startswith("The model hears up to 8 kHz")
     found, rest, rate = result([target, residual])
     assert rate == 44100 and np.abs(found + rest - soundfile.read(song)[0].T).max() < 2**-23
