@@ -247,7 +247,7 @@ class Player {
   // In a blind test pictures would tell the versions apart: the waveform stays that of the first, the reference.
   spectrogram() {
     if (this.blind) return [];
-    return [ WaveSurfer.Spectrogram.create({
+    return [WaveSurfer.Spectrogram.create({
       container: this.picture, height: 150, fftSamples: 1024, noverlap: 768, scale: "mel", labels: true, labelsColor: "#fff",
       labelsHzColor: "#fff", labelsBackground: "rgba(0,0,0,0.35)", gainDB: 26, rangeDB: 70, frequencyMax: this.rate / 2,
     })];
@@ -394,6 +394,7 @@ function giveUp(player, error) {
   const { figure } = player;
   for (const node of figure.querySelectorAll(".bar, .wave, .spectrogram")) node.remove();
   for (const audio of figure.querySelectorAll("audio")) audio.hidden = false;
+  Player.all = Player.all.filter((other) => other !== player);
   figure.append(element("p", { className: "small", textContent: `This browser cannot play these versions together (${error.message}).` }));
 }
 
