@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="demo", help=f"one of {', '.join(PROFILES)} (default: demo)")
     parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
-    parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, or 'all'")
+    parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, several with commas between, or 'all'")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="any other setting")
 
 
@@ -66,7 +66,7 @@ def _add_train(commands) -> None:
     parser = commands.add_parser("train", help="train models of a run without notebooks, also under torchrun")
     _add_settings(parser)
     _add_run_name(parser)
-    parser.add_argument("--stem", default="", metavar="STEM", help="one stem of a run whose target is 'all' (default: every target)")
+    parser.add_argument("--stem", default="", metavar="STEM", help="one of the run's several targets (default: every one)")
     parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three")
     parser.add_argument("--seed", type=int, default=None, help="one seed (default: every seed of the run)")
     parser.set_defaults(function=_train)

@@ -49,6 +49,7 @@ N_BOOTSTRAP = 10_000
 MAX_SCORERS = 8  # a four-minute stereo track with all its estimates takes about a gigabyte
 
 Estimates = dict[tuple[str, int], np.ndarray]  # by model and seed: (targets, channels, samples)
+Job = tuple[Track, tuple[str, ...]]  # a track, and the targets that are scored together in it
 
 
 def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
@@ -166,26 +167,37 @@ def score(
     `n_referee` tracks (default: the setting) are scored by the other program too, see `_refereed`, with the estimates of the
     first seed.
     """
-    tracks, keys, kept = store.split("test"), {}, {}  # keys: what the label of an estimate, which errors name, stands for
+    jobs = list(itertools.product(store.split("test"), scored_together(settings, store)))
     refereed = _refereed(settings, store, settings.referee_tracks if n_referee is None else n_referee)
+    refereed = [job for job in jobs if job[0] in refereed]
+    targets, found_in = store.targets(settings.target), lru_cache(maxsize=1)(estimates_of)
+    keys, kept = {}, {}  # keys: what the label of an estimate, which errors name, stands for
 
-    def arguments(track: Track) -> tuple:
-        references, pairs = references_and(settings, store, track, estimates_of(track))
+    def arguments(job: Job) -> tuple:
+        track, together = job
+        rows = [targets.index(target) for target in together]
+        references, pairs = references_and(store, job, {key: found[rows] for key, found in found_in(track).items()})
         labels = {f"{model}, seed {seed}, on {track.name!r}": (model, seed) for model, seed in pairs}
         keys.update(labels)
-        if track in refereed:
+        if job in refereed:
             first = {label: pairs[key] for label, key in labels.items() if key[1] == 0}
-            kept[track] = references, first, store.sample_rate, OTHER_SCORER[settings.scorer]
+            kept[job] = references, first, store.sample_rate, OTHER_SCORER[settings.scorer]
         return references, {label: pairs[key] for label, key in labels.items()}, store.sample_rate, settings.scorer
 
-    def rows(track: Track, scored: dict[str, dict]) -> dict[str, pd.DataFrame]:
-        return _rows(settings, store, track, {keys[label]: scores for label, scores in scored.items()})
+    def rows(job: Job, scored: dict[str, dict]) -> dict[str, pd.DataFrame]:
+        return _rows(job, {keys[label]: scores for label, scores in scored.items()})
 
-    scored = tqdm(_in_parallel(score_track, tracks, arguments), desc="Evaluation", unit="track", total=len(tracks))
-    parts = list(map(rows, tracks, list(scored)))  # to its end, so that the bar gets there too
+    scored = tqdm(_in_parallel(score_track, jobs, arguments), desc="Evaluation", unit="track", total=len(jobs))
+    parts = list(map(rows, jobs, list(scored)))  # to its end, so that the bar gets there too
     tables = {name: pd.concat([part[name] for part in parts], ignore_index=True) for name in parts[0]}
-    again = [rows(track, scored)["frames"] for track, scored in zip(refereed, _in_parallel(score_track, refereed, kept.get))]
+    again = [rows(job, scored)["frames"] for job, scored in zip(refereed, _in_parallel(score_track, refereed, kept.get))]
     return tables | dict(referee=_referee(tables["frames"], again))
+
+
+def scored_together(settings: Settings, store: Store) -> list[tuple[str, ...]]:
+    """The targets that are each other's references: all of them for `all`, else each alone, beside its residual."""
+    targets = store.targets(settings.target)
+    return [targets] if settings.target == "all" else [(target,) for target in targets]
 
 
 def _refereed(settings: Settings, store: Store, count: int) -> list[Track]:
@@ -199,14 +211,14 @@ def _refereed(settings: Settings, store: Store, count: int) -> list[Track]:
     return sorted(sounding, key=lambda track: (track.samples, track.name))[:count]
 
 
-def references_and(settings: Settings, store: Store, track: Track, found: Estimates) -> tuple[np.ndarray, dict]:
-    """References and estimates of one track for BSSEval, `(stems, samples, channels)`.
+def references_and(store: Store, job: Job, found: Estimates) -> tuple[np.ndarray, dict]:
+    """References and estimates of a track and the targets that are scored together, for BSSEval: `(stems, samples, channels)`.
 
     One target is scored beside its residual, whose estimate is the mixture minus that of the target; several are scored beside
     each other. Raises ValueError for an estimate of another shape.
     """
+    track, targets = job
     mixture, stems = store.load(track)
-    targets = store.targets(settings.target)
     references = stems[[store.stem_index(target) for target in targets]]
     for (model, seed), estimate in found.items():
         if estimate.shape != references.shape:
@@ -242,9 +254,9 @@ def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], t
         yield from results
 
 
-def _rows(settings: Settings, store: Store, track: Track, found: dict[tuple[str, int], dict]) -> dict[str, pd.DataFrame]:
-    """Rows of one track in the tables frames, tracks and lost_frames."""
-    targets = store.targets(settings.target)
+def _rows(job: Job, found: dict[tuple[str, int], dict]) -> dict[str, pd.DataFrame]:
+    """Rows of one track and what is scored together in the tables frames, tracks and lost_frames."""
+    track, targets = job
     scheme, labels = ("stems", targets) if len(targets) > 1 else ("target+residual", (*targets, "residual"))
     frames, tracks, lost = [], [], []
     for (model, seed), scores in found.items():

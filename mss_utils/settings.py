@@ -56,7 +56,7 @@ class Settings(BaseModel):
 
     profile: str = "demo"
     data: str | None = Field(None, description="dataset root; empty means the profile's own dataset")
-    target: str = Field("piano", description="stem to extract, or 'all'")
+    target: str = Field("piano", description="stem to extract, several with commas between, or 'all'")
     seeds: int = Field(1, ge=1, description="how many weight initialisations of each model are trained")
 
     # data

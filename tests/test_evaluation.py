@@ -265,6 +265,17 @@ def test_stems_beside_a_silent_one_are_scored(gaps):
     assert reasons.tolist() == ["silent: reference of bass"]
 
 
+def test_several_targets_are_scored_as_if_each_were_alone(gaps):
+    store, settings = gaps
+    of = lambda target, n: score(settings.model_copy(update=dict(target=target)), store, half_mixture(store, n), n_referee=0)
+    alone = {target: of(target, 1) for target in ("vocals", "drums")}
+    both = of("vocals,drums", 2)
+    for name in ("frames", "tracks", "lost_frames"):
+        for target, tables in alone.items():
+            pd.testing.assert_frame_equal(both[name].query("target == @target").reset_index(drop=True), tables[name])
+    assert set(both["tracks"]["references"]) == {"target+residual"} and store.targets("vocals,drums,vocals") == ("vocals", "drums")
+
+
 def test_a_model_that_says_nothing_has_zero_db(gaps):
     store, settings = gaps
     silence = lambda track: {("silence", 0): np.zeros((1, 1, track.samples), np.float32)}

@@ -95,6 +95,7 @@ def test_the_report_can_be_made_again(smoke_run):
 @pytest.mark.parametrize("arguments, words", [
     (["run", "--profile", "dmeo"], ["dmeo", "smoke, demo, musdb7, musdb18"]),
     (["run", "--profile", "smoke", "--run", "x", "--target", "violin"], ["No stem 'violin'", "piano"]),
+    (["run", "--profile", "smoke", "--run", "x", "--target", "piano,violin"], ["No stem 'violin'", "piano"]),
     (["run", "--profile", "smoke", "--run", "x", "--set", "stepz=1"], ["Unknown setting 'stepz'", "batch_size"]),
     (["run", "--profile", "smoke", "--run", "x", "--data", "no/such/folder"], ["No dataset folder", "no/such/folder"]),
     (["run", "--profile", "musdb18", "--run", "x"], ["musdb18 profile needs the dataset", "MUSDB_PATH"]),

@@ -88,8 +88,8 @@ class Store:
         return self.stems.index(stem)
 
     def targets(self, target: str) -> tuple[str, ...]:
-        """The stems to train for: all of them for 'all', else the one that `target` names."""
-        return self.stems if target == "all" else (self.stems[self.stem_index(target)],)
+        """The stems to train for: all of them for 'all', else those that `target` names, with commas between."""
+        return self.stems if target == "all" else tuple(dict.fromkeys(self.stems[self.stem_index(stem)] for stem in target.split(",")))
 
     @property
     def n_bytes(self) -> int:
@@ -126,9 +126,10 @@ def open_store(settings: Settings) -> Store:
 def check_target(settings: Settings) -> None:
     """Raise ValueError listing the stems when the dataset has no stem `settings.target`; nothing is rendered or decoded."""
     stems = _stems_of(settings)
-    if settings.target not in ("all", *stems):
-        where = "the built-in songs" if is_built_in(settings) else dataset_root(settings)
-        raise ValueError(f"No stem {settings.target!r} in {where}; there are: {', '.join(stems)} (or 'all').")
+    for target in settings.target.split(",") if settings.target != "all" else []:
+        if target not in stems:
+            where = "the built-in songs" if is_built_in(settings) else dataset_root(settings)
+            raise ValueError(f"No stem {target!r} in {where}; there are: {', '.join(stems)} (or 'all').")
 
 
 def _stems_of(settings: Settings) -> tuple[str, ...]:
