@@ -1,5 +1,7 @@
 """The three questions: every measure on something whose answer is known beforehand."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -331,6 +333,62 @@ def test_a_rank_correlation_is_found_with_its_interval():
     unrelated = verdicts.rank_correlation(index, pd.DataFrame({0: rng.random(30)}, index.index))
     assert unrelated["ci_low"] < 0 < unrelated["ci_high"] and unrelated["verdict"] == "cannot tell"
     assert np.isnan(verdicts.rank_correlation(index[:3], pd.DataFrame({0: index[:3]}))["effect"])
+
+
+def made_up_tables(b1=0.0, b2=0.0, a=0.0):
+    """Every table of a run with ten tracks and three seeds in which each model has one quality, with a little noise: higher is better.
+
+    Better means: a truer phase, less error before an onset, attacks kept, more gained from a repeat and from what is around it, a wider
+    reach, more attention at the bar, an SDR that rises with the track's repetitiveness and with the amount of music.
+    """
+    rng, quality = np.random.default_rng(0), dict(unet=a, demucs_lstm=b1, demucs_attention=b2)
+    noisy = lambda value: value + 0.02 * rng.standard_normal()
+    found = {name: [] for name in ("phase", "transients", "long_range", "tracks", "data_amount")}
+    for index, (model, seed) in itertools.product(range(10), itertools.product(MODELS, range(3))):
+        q, track = quality[model], f"t{index}"
+        key = dict(target="piano", track=track, model=model, seed=seed)
+        found["phase"].append(key | dict(
+            band_low_hz=0, band_high_hz=8000, sdr=5.0, sdr_true_phase=noisy(9 - q), sdr_true_magnitude=noisy(7 + q)))
+        found["transients"].append(key | dict(attack_sdr=noisy(4 + q), sustain_sdr=4.0, pre_echo_db=noisy(-20 - q)))
+        found["tracks"].append(key | dict(SDR=noisy(5 + q * index)))
+        found["data_amount"] += [key | dict(share=share, SDR=noisy(5 + q * np.log10(share / 0.1))) for share in (0.1, 0.3, 1.0)]
+        probe = dict(target="piano", model=model, seed=seed, item=track)
+        found["long_range"] += [
+            probe | dict(probe="reach", condition="99 %", value=noisy(1 + q / 2)),
+            probe | dict(probe="reach", condition="beyond 0.5 s", value=0.1 * 10 ** (noisy(q) / 10)),
+            probe | dict(probe="attention_at_bar", value=noisy(q)),
+            dict(target="piano", probe="repetitiveness", item=track, value=index / 10) if (model, seed) == ("unet", 0) else probe | dict(probe="none"),
+        ]
+        for condition, value in (("silent", 3.0), ("different", 3 + q), ("repeat", 3 + 2 * q)):
+            loop = probe | dict(item=f"{track} @ 0.00 s", probe="damaged_repeat", lag_s=1.0, condition=condition)
+            found["long_range"].append(loop | dict(value=noisy(value)))
+    return {name: pd.DataFrame(rows) for name, rows in found.items()}
+
+
+ABOUT_B2_AND_B1 = {
+    "radius that holds 99 % of the gradient, B2 − B1", "gradient from beyond 0.5 s, B2 over B1", "repetition gain at 1 s, B2 − B1",
+    "rank correlation of repetitiveness with the SDR of B2 − B1", "SDR, B2 − B1", "gain in SDR from ten times the music, B2 − B1",
+}
+ABOUT_ONE = {"attention at one bar over that near it", "context gain of B1 at 1 s", "repetition gain of B2 at 1 s"}
+ABOUT_A = {
+    f"{measure} − A" for model in ("B1", "B2")
+    for measure in (f"SDR of the true magnitude with a model's phase, {model}", f"SDR in the attack minus SDR in the sustain, {model}")
+} | {f"{measure}, A − {model}" for model in ("B1", "B2") for measure in ("share of the error that is phase", "pre-echo")}
+
+
+@pytest.mark.parametrize("quality, positive, negative", [
+    (dict(b1=1.0, b2=2.0), ABOUT_A | ABOUT_B2_AND_B1 | ABOUT_ONE, set()),
+    (dict(b1=2.0, b2=1.0), ABOUT_A | ABOUT_ONE, ABOUT_B2_AND_B1),
+    (dict(a=1.0), set(), ABOUT_A),
+])
+def test_every_effect_has_the_sign_that_its_hypothesis_says(small_settings, quality, positive, negative):
+    settings = small_settings.model_copy(update=dict(data_study=True, segment_s=3.0))
+    table = verdicts.hypotheses(settings, made_up_tables(**quality))
+    table = table[~table["verdict"].eq("not askable")].assign(measure=lambda rows: rows["measure"].str.removeprefix("piano: "))
+    assert set(table["measure"]) == ABOUT_A | ABOUT_B2_AND_B1 | ABOUT_ONE and (table["seeds"] == 3).all()
+    said = table.set_index("measure")["verdict"]
+    assert {measure: said[measure] for measure in positive} == dict.fromkeys(positive, "supported")
+    assert {measure: said[measure] for measure in negative} == dict.fromkeys(negative, "not supported")
 
 
 def test_the_slope_is_what_ten_times_the_music_brings():
