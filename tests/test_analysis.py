@@ -286,6 +286,15 @@ def test_a_slow_attack_is_late_by_what_it_is_slower():
     assert transients.transient_scores(clicks(), clicks(), TIMES, RATE)["attack_time_error_ms"] == 0
 
 
+def test_attacks_too_smeared_to_be_seen_whole_count_as_late():
+    smeared = clicks() + 0.2 * np.sin(2 * np.pi * 1000 * np.arange(10 * RATE) / RATE, dtype=np.float32)[None]  # never quiet before an onset
+    late_ms = transients.transient_scores(clicks(), smeared, TIMES, RATE)["attack_time_error_ms"]
+    assert 40 < late_ms < 60, "all that is looked at before an onset"
+    some = clicks()
+    some[:, : 4 * RATE] = smeared[:, : 4 * RATE]  # seven of the eighteen
+    assert abs(transients.transient_scores(clicks(), some, TIMES, RATE)["attack_time_error_ms"]) < 2
+
+
 def test_only_onsets_with_rest_before_them_count():
     at = transients.isolated(np.array([0.01, 0.5, 0.6, 0.8, 9.95]), RATE, 10 * RATE)
     assert (at / RATE).tolist() == [0.5, 0.8]  # one too near the start, one after 100 ms, one too near the end

@@ -1,4 +1,4 @@
-"""What the measurements say of each hypothesis, by a rule that stood before the numbers.
+"""What the measurements say of each hypothesis, by a rule that stood before the numbers: the first of these that holds.
 
     *supported*      the 95 % interval leaves out zero on the stated side, and at least three seeds have that sign
     *not supported*  it leaves out zero on the other side, or lies inside +-0.2 dB (where the unit is dB)
