@@ -137,8 +137,10 @@ class FakeRun:
         return pdf
 
     def text(self):
-        """The words of the report, without any space or hyphen: where lines break does not matter."""
+        """The words of the report, without any space or hyphen and on one endless page: where lines and pages break does not matter."""
         self.write()
+        source = self.root / "report" / "report.typ"
+        source.write_text(re.sub('paper: "a4"', "width: 21cm, height: 490cm", source.read_text(), count=1))
         pdf = self.compile()
         return squeezed(subprocess.run(["pdftotext", pdf, "-"], capture_output=True, text=True, check=True).stdout)
 
