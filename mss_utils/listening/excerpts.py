@@ -5,8 +5,8 @@ Taught in notebook 06.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -116,11 +116,11 @@ def excerpt_scores(versions: Mapping[str, np.ndarray], sample_rate: int) -> dict
     return {name: table.median().to_dict() for name, table in tables.items() if len(table)}
 
 
-def track_versions(run: Run, store: Store, track: Track, target: str) -> dict[str, np.ndarray]:
-    """Mixture, reference, the three models' estimates (first seed) and the oracle's, of a whole track."""
+def track_versions(run: Run, store: Store, track: Track, target: str, names: Sequence[str] = VERSIONS) -> dict[str, np.ndarray]:
+    """Those of `VERSIONS` that `names` lists, of a whole track: mixture, reference, estimates of the models (first seed) and the oracle."""
     _, stems = store.load(track)
-    everything = {"reference": stems[store.stem_index(target)], **estimates(run, store, track, target, rows=set(VERSIONS) - {"reference"})}
-    return {name: everything[name] for name in VERSIONS}
+    everything = {"reference": stems[store.stem_index(target)], **estimates(run, store, track, target, rows=set(names) - {"reference"})}
+    return {name: everything[name] for name in names}
 
 
 def track_named(store: Store, name: str) -> Track:
@@ -128,12 +128,18 @@ def track_named(store: Store, name: str) -> Track:
     return next(track for track in store.split("test") if track.name == name)
 
 
+def track_excerpt(
+    run: Run, store: Store, target: str, track: Track, names: Sequence[str] = VERSIONS, scores: Scores | None = None
+) -> Excerpt:
+    """The excerpt of a test track in the versions that `names` lists, `reference` among them."""
+    versions = track_versions(run, store, track, target, names)
+    return cut_excerpt(versions, track.name, target, store.sample_rate, run.settings.excerpt_s, scores)
+
+
 def scored_excerpt(run: Run, store: Store, target: str, track: Track) -> Excerpt:
     """The excerpt of a test track in `VERSIONS`, with the scores of just that excerpt."""
-    versions = track_versions(run, store, track, target)
-    excerpt = cut_excerpt(versions, track.name, target, store.sample_rate, run.settings.excerpt_s)
-    excerpt.scores.update(excerpt_scores(excerpt.versions, store.sample_rate))
-    return excerpt
+    excerpt = track_excerpt(run, store, target, track)
+    return replace(excerpt, scores=excerpt_scores(excerpt.versions, store.sample_rate))
 
 
 def excerpts(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> dict[str, Excerpt]:

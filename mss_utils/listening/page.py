@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import pandas as pd
 
 from mss_utils.data import Store
-from mss_utils.figures import LABELS, SHORT, decibels
+from mss_utils.figures import LABELS, SHORT
 from mss_utils.figures.style import METRICS
-from mss_utils.listening.excerpts import SAME_DB, Excerpt, cut_excerpt, same_score, track_named, track_versions
+from mss_utils.listening.excerpts import SAME_DB, Excerpt, same_score, track_excerpt, track_named
 from mss_utils.listening.player import KEYS, SCRIPTS, WEB, audio_tag, document, figure
 from mss_utils.listening.questions import Heard, attack_versions, phase_versions, repeat_versions
-from mss_utils.listening.ratings import ANCHOR, ANCHOR_HZ, RATED, low_anchor, models_of
+from mss_utils.listening.ratings import ANCHOR, ANCHOR_HZ, LETTERS_SHOWN, RATED, low_anchor, models_of
 from mss_utils.settings import Run, write_text
 
 EXCERPTS_TEXT = """
@@ -104,16 +104,15 @@ def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> 
     if pair is None:
         return f"{title}<p>No two models are within {SAME_DB:g} dB of SDR on any test track.</p>"
     name, *models = pair
-    versions = track_versions(run, store, track_named(store, name), target)
-    excerpt = cut_excerpt({key: versions[key] for key in ("mixture", "reference", *models)}, name, target, store.sample_rate, run.settings.excerpt_s)
     rows = tracks[(tracks["target"] == target) & (tracks["track"] == name) & (tracks["seed"] == 0)].set_index("model")
-    notes = {model: {metric: decibels(rows.loc[model, metric]) for metric in METRICS} for model in models}
+    scores = rows.loc[models, list(METRICS)].to_dict("index")
+    excerpt = track_excerpt(run, store, target, track_named(store, name), ("mixture", "reference", *models), scores)
     text = (
         f"<p>On this track {SHORT[models[0]]} and {SHORT[models[1]]} are within {SAME_DB:g} dB of SDR, and of all such pairs differ most in how they "
         "are wrong: a higher SIR means less of the other instruments, a higher SAR fewer artifacts. Scores are those of the whole track. "
         "Which would you keep?</p>"
     )
-    return title + text + figure(name, excerpt.versions, store.sample_rate, notes)
+    return title + text + figure(name, excerpt.versions, store.sample_rate, excerpt.notes)
 
 
 def _questions_section(run: Run, store: Store, target: str) -> str:
@@ -140,7 +139,7 @@ def _blind_section(pages: list[dict]) -> str:
 def _json(test: dict) -> str:
     """What blind.js reads. Without a "<" no name can end the script."""
     names = {name: LABELS.get(name, name) for name in RATED} | {ANCHOR: f"low anchor (mixture up to {ANCHOR_HZ / 1000:g} kHz)"}
-    text = json.dumps(test | dict(names=names)).replace("<", r"\u003c")
+    text = json.dumps(test | dict(names=names, letters=LETTERS_SHOWN)).replace("<", r"\u003c")
     return f'<script type="application/json" id="test">{text}</script>'
 
 

@@ -14,7 +14,7 @@ from mss_utils.analysis import CONDITIONS, gains, loops_of, onsets, transients, 
 from mss_utils.data import Store
 from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
-from mss_utils.listening.excerpts import cut_excerpt, track_named, track_versions
+from mss_utils.listening.excerpts import track_excerpt, track_named, track_versions
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
 from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run
@@ -35,8 +35,7 @@ def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> 
     if cost.empty:
         return "no track", {}
     name = cost.idxmax()
-    whole = track_versions(run, store, track_named(store, name), target)
-    excerpt = cut_excerpt(whole, name, target, store.sample_rate, run.settings.excerpt_s)
+    excerpt = track_excerpt(run, store, target, track_named(store, name), ("reference", *MODELS))
     reference, stft = excerpt.versions["reference"], STFT(run.settings.n_fft, run.settings.hop)
     versions = {}
     for model in MODELS:
@@ -80,10 +79,10 @@ def attack_versions(run: Run, store: Store, target: str, table: pd.DataFrame) ->
     if ahead.empty:
         return "no track", {}
     track = track_named(store, ahead.idxmax())
-    versions = track_versions(run, store, track, target)
+    versions = track_versions(run, store, track, target, ("reference", *MODELS))
     at = transients.isolated(onsets(store, track, target), store.sample_rate, track.samples)
     length = round(ATTACKS_S * store.sample_rate)
     start = max(0, max(at, key=lambda first: ((at >= first) & (at < first + length)).sum()) - store.sample_rate // 10)
-    heard = {name: versions[name][:, start : start + length] for name in ("reference", *MODELS)}
+    heard = {name: audio[:, start : start + length] for name, audio in versions.items()}
     slow = {name: torchaudio.functional.resample(torch.from_numpy(audio), 1, 2).numpy() for name, audio in heard.items()}
     return f"{track.name}, from {start / store.sample_rate:.1f} s", {"as it is": heard, "at half speed": slow}

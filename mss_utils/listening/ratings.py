@@ -29,7 +29,7 @@ GOOD_EAR = 90  # the hidden reference is rated at least this
 MAX_MISSED = 0.15  # share of excerpts on which a listener may rate it lower
 MIN_LISTENERS = 3  # for an interval
 TABLES = ("ratings", "opinion")
-LETTERS_SHOWN = "VWXYZ"  # what a listener knows the versions of an excerpt by, in the order that was drawn
+LETTERS_SHOWN = "VWXYZ"  # what a listener knows the versions of an excerpt by, in the order that was drawn; A and B are models elsewhere
 RATING_COLUMNS = ["listener", "target", "track", "model", "letter", "rating", "heard_s", "comment", "kept", "reason"]
 OPINION_COLUMNS = ["target", "model", "mean", "ci_low", "ci_high", "listeners", "excerpts", "ratings"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 from IPython.display import HTML, display
 
-from mss_utils.data import Store, Track
+from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
 from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerpt
@@ -115,5 +115,4 @@ def _loudest(path: Path, length_s: float) -> tuple[int, int]:
     """First sample of the `length_s` seconds with most energy, to a second, and the rate; reads a second at a time."""
     rate = soundfile.info(path).samplerate
     energy = np.array([np.sum(block.astype(float) ** 2) for block in soundfile.blocks(path, blocksize=rate, always_2d=True)])
-    sums = np.convolve(energy, np.ones(min(len(energy), max(1, round(length_s)))), "valid")
-    return int(sums.argmax()) * rate, rate
+    return loudest_start(np.sqrt(energy)[None], max(1, round(length_s))) * rate, rate

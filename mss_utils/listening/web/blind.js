@@ -3,7 +3,6 @@
 "use strict";
 
 const HEARD_S = 2; // what was played for less, or in a shorter loop, has not been heard
-const FIRST_LETTER = "V".charCodeAt(0); // V to Z: A and B are models elsewhere
 const CLOCK_MS = 100;
 const GRADES = ["bad", "poor", "fair", "good", "excellent"];
 
@@ -15,7 +14,7 @@ function shuffled(items) {
 }
 
 class BlindTest {
-  // `test` is {run, models, pages: [{figure, track, target, versions}]}: versions name sounds of the figure with that id.
+  // `test` is {run, models, names, letters, pages: [{figure, track, target, versions}]}: versions name sounds of the figure with that id.
   constructor(section, test) {
     Object.assign(this, { section, test, pages: shuffled(test.pages), answers: [], number: 0 });
     this.stage = section.querySelector(".stage");
@@ -68,7 +67,7 @@ class BlindTest {
     return figure;
   }
 
-  letter(index) { return String.fromCharCode(FIRST_LETTER + index); }
+  letter(index) { return this.test.letters[index]; }
 
   slider(version, index) {
     const value = element("output", { textContent: "–" });
