@@ -99,6 +99,7 @@ class Settings(BaseModel):
     attention_heads: int = Field(8, ge=1)
 
     # training
+    start_from: str = Field("", description="run whose trained models of the same name, target and seed these begin as; empty: random weights")
     steps: int = Field(1350, ge=1)
     unet_lr: float = Field(2e-3, gt=0)
     demucs_lr: float = Field(2e-3, gt=0)

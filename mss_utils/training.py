@@ -33,9 +33,9 @@ from tqdm.auto import tqdm
 from mss_utils.data import Store
 from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Batch, Mixer
-from mss_utils.models import build_model, count_parameters, load_model
+from mss_utils.models import build_model, count_parameters, load_model, model_sha
 from mss_utils.separation import separate
-from mss_utils.settings import ROOT, Run, Settings, replacing, write_text
+from mss_utils.settings import ROOT, Run, Settings, replacing, results_folder, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NOT_TRAINED = (
@@ -126,7 +126,10 @@ def train_here(
     _check_validation(store, run.settings, target)
     run.write_settings()
     reset_peak_memory(run.settings)
-    state = fit(run.settings, store, identity, folder, recipe_of(model_name, run.settings, seed), on_validation)
+    recipe = recipe_of(model_name, run.settings, seed)
+    if run.settings.start_from:
+        _start(recipe.network, _start_folder(run.settings, target, model_name, seed))
+    state = fit(run.settings, store, identity, folder, recipe, on_validation)
     if int(os.environ.get("RANK", 0)) > 0:  # one process writes
         return
     description = identity | dict(
@@ -139,7 +142,23 @@ def train_here(
 
 def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
     """What a training is of: everything that its weights depend on, and where it came from."""
-    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=settings.model_dump(mode="json"))
+    data = store.sha
+    if settings.start_from:  # what it begins as was learnt from other data
+        data += "+" + model_sha(_start_folder(settings, target, model_name, seed))
+    return dict(model=model_name, target=target, seed=seed, data=data, settings=settings.model_dump(mode="json"))
+
+
+def _start_folder(settings: Settings, target: str, model_name: str, seed: int) -> Path:
+    return Run(settings.start_from, settings, results_folder() / settings.start_from).model_folder(target, model_name, seed)
+
+
+def _start(network: torch.nn.Module, folder: Path) -> None:
+    """Give `network` the weights of a trained model; ValueError where that is of another size."""
+    try:
+        network.load_state_dict(load_model(folder).state_dict())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{folder} cannot be started from ({reason}): it needs the same channels, n_fft and sizes of the models.") from None
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------

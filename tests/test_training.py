@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import command
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mss_utils.training as training
 from mss_utils.data import Store
@@ -267,3 +267,21 @@ def test_a_setting_that_came_later_had_its_default(store, small_settings, tmp_pa
     (tmp_path / "model.json").write_text(json.dumps(older))
     assert is_trained(tmp_path, identity)
     assert not is_trained(tmp_path, identity | dict(settings=identity["settings"] | dict(train_share=0.5)))
+
+
+def test_a_training_may_start_from_another(small_run, store):
+    """The first weights are those of the other run; a start that was trained anew is another training, one that does not fit is said."""
+    train(small_run, store, "piano", "unet")
+    started = lambda **changes: Run("started", small_run.settings.model_copy(update=dict(start_from="small") | changes), small_run.folder.parent / "started")
+    train(started(unet_lr=1e-12, warmup_steps=0, weight_decay=1e-12), store, "piano", "unet")
+    before, after = weights_of(small_run, "unet")[0], weights_of(started(), "unet")[0]
+    learnt = [key for key in before if "running" not in key and "tracked" not in key]
+    assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in learnt)
+
+    identity = identity_of(started().settings, store, "piano", "unet", 0)
+    save_file({key: tensor + 1 for key, tensor in before.items()}, small_run.model_folder("piano", "unet") / "model.safetensors")
+    assert identity_of(started().settings, store, "piano", "unet", 0)["data"] != identity["data"]
+    with pytest.raises(ValueError, match="small.*cannot be started from.*same channels"):
+        train(started(unet_channels=8), store, "piano", "unet")
+    with pytest.raises(FileNotFoundError, match="No model.json in .*demucs_lstm"):
+        train(started(), store, "piano", "demucs_lstm")
