@@ -139,7 +139,7 @@ class FakeRun:
     def text(self):
         """The words of the report, without any space or hyphen and on one endless page: where lines and pages break does not matter."""
         self.write()
-        source = self.root / "report" / "report.typ"
+        source = self.root / "report" / "lib.typ"
         source.write_text(re.sub('paper: "a4"', "width: 21cm, height: 490cm", source.read_text(), count=1))
         pdf = self.compile()
         return squeezed(subprocess.run(["pdftotext", pdf, "-"], capture_output=True, text=True, check=True).stdout)
