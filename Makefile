@@ -1,6 +1,4 @@
 # The whole project: `make report` trains, scores and writes; `make test` checks. Both set up what is missing first.
-PROFILE ?= demo
-RUN ?= $(PROFILE)
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
@@ -8,7 +6,7 @@ READY := $(VENV)/.ready
 .PHONY: report test lab bench setup ffmpeg chromium apt clean
 
 report: setup
-	$(VENV)/bin/python -m mss_utils run --profile $(PROFILE) --run $(RUN) \
+	$(VENV)/bin/python -m mss_utils run $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) \
 		$(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(SET),--set $(foreach setting,$(SET),'$(setting)'))
 
 test: setup chromium

@@ -1,4 +1,4 @@
-"""The command line: `python -m mss_utils run | train | check | separate | report`. Errors are one sentence and exit status 1."""
+"""The command line: `python -m mss_utils run | train | check | separate | report | export`. Errors are one sentence and exit status 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, open_run, resolve, results_folder
+from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, open_run, resolve, results_folder, runs_in
+
+DEFAULT = "demo"  # profile
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_check(commands)
     _add_separate(commands)
     _add_report(commands)
+    _add_export(commands)
     given = parser.parse_args(arguments)
     try:
         return given.function(given) or 0
@@ -31,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="demo", help=f"one of {', '.join(PROFILES)} (default: demo)")
+    parser.add_argument("--profile", default="", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT})")
     parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
     parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, several with commas between, or 'all'")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="any other setting")
 
 
 def _open(given: argparse.Namespace) -> Run:
-    return open_run(given.profile, given.run, given.data, given.target, given.set)
+    return open_run(given.profile or DEFAULT, given.run, given.data, given.target, given.set)
 
 
 def _add_run(commands) -> None:
@@ -53,6 +56,10 @@ def _add_run_name(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(given: argparse.Namespace) -> None:
+    """A run from its data to its report; a collection, whose runs are finished, is only reported, or with data scored again."""
+    if runs_in(given.run):
+        _run_collection(given)
+        return
     run = _open(given)  # before the imports that take seconds: a mistyped setting is answered at once
     from mss_utils.data import check_target
     from mss_utils.pipeline import run_pipeline
@@ -60,6 +67,20 @@ def _run(given: argparse.Namespace) -> None:
     check_target(run.settings)
     run.write_settings()
     run_pipeline(run)
+
+
+def _run_collection(given: argparse.Namespace) -> None:
+    if given.profile or given.target or given.set:
+        runs = ", ".join(run.name for run in runs_in(given.run))
+        raise ValueError(f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings.")
+    from mss_utils.publishing import rescore, write_report
+
+    if given.data:
+        table = rescore(given.run, given.data)
+        print(table.round(4).to_string(index=False))
+        print(f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track")
+    else:
+        print(*write_report(given.run), sep="\n")
 
 
 def _add_train(commands) -> None:
@@ -92,6 +113,11 @@ def _add_report(commands) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    if runs_in(given.run):
+        from mss_utils.publishing import write_report
+
+        print(*write_report(given.run), sep="\n")
+        return
     from mss_utils.pipeline import build_report
 
     stored = results_folder() / given.run / "settings.json"
@@ -99,6 +125,21 @@ def _report(given: argparse.Namespace) -> None:
         names = sorted(path.parent.name for path in results_folder().glob("*/settings.json"))
         raise FileNotFoundError(f"No run {given.run!r} under {results_folder()}; there are: {', '.join(names) or 'none'}.")
     print(build_report(open_run(json.loads(stored.read_text())["profile"], given.run)))
+
+
+def _add_export(commands) -> None:
+    parser = commands.add_parser("export", help="make a collection of finished runs small enough to commit")
+    parser.add_argument("--run", required=True, metavar="NAME", help="collection: the folder under results/ that the runs lie in")
+    parser.add_argument("--to", required=True, metavar="NAME", help="collection to write")
+    parser.add_argument("--complete", nargs="*", default=[], metavar="STEM", help="targets of which the weights of all models are kept, not of the best alone")
+    parser.set_defaults(function=_export)
+
+
+def _export(given: argparse.Namespace) -> None:
+    from mss_utils.publishing import export
+
+    folder = export(given.run, given.to, given.complete)
+    print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 
 def _add_separate(commands) -> None:
@@ -131,7 +172,7 @@ def _add_check(commands) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """What a run would find: versions, ffmpeg, tracks and their audit; only what would stop a run is an error."""
-    settings = resolve(given.profile, given.data, given.target, given.set)
+    settings = resolve(given.profile or DEFAULT, given.data, given.target, given.set)
     from mss_utils.data import audit, co_activity, open_store, warnings_of
 
     store = open_store(settings)

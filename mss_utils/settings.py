@@ -208,6 +208,13 @@ def open_run(profile: str = "demo", run: str = "", data: str = "", target: str =
     return Run(name, settings, folder)
 
 
+def runs_in(collection: str) -> list[Run]:
+    """The runs of a collection, a folder of `results/` that holds runs and has no settings of its own; none where it is a run, or nothing."""
+    folder = results_folder() / collection
+    stored = [] if not collection or (folder / "settings.json").exists() else sorted(folder.glob("*/settings.json"))
+    return [Run(f"{collection}/{path.parent.name}", _stored_settings(path, {}), path.parent) for path in stored]
+
+
 def results_folder() -> Path:
     """Where runs live: `results/` of this repository, or MSS_RESULTS (the tests use it)."""
     return from_root(os.environ.get("MSS_RESULTS") or "results")

@@ -38,8 +38,8 @@ needs_pdftotext = pytest.mark.skipif(not shutil.which("pdftotext"), reason="pdft
 class FakeRun:
     """A run folder as the report needs it, below a Typst root of its own. Tables are lists of dicts until `text` writes them."""
 
-    def __init__(self, root, profile="demo", targets=("piano",), seeds=1, data=None, name="songs"):
-        self.root, self.folder, self.targets = root, root / "results" / "fake", targets
+    def __init__(self, root, profile="demo", targets=("piano",), seeds=1, data=None, name="songs", folder="results/fake"):
+        self.root, self.folder, self.targets = root, root / folder, targets
         target = targets[0] if len(targets) == 1 else "all"
         settings = {"profile": profile, **PROFILES[profile], "target": target, "seeds": seeds, "data": data}
         self.settings = Settings(**settings).model_dump(mode="json")
@@ -112,11 +112,7 @@ class FakeRun:
         (self.folder / "settings.json").write_text(json.dumps(self.settings))
         (self.folder / "environment.json").write_text(json.dumps(self.environment))
         for name, rows in self.tables.items():
-            columns = list(rows[0]) if rows else ["a table without rows has a header"]
-            with open(self.folder / "tables" / f"{name}.csv", "w", newline="") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(self.folder / "tables" / f"{name}.csv", rows)
         mixing = ["data_mixing"] if len(self.targets) == 1 else [f"data_mixing-{target}" for target in self.targets]
         for name in (*COMMON_FIGURES, *mixing, *(f"{figure}-{target}" for figure in TARGET_FIGURES for target in self.targets)):
             (self.folder / "figures" / f"{name}.svg").write_text(SVG)
@@ -137,12 +133,66 @@ class FakeRun:
         return pdf
 
     def text(self):
-        """The words of the report, without any space or hyphen and on one endless page: where lines and pages break does not matter."""
+        """The words of the report, see `words_of`."""
         self.write()
-        source = self.root / "report" / "lib.typ"
-        source.write_text(re.sub('paper: "a4"', "width: 21cm, height: 490cm", source.read_text(), count=1))
-        pdf = self.compile()
-        return squeezed(subprocess.run(["pdftotext", pdf, "-"], capture_output=True, text=True, check=True).stdout)
+        return words_of(self)
+
+
+class FakeCollection:
+    """Made-up runs side by side, as the report of a collection needs them: real music, built-in songs, and a study."""
+
+    def __init__(self, root):
+        self.root = root
+        self.runs = {
+            "musdb7": FakeRun(root, "musdb7", ("vocals", "drums"), name="musdb18-7", folder="runs/musdb7"),
+            "demo": FakeRun(root, "demo", ("piano", "drums"), folder="runs/demo"),
+            "studies": FakeRun(root, "musdb7", ("vocals",), name="musdb18-7", folder="runs/studies"),
+        }
+        for name in ("musdb7", "demo"):
+            self.runs[name].tables["ablations"] = []
+        self.runs["studies"].settings |= dict(ablations=["unet"], data_study=True)
+        self.more_music = [
+            dict(target="vocals", music=music, model=model, train_tracks=80, train_minutes=9.1, steps=750, best_step=500, valid_sdr=valid)
+            for music, valid in (("songs as they are", 4.125), ("+ random mixing", 4.75)) for model in ("unet", "demucs_lstm")
+        ]
+
+    def write(self):
+        for run in self.runs.values():
+            run.tables["data_amount"] = [
+                dict(target=run.targets[0], track=track, model=model, seed=0, share=share, SDR=4.25 + share)
+                for track in ("one", "two") for model in MODELS[1:] for share in (0.1, 1.0)
+            ]
+            run.write()
+            (run.folder / "profile.json").write_text(Settings(profile=run.settings["profile"]).model_dump_json())
+        write_rows(self.root / "runs" / "more_music.csv", self.more_music)
+        shown = dict(training=("musdb7", "vocals"), phase=("musdb7", "vocals"), repeat=("demo", "drums"), attack=("demo", "piano"))
+        (self.root / "runs" / "shown.json").write_text(json.dumps(shown))
+        (self.root / "runs" / "figures").mkdir(exist_ok=True)
+        for name in ("overview", "pipeline", "architecture_unet", "architecture_demucs_lstm", *shown):
+            (self.root / "runs" / "figures" / f"{name}.svg").write_text(SVG)
+
+    def compile(self, kind="pdf"):
+        path, inputs = self.root / f"report.{kind}", dict(name="reference", runs=",".join(self.runs), format=kind)
+        typst.compile(self.root / "report" / "collection.typ", output=path, root=self.root, format=kind, sys_inputs=inputs)
+        return path
+
+    def text(self):
+        self.write()
+        return words_of(self)
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["a table without rows has a header"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def words_of(fake):
+    """The words of a written report, without any space or hyphen and on one endless page: where lines and pages break does not matter."""
+    source = fake.root / "report" / "lib.typ"
+    source.write_text(re.sub('paper: "a4"', "width: 21cm, height: 490cm", source.read_text(), count=1))
+    return squeezed(subprocess.run(["pdftotext", fake.compile(), "-"], capture_output=True, text=True, check=True).stdout)
 
 
 def squeezed(text):
@@ -348,7 +398,53 @@ def test_a_missing_figure_is_an_error(tmp_path):
         run.compile()
 
 
-def test_no_outcome_is_typed_in():
-    lines = (ROOT / "report" / "report.typ").read_text().splitlines()
+@pytest.mark.parametrize("source", ["report.typ", "collection.typ", "lib.typ"])
+def test_no_outcome_is_typed_in(source):
+    lines = (ROOT / "report" / source).read_text().splitlines()
     prose = "\n".join(line for line in lines if not line.lstrip().startswith("//"))
     assert not re.search(r"\d\.\d+[\s~]*dB", prose)
+
+
+# --- the report of a collection ---------------------------------------------------------------------------------------
+
+
+@needs_pdftotext
+def test_the_numbers_of_a_collection_come_from_its_runs(tmp_path):
+    fake = FakeCollection(tmp_path)
+    text = fake.text()
+    assert says(text, "A is highest for vocals with 5.50 dB (mixture −7.25 dB, ratio-mask oracle 11.75 dB)")
+    assert says(text, "A is highest for drums (built-in songs)") and says(text, "the two cannot be told apart on all four")
+    assert says(text, "takes 4,000 (MUSDB18 excerpts) and 1,350 (built-in songs) steps with batches of 4")
+    assert says(text, "Demucs v2 (64 channels)") and says(text, "6.83")  # as in published.csv
+    assert says(text, "random mixing +0.63 dB [+0.13, +1.25]") and says(text, "+ random mixing") and says(text, "4.75 dB")
+    for run in ("musdb7", "demo"):
+        fake.runs[run].change("summary", dict(target="drums", model="demucs_lstm", metric="SDR"), median=6.789)
+    fake.runs["musdb7"].change("paired", dict(target="vocals", a="demucs_attention", b="demucs_lstm", metric="SDR"), median_difference=-1.25, ci_low=-2.0, ci_high=-0.5)
+    fake.runs["studies"].change("ablations", dict(ablation="random_mix", metric="SDR"), median_difference=-0.375, ci_low=-0.5, ci_high=-0.25)
+    fake.more_music[-1]["valid_sdr"] = 3.21
+    text = fake.text()
+    assert says(text, "B1 is highest for drums (MUSDB18 excerpts) with 6.79 dB") and not says(text, "A is highest for drums")
+    assert says(text, "B1 is ahead of B2 in SDR by 1.25 dB [0.50, 2.00]") and says(text, "B1 is ahead of B2 on one and the two cannot be told apart on three")
+    assert says(text, "random mixing −0.38 dB [−0.50, −0.25]") and says(text, "3.21 dB")
+
+
+@needs_pdftotext
+def test_the_questions_of_a_collection_are_answered_by_its_tables(tmp_path):
+    fake = FakeCollection(tmp_path)
+    text = fake.text()
+    assert says(text, "So the answer hangs on what is separated from what") and says(text, "With fewer than three seeds nothing can be supported")
+    for run in fake.runs.values():
+        for row in run.tables["hypotheses"]:
+            if "true magnitude" in row["measure"] or "in the attack minus" in row["measure"]:
+                row.update(effect=-0.875, ci_low=-1.125, ci_high=-0.625, verdict="not supported")
+    text = fake.text()
+    assert says(text, "Both waveform models have the worse phase") and says(text, "the phase that A inherits is nearer to the truth")
+    assert says(text, "both waveform models keep attacks worse than A") and says(text, "−0.88 [−1.13, −0.63] ✗")
+
+
+def test_a_collection_is_one_page_of_html_too(tmp_path):
+    fake = FakeCollection(tmp_path)
+    fake.write()
+    page = fake.compile("html").read_text()
+    assert page.count('<div id="players"></div>') == 1 and page.count("<math") > 20 and page.count("<figure") > 12
+    assert "5.50" in page and not re.search(r'(src|href)="(?!data:|#|https://doi)', page), "nothing is fetched"

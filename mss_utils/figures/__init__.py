@@ -12,13 +12,13 @@ from mss_utils.figures.data import (
     LOWEST_HZ, co_activity, curriculum, data_levels, excerpt, mixing, spectrogram_db, spectrograms,
 )
 from mss_utils.figures.questions import attack, data_amount, phase, reach, repeat, verdict_table
-from mss_utils.figures.scores import ablation_table, cost, opinion, paired, score_table, scores, slopes, trade_off
-from mss_utils.figures.style import COLOURS, LABELS, MARKERS, SHORT, WIDTH, decibels, number, save, show
+from mss_utils.figures.scores import ablation_table, cost, opinion, overview, paired, score_table, scores, slopes, trade_off
+from mss_utils.figures.style import COLOURS, LABELS, MARKERS, SHORT, WIDTH, decibels, number, save, save_vector, show
 from mss_utils.figures.training import live_curves, reconstruction, training_curves
 
 __all__ = [
     "COLOURS", "LABELS", "LOWEST_HZ", "MARKERS", "SHORT", "WIDTH", "ablation_table", "architecture", "attack", "co_activity", "cost",
-    "curriculum", "data_amount", "data_levels", "decibels", "excerpt", "live_curves", "mixing", "number", "opinion", "paired", "phase", "pipeline",
-    "positions", "reach", "reconstruction", "repeat", "save", "score_table", "scores", "show", "slopes", "spectrogram_db", "spectrograms",
+    "curriculum", "data_amount", "data_levels", "decibels", "excerpt", "live_curves", "mixing", "number", "opinion", "overview", "paired", "phase", "pipeline",
+    "positions", "reach", "reconstruction", "repeat", "save", "save_vector", "score_table", "scores", "show", "slopes", "spectrogram_db", "spectrograms",
     "trade_off", "training_curves", "verdict_table",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from mss_utils.data import MIXTURE
 from mss_utils.figures.style import (
@@ -12,6 +14,8 @@ from mss_utils.figures.style import (
     model_legend, number,
 )
 from mss_utils.metrics import ROUNDING_DB
+
+LOWEST_SHOWN_DB = -15.0  # single tracks below leave the overview
 
 
 def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -> pd.DataFrame:
@@ -45,18 +49,40 @@ def scores(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.nd
     table = tracks[tracks["target"] == target]
     models = [name for name in LABELS if name in set(table["model"])]
     for ax, metric in zip(axes, METRICS):
-        means = table.groupby(["model", "track"])[metric].mean()
-        limit(ax, means[means.index.get_level_values("model") != MIXTURE], means.get(MIXTURE) if metric != "SAR" else None)
-        for x, model in enumerate(models):
-            values = means.get(model, pd.Series(dtype=float)).dropna()
-            dots(ax, x, values.to_numpy(), model)
-            interval(ax, x, _summary_row(summary, target, model, metric), "median", model)
-        ax.set_xticks(range(len(models)), ["mix." if name == MIXTURE else SHORT[name] for name in models])
-        ax.set(title=metric, xlim=(-0.6, len(models) - 0.4))
-        ax.grid(axis="x", visible=False)
+        _clouds(ax, table, summary, target, metric, models)
+        ax.set(title=metric)
     axes[0].set_ylabel("score (dB): tracks; median, 95 % interval")
     model_legend(axes, models)
     return axes
+
+
+def overview(parts: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], axes: np.ndarray | None = None) -> np.ndarray:
+    """SDR of every track for every model, an axis a part: `{(run, target): (tracks, summary)}`, tables of those names."""
+    axes = np.ravel(make(axes, 7.2, 1, len(parts), sharey=True))
+    models = [name for name in LABELS if any(name in set(tracks["model"]) for tracks, _ in parts.values())]
+    for ax, ((run, target), (tracks, summary)) in zip(axes, parts.items()):
+        _clouds(ax, tracks[tracks["target"] == target], summary, target, "SDR", models)
+        ax.set_title(f"{target}, {run}", fontsize=7.5)
+        ax.set_xticklabels([])
+    # One scale for all: what the models and the mixture need anywhere.
+    low, high = zip(*(ax.dataLim.intervaly for ax in axes))
+    axes[0].set_ylim(max(min(low), LOWEST_SHOWN_DB) - 1, max(high) + 1)
+    axes[0].set_ylabel("SDR (dB): tracks; median, 95 % interval")
+    model_legend(axes, models)
+    return axes
+
+
+def _clouds(ax: Axes, table: pd.DataFrame, summary: pd.DataFrame, target: str, metric: str, models: Sequence[str]) -> None:
+    """A metric of every track, a cloud a model, with its median and interval; `table` holds the tracks of `target`."""
+    means = table.groupby(["model", "track"])[metric].mean()
+    limit(ax, means[means.index.get_level_values("model") != MIXTURE], means.get(MIXTURE) if metric != "SAR" else None)
+    for x, model in enumerate(models):
+        values = means.get(model, pd.Series(dtype=float)).dropna()
+        dots(ax, x, values.to_numpy(), model)
+        interval(ax, x, _summary_row(summary, target, model, metric), "median", model)
+    ax.set_xticks(range(len(models)), ["mix." if name == MIXTURE else SHORT[name] for name in models])
+    ax.set_xlim(-0.6, len(models) - 0.4)
+    ax.grid(axis="x", visible=False)
 
 
 def _summary_row(summary: pd.DataFrame, target: str, model: str, metric: str) -> pd.Series | None:

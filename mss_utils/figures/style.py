@@ -56,14 +56,20 @@ plt.rcParams.update({
 })
 
 
-def save(fig: Figure, run: Run, name: str) -> Path:
-    """Write `figures/<name>.svg` and `.png` of a run, each through a temporary name; return the path of the PNG."""
-    for suffix in ("svg", "png"):
+def save(fig: Figure, run: Run, name: str, kinds: Sequence[str] = ("svg", "png")) -> Path:
+    """Write `figures/<name>.svg` and `.png` of a run, each through a temporary name; return the path of the last of `kinds`."""
+    for suffix in kinds:
         path = run.figure(f"{safe_name(name)}.{suffix}")
         with replacing(path) as part:
             # Without a date the same figure is the same file, and git sees a change only where there is one.
             fig.savefig(part, format=suffix, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
     return path
+
+
+def save_vector(axes: Axes | np.ndarray, run: Run, name: str) -> None:
+    """Save the figure of `axes` as SVG alone, and close it."""
+    save(figure_of(axes), run, name, kinds=("svg",))
+    plt.close(figure_of(axes))
 
 
 def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str = "") -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from mss_utils.figures import COLOURS, LABELS
 
 PEAK_DB = -1.0
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+SOUND = "data:audio/mpeg;base64,"  # how the sounds of a page begin
 WEB = Path(__file__).parent / "web"
 SCRIPTS = ("vendor/wavesurfer.min.js", "vendor/regions.min.js", "vendor/spectrogram.min.js", "player.js")
 # Nothing is fetched and no script but those of the page runs, whatever a track is called.
@@ -53,10 +55,10 @@ def coded_rate(sample_rate: int) -> int:
     return sample_rate if sample_rate in MP3_RATES else MP3_RATES[-1]
 
 
-def encode_mp3(audio: np.ndarray, sample_rate: int) -> bytes:
+def encode_mp3(audio: np.ndarray, sample_rate: int, compression: float = 0.1) -> bytes:
     """`(channels, samples)` in full-scale floats as mp3: about 6 kB a second in mono at 16 kHz, at most 26 kB in stereo at 44.1 kHz.
 
-    More than two channels become their mean, and the rate becomes `coded_rate`: mp3 knows no other way.
+    `compression` goes from 0, largest and best, to 1. More than two channels become their mean, and the rate becomes `coded_rate`: mp3 knows no other way.
     """
     audio, rate = audio if len(audio) <= 2 else audio.mean(axis=0, keepdims=True), coded_rate(sample_rate)
     if rate != sample_rate:
@@ -64,7 +66,7 @@ def encode_mp3(audio: np.ndarray, sample_rate: int) -> bytes:
     buffer = io.BytesIO()
     # A variable rate holds the quality, so that no version suffers more from the coding than another; and of LAME's modes it
     # alone leaves the level as it is.
-    soundfile.write(buffer, np.clip(audio.T, -1, 1), rate, format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
+    soundfile.write(buffer, np.clip(audio.T, -1, 1), rate, format="MP3", bitrate_mode="VARIABLE", compression_level=compression)
     return buffer.getvalue()
 
 
@@ -105,7 +107,17 @@ def figure(
 def audio_tag(audio: np.ndarray, sample_rate: int, label: str) -> str:
     """HTML of the audio itself, as a plain player, at the level it has."""
     data = base64.b64encode(encode_mp3(audio, sample_rate)).decode()
-    return f'<audio controls preload="none" aria-label="{_attribute(label)}" src="data:audio/mpeg;base64,{data}"></audio>'
+    return f'<audio controls preload="none" aria-label="{_attribute(label)}" src="{SOUND}{data}"></audio>'
+
+
+def recoded(page: str, compression: float) -> str:
+    """A page whose sounds are coded again, smaller; they keep their level and stay in step with each other."""
+
+    def again(found: re.Match) -> str:
+        audio, rate = soundfile.read(io.BytesIO(base64.b64decode(found[1])), dtype="float32", always_2d=True)
+        return SOUND + base64.b64encode(encode_mp3(audio.T, rate, compression)).decode()
+
+    return re.sub(re.escape(SOUND) + "([A-Za-z0-9+/=]+)", again, page)
 
 
 def document(body: str, title: str, calls: list[str], scripts: tuple[str, ...] = SCRIPTS, kind: str = "") -> str:

@@ -1,0 +1,304 @@
+"""A collection: finished runs side by side under one folder of `results/`, reported as one.
+
+    results/full/<run>/ --export--> results/reference/<run>/ --write_report--> report/report.pdf, report/report.html
+                                                  + the data --rescore--> results/reference-rescored/<run>/
+
+A collection is a folder of runs that has no settings of its own. What is exported is small enough to commit, is reported without data
+or training, and can be scored again with its own weights. Nothing is trained here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import typst
+from safetensors.torch import load_file, save_file
+
+from mss_utils import analysis, evaluation, figures, listening
+from mss_utils.data import Store, is_built_in, open_store
+from mss_utils.evaluation import TRACK_METRICS, estimate_of, score, summarise
+from mss_utils.models import build_model
+from mss_utils.pipeline import REPORT, STAGES
+from mss_utils.settings import MODELS, Run, from_root, replacing, resolve, results_folder, runs_in, write_text
+
+REFERENCE = "reference"  # the collection in the repository: its report lies in report/
+TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
+OWN_TABLES = ("more_music.csv",)  # of the collection, where they are there
+MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
+MAX_TABLE = 800_000  # characters; a longer table is packed
+COMPRESSION = 0.7  # of the sounds in an exported listening page, see `encode_mp3`
+SIGNIFICANT = "%.6g"  # digits of a number in an exported table
+PLAYERS_MARK = b'<div id="players"></div>'  # where collection.typ wants the listening page
+
+
+def collected(name: str) -> list[Run]:
+    """The runs of a collection, those on the built-in songs last; ValueError where there are none."""
+    runs = runs_in(name)
+    if not runs:
+        place = results_folder() / name
+        raise ValueError(f"No collection {name!r}: expected runs under {place}, each finished by: python -m mss_utils run --run {name}/<run>.")
+    return sorted(runs, key=lambda run: (is_built_in(run.settings), run.name))
+
+
+def is_study(run: Run) -> bool:
+    """Whether a run was made for an ablation or for the amount of data: its scores are no part of the results."""
+    return bool(run.settings.ablations) or run.settings.data_study
+
+
+def targets_of(run: Run) -> list[str]:
+    """The targets of a run that has been evaluated."""
+    return pd.read_csv(run.table("summary"))["target"].unique().tolist()
+
+
+# --- exporting ----------------------------------------------------------------------------------------------------------
+
+
+def export(source: str, name: str, complete: Collection[str] = ()) -> Path:
+    """Copy the collection `source` to `results/<name>/`, small enough to commit, and return that folder.
+
+    Kept are settings, environment, tables (six digits a number), notebooks without heavy outputs, training histories,
+    weights in half precision (see `kept_weights`), and the listening page of built-in songs: no other audio may be passed on. Listeners'
+    answers stay. The folder appears when everything is there. Raises ValueError for a collection without runs,
+    FileNotFoundError for a run that is not finished.
+    """
+    runs, folder = collected(source), results_folder() / name
+    if source == name or (folder / "settings.json").exists():
+        raise ValueError(f"{folder} is {'the collection itself' if source == name else 'a run'}: export to another name.")
+    for run in runs:
+        _check_finished(run)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as part:
+        weights = kept_weights(runs, complete)
+        for run in runs:
+            _export_run(run, Path(part) / run.folder.name, [(target, model) for owner, target, model in weights if owner == run])
+            if (answers := folder / run.folder.name / "answers").is_dir():
+                shutil.copytree(answers, Path(part) / run.folder.name / "answers", dirs_exist_ok=True)
+        for table in OWN_TABLES:
+            if (own := results_folder() / source / table).exists():
+                _copy_table(own, Path(part) / table)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(part, folder)
+    return folder
+
+
+def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tuple[Run, str, str]]:
+    """Run, target and model of the weights that an export keeps: each target once, from the first run that has it.
+
+    For targets in `complete` all models, for the others the one with the best validation score; first seeds.
+    """
+    kept, seen = [], set()
+    for run in runs:
+        for target in [] if is_study(run) else targets_of(run):
+            if target not in seen:
+                seen.add(target)
+                best = max(MODELS, key=lambda model: described(run, target, model)["valid_sdr"])
+                kept += [(run, target, model) for model in MODELS if target in complete or model == best]
+    return kept
+
+
+def described(run: Run, target: str, model: str, seed: int = 0) -> dict:
+    """model.json of a trained model."""
+    return json.loads((run.model_folder(target, model, seed) / "model.json").read_text(encoding="utf-8"))
+
+
+def _check_finished(run: Run) -> None:
+    needed = [run.folder / "environment.json", *map(run.table, TABLES)]
+    if missing := [path for path in needed if not path.exists() and not path.with_suffix(".csv.gz").exists()]:
+        profile = run.settings.profile
+        raise FileNotFoundError(f"Run {run.name!r} lacks {missing[0]}: finish it first (make report PROFILE={profile} RUN={run.name}).")
+
+
+def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
+    for name in ("settings.json", "environment.json"):
+        write_text(folder / name, (run.folder / name).read_text(encoding="utf-8"))
+    for table in TABLES:
+        _copy_table(run.table(table), folder / "tables" / f"{table}.csv")
+    for name in STAGES:
+        executed = run.folder / "notebooks" / f"{name}.ipynb"
+        if executed.exists():
+            write_text(folder / "notebooks" / executed.name, nbformat.writes(lightened(nbformat.read(executed, as_version=4))))
+    for path in sorted(run.folder.glob("models/*/*/seed*/*")):
+        if path.name in ("model.json", "history.csv"):
+            write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
+    for target, model in weights:
+        kept = run.model_folder(target, model) / "model.safetensors"
+        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in load_file(kept).items()}
+        save_file(halves, folder / kept.relative_to(run.folder))
+    page = run.folder / "listening.html"
+    if is_built_in(run.settings) and page.exists():
+        write_text(folder / "listening.html", listening.recoded(page.read_text(encoding="utf-8"), COMPRESSION))
+
+
+def _copy_table(source: Path, destination: Path) -> None:
+    text = pd.read_csv(source).to_csv(index=False, float_format=SIGNIFICANT)
+    if len(text) < MAX_TABLE:
+        write_text(destination, text)
+    else:  # pandas reads it all the same; no report needs a table of single seconds
+        with replacing(destination.with_suffix(".csv.gz")) as part:
+            part.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def lightened(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook without sounds and pictures, and without any other output of more than `MAX_OUTPUT` characters."""
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_light(output)]
+            cell.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
+    return notebook
+
+
+def _is_light(output: nbformat.NotebookNode) -> bool:
+    text = json.dumps(output)
+    pictured = any(kind.startswith("image/") or "widget" in kind for kind in output.get("data", {}))
+    return len(text) <= MAX_OUTPUT and not pictured and "data:audio" not in text
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------
+
+
+def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
+    """Draw the figures of a collection's report as `results/<name>/figures/<figure>.svg`, from tables, histories and settings alone.
+
+    Returns which run and target each of `training`, `phase`, `repeat` and `attack` shows: the first ones there are; for `repeat`
+    those with the longest segments; for `attack` the piano where there is one.
+    """
+    own = Run(name, runs[0].settings, results_folder() / name)
+    parts = [(run, target) for run in runs for target in targets_of(run)]
+    tracks_and_summary = lambda run: (pd.read_csv(run.table("tracks")), pd.read_csv(run.table("summary")))
+    figures.save_vector(figures.overview({(run.folder.name, target): tracks_and_summary(run) for run, target in parts}), own, "overview")
+    figures.save_vector(figures.pipeline(), own, "pipeline")
+    for model in MODELS:
+        figures.save_vector(figures.architecture(build_model(model, own.settings), own.settings), own, f"architecture_{model}")
+    chosen = dict(
+        training=parts[0], phase=parts[0], repeat=max(parts, key=lambda part: part[0].settings.segment_s),
+        attack=next((part for part in parts if part[1] == "piano"), parts[-1]),
+    )
+    for figure, (run, target) in chosen.items():
+        figures.save_vector(_axes_of(figure, run, target), own, figure)
+    return {figure: (run.folder.name, target) for figure, (run, target) in chosen.items()}
+
+
+def _axes_of(figure: str, run: Run, target: str):
+    table = lambda name: pd.read_csv(run.table(name))
+    if figure == "training":
+        paths = {model: sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv")) for model in MODELS}
+        return figures.training_curves({model: list(map(pd.read_csv, found)) for model, found in paths.items()})
+    if figure == "phase":
+        return figures.phase(table("phase"), target)
+    if figure == "repeat":
+        return figures.repeat(table("long_range"), table("tracks"), table("hypotheses"), target)
+    return figures.attack(table("envelopes"), table("transients"), target)
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------
+
+
+def write_report(name: str) -> tuple[Path, Path]:
+    """Draw the figures of a collection anew and set its report, as PDF and as one HTML page with the players inside; return both.
+
+    They lie in the collection's folder, those of `REFERENCE` in `report/`. Raises ValueError for no collection, FileNotFoundError
+    naming what a run lacks.
+    """
+    runs = collected(name)
+    for run in runs:
+        _check_finished(run)
+        listening.ratings_of(run)  # answers may have come in
+    shown = draw(name, [run for run in runs if not is_study(run)] or runs)
+    folder = REPORT if name == REFERENCE else results_folder() / name
+    pdf, page = folder / "report.pdf", folder / "report.html"
+    with tempfile.TemporaryDirectory() as root:
+        _lay_out(Path(root), name, runs, shown)
+        sources = dict(name=name, runs=",".join(run.folder.name for run in runs))
+        compiled = lambda kind: typst.compile(Path(root) / "report" / "collection.typ", root=root, format=kind, sys_inputs=sources | dict(format=kind))
+        for path, content in ((pdf, compiled("pdf")), (page, with_players(compiled("html"), runs))):
+            with replacing(path) as part:
+                part.write_bytes(content)
+    return pdf, page
+
+
+def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
+    """Sources, tables and figures side by side below the one root that Typst reads."""
+    shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
+    heavy = shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.html", "*.png", "songs", "answers", "ablations", "data_study")
+    for run in runs:
+        shutil.copytree(run.folder, root / "runs" / run.folder.name, ignore=heavy)
+        for kind, settings in dict(settings=run.settings, profile=resolve(run.settings.profile)).items():  # what differs is told
+            write_text(root / "runs" / run.folder.name / f"{kind}.json", settings.model_dump_json(indent=2))
+    shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
+    write_text(root / "runs" / "shown.json", json.dumps(shown))
+    for table in OWN_TABLES:
+        own = results_folder() / name / table
+        write_text(root / "runs" / table, own.read_text(encoding="utf-8") if own.exists() else "target,music,model\n")
+
+
+def with_players(page: bytes, runs: Iterable[Run]) -> bytes:
+    """The HTML report with the listening pages of the runs that have one in the place that is marked for them."""
+    found = [run.folder / "listening.html" for run in runs if (run.folder / "listening.html").exists()]
+    frames = [listening.frame(path.read_text(encoding="utf-8"), f"players: {path.parent.name}", height=900).data for path in found]
+    return page.replace(PLAYERS_MARK, "".join(frames).encode() or b"<p>This collection has no listening page.</p>")
+
+
+# --- scoring again ------------------------------------------------------------------------------------------------------
+
+
+def rescore(name: str, data: str) -> pd.DataFrame:
+    """Separate and score the test tracks again with the weights that a collection holds; returns how far the scores moved.
+
+    Columns run, target, model, tracks, largest_track_db (over tracks and metrics) and largest_median_db (of the rows of the summary).
+    `data` is the dataset of the runs that are not on the built-in songs, whose test songs are rendered. Written as
+    `results/<name>-rescored/<run>/tables/tracks.csv` and `results/<name>-rescored/differences.csv`. Raises ValueError when the
+    data lack test tracks of the table.
+    """
+    rows = []
+    for run in collected(name):
+        kept = [(target, [model for model in MODELS if (run.model_folder(target, model) / "model.safetensors").exists()]) for target in targets_of(run)]
+        kept = [(target, models) for target, models in kept if models]
+        if kept:
+            store, committed = _test_store(run, data), pd.read_csv(run.table("tracks"))
+            again = pd.concat([_score_again(run, store, target, models) for target, models in kept], ignore_index=True)
+            write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", again.to_csv(index=False))
+            rows += _moved(run, committed, again)
+    table = pd.DataFrame(rows, columns=["run", "target", "model", "tracks", "largest_track_db", "largest_median_db"])
+    write_text(results_folder() / f"{name}-rescored" / "differences.csv", table.to_csv(index=False))
+    return table
+
+
+def _test_store(run: Run, data: str) -> Store:
+    """The test tracks of a run; of built-in songs no more is rendered than a store needs."""
+    few = dict(n_train_songs=1, n_valid_songs=1) if is_built_in(run.settings) else dict(data=str(from_root(data)))
+    store = open_store(run.settings.model_copy(update=few))
+    wanted, found = set(pd.read_csv(run.table("tracks"))["track"]), {track.name for track in store.split("test")}
+    if wanted != found:
+        odd = sorted(wanted ^ found)[0]
+        raise ValueError(f"The test tracks of {store.source} are not those that run {run.name!r} was scored on ({odd!r} is in one only): give its own dataset.")
+    return store
+
+
+def _score_again(run: Run, store: Store, target: str, models: list[str]) -> pd.DataFrame:
+    def estimates_of(track) -> evaluation.Estimates:
+        mixture, _ = store.load(track)
+        return {(model, 0): estimate_of(run, store, mixture, target, model)[None] for model in models}
+
+    return score(run.settings.model_copy(update=dict(target=target)), store, estimates_of, n_referee=0)["tracks"]
+
+
+def _moved(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterable[dict]:
+    """How far the scores of each rescored model are from those in the table, first seeds."""
+    first = committed[committed["seed"] == 0]
+    for (target, model), rows in again.groupby(["target", "model"], sort=False):
+        before = first[(first["target"] == target) & (first["model"] == model)]
+        metrics = list(TRACK_METRICS)
+        tracks = (rows.set_index("track")[metrics] - before.set_index("track")[metrics]).abs()
+        medians = summarise(rows).set_index("metric")["median"] - summarise(before).set_index("metric")["median"]
+        yield dict(
+            run=run.folder.name, target=target, model=model, tracks=len(rows), largest_track_db=tracks.max().max(),
+            largest_median_db=medians.abs().max(),
+        )
