@@ -14,6 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -32,7 +33,7 @@ REFERENCE = "reference"  # the collection in the repository: its report lies in 
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 OWN_TABLES = ("more_music.csv",)  # of the collection, where they are there
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
-MAX_TABLE = 800_000  # characters; a longer table is packed
+MAX_TABLE = 300_000  # characters; a longer table is packed
 COMPRESSION = 0.7  # of the sounds in an exported listening page, see `encode_mp3`
 SIGNIFICANT = "%.6g"  # digits of a number in an exported table
 PLAYERS_MARK = b'<div id="players"></div>'  # where collection.typ wants the listening page
@@ -54,7 +55,7 @@ def is_study(run: Run) -> bool:
 
 def targets_of(run: Run) -> list[str]:
     """The targets of a run that has been evaluated."""
-    return pd.read_csv(run.table("summary"))["target"].unique().tolist()
+    return table_of(run, "summary")["target"].unique().tolist()
 
 
 # --- exporting ----------------------------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def export(source: str, name: str, complete: Collection[str] = ()) -> Path:
                 shutil.copytree(answers, Path(part) / run.folder.name / "answers", dirs_exist_ok=True)
         for table in OWN_TABLES:
             if (own := results_folder() / source / table).exists():
-                _copy_table(own, Path(part) / table)
+                _write_table(pd.read_csv(own), Path(part) / table)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(part, folder)
     return folder
@@ -108,6 +109,12 @@ def described(run: Run, target: str, model: str, seed: int = 0) -> dict:
     return json.loads((run.model_folder(target, model, seed) / "model.json").read_text(encoding="utf-8"))
 
 
+def table_of(run: Run, name: str) -> pd.DataFrame:
+    """A table of a run, which an export may have packed."""
+    path = run.table(name)
+    return pd.read_csv(path if path.exists() else path.with_suffix(".csv.gz"))
+
+
 def _check_finished(run: Run) -> None:
     needed = [run.folder / "environment.json", *map(run.table, TABLES)]
     if missing := [path for path in needed if not path.exists() and not path.with_suffix(".csv.gz").exists()]:
@@ -119,7 +126,7 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
     for name in ("settings.json", "environment.json"):
         write_text(folder / name, (run.folder / name).read_text(encoding="utf-8"))
     for table in TABLES:
-        _copy_table(run.table(table), folder / "tables" / f"{table}.csv")
+        _write_table(table_of(run, table), folder / "tables" / f"{table}.csv")
     for name in STAGES:
         executed = run.folder / "notebooks" / f"{name}.ipynb"
         if executed.exists():
@@ -136,11 +143,11 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
         write_text(folder / "listening.html", listening.recoded(page.read_text(encoding="utf-8"), COMPRESSION))
 
 
-def _copy_table(source: Path, destination: Path) -> None:
-    text = pd.read_csv(source).to_csv(index=False, float_format=SIGNIFICANT)
+def _write_table(table: pd.DataFrame, destination: Path) -> None:
+    text = table.to_csv(index=False, float_format=SIGNIFICANT)
     if len(text) < MAX_TABLE:
         write_text(destination, text)
-    else:  # pandas reads it all the same; no report needs a table of single seconds
+    else:
         with replacing(destination.with_suffix(".csv.gz")) as part:
             part.write_bytes(gzip.compress(text.encode(), mtime=0))
 
@@ -172,7 +179,7 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
     """
     own = Run(name, runs[0].settings, results_folder() / name)
     parts = [(run, target) for run in runs for target in targets_of(run)]
-    tracks_and_summary = lambda run: (pd.read_csv(run.table("tracks")), pd.read_csv(run.table("summary")))
+    tracks_and_summary = lambda run: (table_of(run, "tracks"), table_of(run, "summary"))
     figures.save_vector(figures.overview({(run.folder.name, target): tracks_and_summary(run) for run, target in parts}), own, "overview")
     figures.save_vector(figures.pipeline(), own, "pipeline")
     for model in MODELS:
@@ -187,7 +194,7 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
 
 
 def _axes_of(figure: str, run: Run, target: str):
-    table = lambda name: pd.read_csv(run.table(name))
+    table = partial(table_of, run)
     if figure == "training":
         paths = {model: sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv")) for model in MODELS}
         return figures.training_curves({model: list(map(pd.read_csv, found)) for model, found in paths.items()})
@@ -262,7 +269,7 @@ def rescore(name: str, data: str) -> pd.DataFrame:
         kept = [(target, [model for model in MODELS if (run.model_folder(target, model) / "model.safetensors").exists()]) for target in targets_of(run)]
         kept = [(target, models) for target, models in kept if models]
         if kept:
-            store, committed = _test_store(run, data), pd.read_csv(run.table("tracks"))
+            store, committed = _test_store(run, data), table_of(run, "tracks")
             again = pd.concat([_score_again(run, store, target, models) for target, models in kept], ignore_index=True)
             write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", again.to_csv(index=False))
             rows += _moved(run, committed, again)
@@ -275,7 +282,7 @@ def _test_store(run: Run, data: str) -> Store:
     """The test tracks of a run; of built-in songs no more is rendered than a store needs."""
     few = dict(n_train_songs=1, n_valid_songs=1) if is_built_in(run.settings) else dict(data=str(from_root(data)))
     store = open_store(run.settings.model_copy(update=few))
-    wanted, found = set(pd.read_csv(run.table("tracks"))["track"]), {track.name for track in store.split("test")}
+    wanted, found = set(table_of(run, "tracks")["track"]), {track.name for track in store.split("test")}
     if wanted != found:
         odd = sorted(wanted ^ found)[0]
         raise ValueError(f"The test tracks of {store.source} are not those that run {run.name!r} was scored on ({odd!r} is in one only): give its own dataset.")
