@@ -34,7 +34,7 @@ TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 OWN_TABLES = ("more_music.csv",)  # of the collection, where they are there
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
 MAX_TABLE = 300_000  # characters; a longer table is packed
-COMPRESSION = 0.7  # of the sounds in an exported listening page, see `encode_mp3`
+COMPRESSION = 0.5  # of the sounds in an exported listening page, see `encode_mp3`
 SIGNIFICANT = "%.6g"  # digits of a number in an exported table
 PLAYERS_MARK = b'<div id="players"></div>'  # where collection.typ wants the listening page
 
@@ -153,16 +153,19 @@ def _write_table(table: pd.DataFrame, destination: Path) -> None:
 
 
 def lightened(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without sounds and pictures, and without any other output of more than `MAX_OUTPUT` characters."""
+    """The notebook without sounds, pictures and progress bars, and without any other output of more than `MAX_OUTPUT` characters."""
     for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_light(output)]
-            cell.metadata.pop("papermill", None)
-    notebook.metadata.pop("widgets", None)
+    for key in ("papermill", "widgets"):  # when, and in which folder of which machine
+        notebook.metadata.pop(key, None)
     return notebook
 
 
 def _is_light(output: nbformat.NotebookNode) -> bool:
+    if output.get("name") == "stderr":
+        return False
     text = json.dumps(output)
     pictured = any(kind.startswith("image/") or "widget" in kind for kind in output.get("data", {}))
     return len(text) <= MAX_OUTPUT and not pictured and "data:audio" not in text
@@ -266,11 +269,9 @@ def rescore(name: str, data: str) -> pd.DataFrame:
     """
     rows = []
     for run in collected(name):
-        kept = [(target, [model for model in MODELS if (run.model_folder(target, model) / "model.safetensors").exists()]) for target in targets_of(run)]
-        kept = [(target, models) for target, models in kept if models]
-        if kept:
+        if kept := kept_models(run):
             store, committed = _test_store(run, data), table_of(run, "tracks")
-            again = pd.concat([_score_again(run, store, target, models) for target, models in kept], ignore_index=True)
+            again = pd.concat([score_again(run, store, target, models) for target, models in kept.items()], ignore_index=True)
             write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", again.to_csv(index=False))
             rows += _moved(run, committed, again)
     table = pd.DataFrame(rows, columns=["run", "target", "model", "tracks", "largest_track_db", "largest_median_db"])
@@ -289,7 +290,15 @@ def _test_store(run: Run, data: str) -> Store:
     return store
 
 
-def _score_again(run: Run, store: Store, target: str, models: list[str]) -> pd.DataFrame:
+def kept_models(run: Run) -> dict[str, list[str]]:
+    """The models of a run whose weights are there (first seeds), by target; targets without any are left out."""
+    there = {target: [model for model in MODELS if (run.model_folder(target, model) / "model.safetensors").exists()] for target in targets_of(run)}
+    return {target: models for target, models in there.items() if models}
+
+
+def score_again(run: Run, store: Store, target: str, models: list[str]) -> pd.DataFrame:
+    """The table `tracks` of these models on the test tracks of a store, separated and scored now."""
+
     def estimates_of(track) -> evaluation.Estimates:
         mixture, _ = store.load(track)
         return {(model, 0): estimate_of(run, store, mixture, target, model)[None] for model in models}

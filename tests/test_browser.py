@@ -10,11 +10,12 @@ import pytest
 from matplotlib.image import imread
 from nbconvert import HTMLExporter
 
-from mss_utils.listening import cut_excerpt, document, players
+from mss_utils.listening import cut_excerpt, document, players, recoded
 from mss_utils.listening.page import excerpts_section, page_of
 from mss_utils.listening.player import figure, gain_with_residuals
 from mss_utils.listening.ratings import RATED, read_answers
-from mss_utils.settings import MODELS
+from mss_utils.publishing import PLAYERS_MARK, with_players
+from mss_utils.settings import MODELS, Run, Settings
 
 RATE = 16000
 FREQUENCIES = dict(zip(("mixture", "reference", *MODELS, "irm"), (400, 900, 1400, 1900, 2400, 2900)))
@@ -460,3 +461,14 @@ def test_a_name_never_runs(opened, tones):
     frame = next(frame for frame in page.frames if frame.parent_frame)
     frame.wait_for_selector("figure.player[data-ready]")
     assert page.evaluate("window.harmed") is None and frame.evaluate("window.harmed") is None
+
+
+def test_the_players_run_inside_the_html_report(opened, tone_page, tmp_path):
+    (tmp_path / "listening.html").write_text(recoded(tone_page, 0.5), encoding="utf-8")
+    page = opened(with_players(b"<!doctype html><html><body>" + PLAYERS_MARK + b"</body></html>", [Run("run", Settings(), tmp_path)]).decode())
+    inside = page.frame_locator("iframe")
+    inside.locator("figure.player[data-ready]").first.wait_for()
+    assert page.locator("iframe").bounding_box()["height"] > 300 and page.locator("#players").count() == 0
+    inside.locator("figure.player button", has_text="Play").first.click()
+    frame = page.frames[1]
+    frame.wait_for_function(f"{FIRST}.transport.currentTime > 0.1")
