@@ -123,6 +123,18 @@ def test_score_figures(tracks):
     assert "mixture" in texts(axes) and "ratio-mask oracle" in texts(axes)
 
 
+def test_the_overview_has_an_axis_a_part_and_one_scale(tracks, tmp_path):
+    """Every mark lies inside but for those below what is shown; the mixture's impossible SAR plays no part."""
+    summary = summarise(tracks)
+    low = tracks.assign(target="drums", SDR=tracks["SDR"] - 20)
+    axes = figures.overview({("excerpts", "piano"): (tracks, summary), ("songs", "drums"): (low, summarise(low))})
+    assert [ax.get_title() for ax in axes] == ["piano, excerpts", "drums, songs"] and "U-Net" in texts(axes)
+    bottom, top = axes[0].get_ylim()
+    assert axes[1].get_ylim() == (bottom, top) and bottom == -16 and tracks["SDR"].max() < top < tracks["SDR"].max() + 3
+    figures.save_vector(axes, Run("r", Settings(), tmp_path), "overview")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["overview.svg"] and not plt.get_fignums()
+
+
 def test_a_slope_joins_the_scores_of_a_track_in_the_colour_of_the_better_model(tracks):
     axes = figures.slopes(tracks, compare(tracks), "piano")
     means = tracks.groupby(["model", "track"])["SDR"].mean()

@@ -96,7 +96,8 @@ def test_notebooks_keep_words_and_lose_weight(exported):
 def test_an_export_loses_no_answers_and_overwrites_no_run(collection, exported, smoke_run):
     (exported / "songs" / "answers").mkdir(exist_ok=True)
     (exported / "songs" / "answers" / "somebody.json").write_text("{}")
-    export(collection, "small", complete=["piano"])
+    done = command("export", "--run", collection, "--to", "small", "--complete", "piano")
+    assert done.returncode == 0 and done.stdout.startswith(f"{exported}: ") and done.stdout.endswith(" MB\n"), done.stderr
     assert (exported / "songs" / "answers" / "somebody.json").read_text() == "{}"
     shutil.rmtree(exported / "songs" / "answers")
     with pytest.raises(ValueError, match="is a run: export to another name"):
