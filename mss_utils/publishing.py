@@ -31,7 +31,8 @@ from mss_utils.settings import MODELS, Run, from_root, replacing, resolve, resul
 
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
-OWN_TABLES = ("more_music.csv",)  # of the collection, where they are there
+# Of the collection itself, where they are there: a table, and what whoever made the runs has to say of them.
+OWN_FILES = {"more_music.csv": "target,music,model\n", "remarks.txt": ""}  # with what an absent one holds
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
 MAX_TABLE = 300_000  # characters; a longer table is packed
 COMPRESSION = 0.5  # of the sounds in an exported listening page, see `encode_mp3`
@@ -46,6 +47,13 @@ def collected(name: str) -> list[Run]:
         place = results_folder() / name
         raise ValueError(f"No collection {name!r}: expected runs under {place}, each finished by: python -m mss_utils run --run {name}/<run>.")
     return sorted(runs, key=lambda run: (is_built_in(run.settings), run.name))
+
+
+def music_of(run: Run) -> str:
+    """What a figure calls the data of a run."""
+    if is_built_in(run.settings):
+        return "built-in songs"
+    return {"musdb7": "MUSDB18 excerpts", "musdb18": "MUSDB18"}.get(run.settings.profile, run.folder.name)
 
 
 def is_study(run: Run) -> bool:
@@ -81,9 +89,9 @@ def export(source: str, name: str, complete: Collection[str] = ()) -> Path:
             _export_run(run, Path(part) / run.folder.name, [(target, model) for owner, target, model in weights if owner == run])
             if (answers := folder / run.folder.name / "answers").is_dir():
                 shutil.copytree(answers, Path(part) / run.folder.name / "answers", dirs_exist_ok=True)
-        for table in OWN_TABLES:
-            if (own := results_folder() / source / table).exists():
-                _write_table(pd.read_csv(own), Path(part) / table)
+        for file in OWN_FILES:
+            if (own := results_folder() / source / file).exists():
+                write_text(Path(part) / file, own.read_text(encoding="utf-8"))
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(part, folder)
     return folder
@@ -183,7 +191,7 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
     own = Run(name, runs[0].settings, results_folder() / name)
     parts = [(run, target) for run in runs for target in targets_of(run)]
     tracks_and_summary = lambda run: (table_of(run, "tracks"), table_of(run, "summary"))
-    figures.save_vector(figures.overview({(run.folder.name, target): tracks_and_summary(run) for run, target in parts}), own, "overview")
+    figures.save_vector(figures.overview({(music_of(run), target): tracks_and_summary(run) for run, target in parts}), own, "overview")
     figures.save_vector(figures.pipeline(), own, "pipeline")
     for model in MODELS:
         figures.save_vector(figures.architecture(build_model(model, own.settings), own.settings), own, f"architecture_{model}")
@@ -244,9 +252,9 @@ def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
             write_text(root / "runs" / run.folder.name / f"{kind}.json", settings.model_dump_json(indent=2))
     shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
     write_text(root / "runs" / "shown.json", json.dumps(shown))
-    for table in OWN_TABLES:
-        own = results_folder() / name / table
-        write_text(root / "runs" / table, own.read_text(encoding="utf-8") if own.exists() else "target,music,model\n")
+    for file, nothing in OWN_FILES.items():
+        own = results_folder() / name / file
+        write_text(root / "runs" / file, own.read_text(encoding="utf-8") if own.exists() else nothing)
 
 
 def with_players(page: bytes, runs: Iterable[Run]) -> bytes:

@@ -128,7 +128,7 @@ def test_the_overview_has_an_axis_a_part_and_one_scale(tracks, tmp_path):
     summary = summarise(tracks)
     low = tracks.assign(target="drums", SDR=tracks["SDR"] - 20)
     axes = figures.overview({("excerpts", "piano"): (tracks, summary), ("songs", "drums"): (low, summarise(low))})
-    assert [ax.get_title() for ax in axes] == ["piano, excerpts", "drums, songs"] and "U-Net" in texts(axes)
+    assert [ax.get_title() for ax in axes] == ["piano\nexcerpts", "drums\nsongs"] and "U-Net" in texts(axes)
     bottom, top = axes[0].get_ylim()
     assert axes[1].get_ylim() == (bottom, top) and bottom == -16 and tracks["SDR"].max() < top < tracks["SDR"].max() + 3
     figures.save_vector(axes, Run("r", Settings(), tmp_path), "overview")

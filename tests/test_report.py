@@ -166,6 +166,7 @@ class FakeCollection:
             (run.folder / "profile.json").write_text(Settings(profile=run.settings["profile"]).model_dump_json())
         write_rows(self.root / "runs" / "more_music.csv", self.more_music)
         shown = dict(training=("musdb7", "vocals"), phase=("musdb7", "vocals"), repeat=("demo", "drums"), attack=("demo", "piano"))
+        (self.root / "runs" / "remarks.txt").write_text("The machine had other work.\n")
         (self.root / "runs" / "shown.json").write_text(json.dumps(shown))
         (self.root / "runs" / "figures").mkdir(exist_ok=True)
         for name in ("overview", "pipeline", "architecture_unet", "architecture_demucs_lstm", *shown):
@@ -416,6 +417,7 @@ def test_the_numbers_of_a_collection_come_from_its_runs(tmp_path):
     assert says(text, "A is highest for drums (built-in songs)") and says(text, "the two cannot be told apart on all four")
     assert says(text, "takes 4,000 (MUSDB18 excerpts) and 1,350 (built-in songs) steps with batches of 4")
     assert says(text, "Demucs v2 (64 channels)") and says(text, "6.83")  # as in published.csv
+    assert says(text, "Remarks of whoever made the runs: The machine had other work.")
     assert says(text, "random mixing +0.63 dB [+0.13, +1.25]") and says(text, "+ random mixing") and says(text, "4.75 dB")
     for run in ("musdb7", "demo"):
         fake.runs[run].change("summary", dict(target="drums", model="demucs_lstm", metric="SDR"), median=6.789)

@@ -57,13 +57,13 @@ def scores(tracks: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.nd
 
 
 def overview(parts: Mapping[tuple[str, str], tuple[pd.DataFrame, pd.DataFrame]], axes: np.ndarray | None = None) -> np.ndarray:
-    """SDR of every track for every model, an axis a part: `{(run, target): (tracks, summary)}`, tables of those names."""
+    """SDR of every track for every model, an axis a part: `{(music, target): (tracks, summary)}`, tables of those names."""
     axes = np.ravel(make(axes, 7.2, 1, len(parts), sharey=True))
     models = [name for name in LABELS if any(name in set(tracks["model"]) for tracks, _ in parts.values())]
-    for ax, ((run, target), (tracks, summary)) in zip(axes, parts.items()):
+    for ax, ((music, target), (tracks, summary)) in zip(axes, parts.items()):
         _clouds(ax, tracks[tracks["target"] == target], summary, target, "SDR", models)
-        ax.set_title(f"{target}, {run}", fontsize=7.5)
-        ax.set_xticklabels([])
+        ax.set_title(f"{target}\n{music}", fontsize=7.5)
+        ax.tick_params(axis="x", labelbottom=False, length=0)
     # One scale for all: what the models and the mixture need anywhere.
     low, high = zip(*(ax.dataLim.intervaly for ax in axes))
     axes[0].set_ylim(max(min(low), LOWEST_SHOWN_DB) - 1, max(high) + 1)
