@@ -132,13 +132,14 @@ def _add_export(commands) -> None:
     parser.add_argument("--run", required=True, metavar="NAME", help="collection: the folder under results/ that the runs lie in")
     parser.add_argument("--to", required=True, metavar="NAME", help="collection to write")
     parser.add_argument("--complete", nargs="*", default=[], metavar="STEM", help="targets of which the weights of all models are kept, not of the best alone")
+    parser.add_argument("--listen", nargs="*", default=[], metavar="STEM", help="targets in the listening page of built-in songs (default: all)")
     parser.set_defaults(function=_export)
 
 
 def _export(given: argparse.Namespace) -> None:
     from mss_utils.publishing import export
 
-    folder = export(given.run, given.to, given.complete)
+    folder = export(given.run, given.to, given.complete, given.listen)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
 
 

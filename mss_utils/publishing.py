@@ -69,31 +69,38 @@ def targets_of(run: Run) -> list[str]:
 # --- exporting ----------------------------------------------------------------------------------------------------------
 
 
-def export(source: str, name: str, complete: Collection[str] = ()) -> Path:
+def export(source: str, name: str, complete: Collection[str] = (), heard: Collection[str] = ()) -> Path:
     """Copy the collection `source` to `results/<name>/`, small enough to commit, and return that folder.
 
     Kept are settings, environment, tables (six digits a number), notebooks without heavy outputs, training histories,
-    weights in half precision (see `kept_weights`), and the listening page of built-in songs: no other audio may be passed on. Listeners'
-    answers stay. The folder appears when everything is there. Raises ValueError for a collection without runs,
-    FileNotFoundError for a run that is not finished.
+    weights in half precision (see `kept_weights`), and a listening page of built-in songs with the targets in `heard` (default: all): no
+    other audio may be passed on. Listeners' answers stay. The folder takes the place of an older one when everything is there. Raises ValueError for a collection
+    without runs or a target that none of them has, FileNotFoundError for a run that is not finished.
     """
     runs, folder = collected(source), results_folder() / name
     if source == name or (folder / "settings.json").exists():
         raise ValueError(f"{folder} is {'the collection itself' if source == name else 'a run'}: export to another name.")
     for run in runs:
         _check_finished(run)
+    known = {target for run in runs for target in targets_of(run)}
+    if unknown := [target for target in (*complete, *heard) if target not in known]:
+        raise ValueError(f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as part:
-        weights = kept_weights(runs, complete)
+        root, weights = Path(part) / folder.name, kept_weights(runs, complete)
         for run in runs:
-            _export_run(run, Path(part) / run.folder.name, [(target, model) for owner, target, model in weights if owner == run])
+            copy = Run(f"{name}/{run.folder.name}", run.settings, root / run.folder.name)
+            _export_run(run, copy.folder, [(target, model) for owner, target, model in weights if owner == run])
+            if is_built_in(run.settings) and not is_study(run):
+                page = _page_for(run, copy.name, [target for target in targets_of(run) if target in heard or not heard])
+                write_text(copy.folder / "listening.html", page)
             if (answers := folder / run.folder.name / "answers").is_dir():
-                shutil.copytree(answers, Path(part) / run.folder.name / "answers", dirs_exist_ok=True)
+                shutil.copytree(answers, copy.folder / "answers", dirs_exist_ok=True)
         for file in OWN_FILES:
             if (own := results_folder() / source / file).exists():
-                write_text(Path(part) / file, own.read_text(encoding="utf-8"))
+                write_text(root / file, own.read_text(encoding="utf-8"))
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(part, folder)
+        root.rename(folder)
     return folder
 
 
@@ -146,9 +153,13 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
         kept = run.model_folder(target, model) / "model.safetensors"
         halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in load_file(kept).items()}
         save_file(halves, folder / kept.relative_to(run.folder))
-    page = run.folder / "listening.html"
-    if is_built_in(run.settings) and page.exists():
-        write_text(folder / "listening.html", listening.recoded(page.read_text(encoding="utf-8"), COMPRESSION))
+
+
+def _page_for(run: Run, name: str, targets: list[str]) -> str:
+    """A listening page of a run whose answers are about its copy, `name`, of which not all weights are kept that would identify its models."""
+    store, tracks = open_store(run.settings), table_of(run, "tracks")
+    found = {target: listening.excerpts(run, store, target, tracks) for target in targets}
+    return listening.recoded(listening.listening_page(run, store, tracks, found, name, None), COMPRESSION)
 
 
 def _write_table(table: pd.DataFrame, destination: Path) -> None:

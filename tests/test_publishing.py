@@ -75,6 +75,8 @@ def test_what_is_exported_is_small_and_whole(collection, exported):
 
 def test_no_sound_of_somebody_elses_music_is_passed_on(exported):
     assert (exported / "songs" / "listening.html").exists() and not (exported / "own" / "listening.html").exists()
+    page = (exported / "songs" / "listening.html").read_text()
+    assert "Run <b>small/songs</b>" in page and '"run": "small/songs", "models": null' in page, "answers are about what is exported"
     for path in (exported / "own").rglob("*"):
         assert path.suffix not in (".html", ".mp3", ".wav") and not (path.is_file() and b"data:audio" in path.read_bytes()), path
 
@@ -104,6 +106,8 @@ def test_an_export_loses_no_answers_and_overwrites_no_run(collection, exported, 
         export(collection, "smoke")
     with pytest.raises(ValueError, match="is the collection itself"):
         export(collection, collection)
+    with pytest.raises(ValueError, match="No run of 'full' has the target 'flute'; there are: piano"):
+        export(collection, "small", heard=["flute"])
 
 
 def test_a_run_that_is_not_finished_stops_the_export(collection, tmp_path, monkeypatch):

@@ -59,14 +59,21 @@ whoever asked you.</p>
 
 def write_page(run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str, Mapping[str, Excerpt]]) -> str:
     """Write `listening.html` of a run and return its text; `found` is `{target: {rule: excerpt}}`, `tracks` the table of that name."""
+    text = listening_page(run, store, tracks, found, run.name, models_of(run))
+    write_text(run.folder / "listening.html", text)
+    return text
+
+
+def listening_page(
+    run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str, Mapping[str, Excerpt]], name: str, models: str | None
+) -> str:
+    """The page of `write_page`; answers of its blind test are about the run called `name`, and about `models`, see `models_of`."""
     listen, pages = "", []
     for target, by_rule in found.items():
         section, tested = excerpts_section(target, by_rule, store.sample_rate, len(pages))
         listen += section + _pair_section(run, store, target, tracks) + _questions_section(run, store, target)
         pages += tested
-    text = page_of(run.name, models_of(run), list(found), listen, pages)
-    write_text(run.folder / "listening.html", text)
-    return text
+    return page_of(name, models, list(found), listen, pages)
 
 
 def page_of(name: str, models: str | None, targets: list[str], listen: str, pages: list[dict]) -> str:
