@@ -10,7 +10,7 @@ Each row of the table adds one thing to the one before it but for the last two, 
     + full songs                 a folder of songs with the same artist's vocals and drums beside the excerpts; what is neither is one stem
     + pre-training               begins as a model that was trained for as many steps on the built-in songs
 
-No test track is read. A training that is there is not repeated.
+No test track is scored. A training that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the excerpts, MUSDB18 stem files in train/ and test/")
     parser.add_argument("--songs", required=True, help="folder of songs, one folder with one file a stem each")
-    parser.add_argument("--leave-out", nargs="*", default=["Lithium"], help="songs that nothing is trained on")
+    parser.add_argument("--leave-out", nargs="*", default=["Lithium"], help="songs that nothing is trained on: Lithium is kept to listen to")
     parser.add_argument("--target", default="vocals")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--model", nargs="+", default=("unet", "demucs_lstm"), choices=MODELS)
@@ -60,18 +60,19 @@ def main() -> None:
         for music, settings in conditions.items():
             rows.append(row_of(music, settings, given.target, model))
             print(rows[-1], flush=True)
-            write_text(given.out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
+    write_text(given.out, pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False))
 
 
 def with_songs(excerpts: Path, songs: Path, left_out: list[str]) -> Path:
-    """A dataset folder of links to the excerpts and, in its training part, to the songs that are not left out."""
+    """A dataset folder of links to the excerpts and, in its training part, to the songs that are not left out; made anew each time."""
     root = cache_folder() / "excerpts-and-songs"
+    for link in root.glob("*/*"):
+        link.unlink()
     entries = {path.relative_to(excerpts): path for split in ("train", "test") for path in (excerpts / split).glob("*.stem.mp4")}
     entries |= {Path("train") / path.name: path for path in songs.iterdir() if path.is_dir() and path.name not in left_out}
     for relative, path in entries.items():
         (root / relative).parent.mkdir(parents=True, exist_ok=True)
-        if not (root / relative).exists():
-            (root / relative).symlink_to(os.path.abspath(path))
+        (root / relative).symlink_to(os.path.abspath(path))
     return root
 
 

@@ -23,16 +23,23 @@ import typst
 from safetensors.torch import load_file, save_file
 
 from mss_utils import analysis, evaluation, figures, listening
+from mss_utils.analysis import repetition, transients
+from mss_utils.analysis.verdicts import NEGLIGIBLE_DB
 from mss_utils.data import Store, is_built_in, open_store
-from mss_utils.evaluation import TRACK_METRICS, estimate_of, score, summarise
+from mss_utils.evaluation import TRACK_METRICS, estimate_of, score
+from mss_utils.metrics import ROUNDING_DB
 from mss_utils.models import build_model
 from mss_utils.pipeline import REPORT, STAGES
-from mss_utils.settings import MODELS, Run, from_root, replacing, resolve, results_folder, runs_in, write_text
+from mss_utils.settings import MODELS, Run, from_root, replacing, resolve, results_folder, runs_in, safe_name, write_text
 
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 # Of the collection itself, where they are there: a table, and what whoever made the runs has to say of them.
 OWN_FILES = {"more_music.csv": "target,music,model\n", "remarks.txt": ""}  # with what an absent one holds
+RULES = dict(  # numbers of the method that the report tells
+    negligible_db=NEGLIGIBLE_DB, min_seeds=evaluation.MIN_SEEDS, far_s=repetition.FAR_S, burst_db=-repetition.BURST_DB, apart_s=transients.APART_S,
+    attack_s=transients.ATTACK_S, before_s=transients.BEFORE_S,
+)
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
 MAX_TABLE = 300_000  # characters; a longer table is packed
 COMPRESSION = 0.5  # of the sounds in an exported listening page, see `encode_mp3`
@@ -77,9 +84,9 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
     other audio may be passed on. Listeners' answers stay. The folder takes the place of an older one when everything is there. Raises ValueError for a collection
     without runs or a target that none of them has, FileNotFoundError for a run that is not finished.
     """
-    runs, folder = collected(source), results_folder() / name
-    if source == name or (folder / "settings.json").exists():
-        raise ValueError(f"{folder} is {'the collection itself' if source == name else 'a run'}: export to another name.")
+    runs, folder = collected(source), _destination(name)
+    if folder.resolve() == (results_folder() / source).resolve():
+        raise ValueError(f"{folder} is the collection itself: export to another name.")
     for run in runs:
         _check_finished(run)
     known = {target for run in runs for target in targets_of(run)}
@@ -99,8 +106,19 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
         for file in OWN_FILES:
             if (own := results_folder() / source / file).exists():
                 write_text(root / file, own.read_text(encoding="utf-8"))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(Path(part) / "older")  # goes with the temporary folder
         root.rename(folder)
+    return folder
+
+
+def _destination(name: str) -> Path:
+    """The folder of an export, which may take the place of an older one but of nothing else."""
+    folder = results_folder() / name
+    if safe_name(name) != name:
+        raise ValueError(f"A collection's name may hold letters, digits, '.', '_' and '-', not {name!r}.")
+    if folder.exists() and not runs_in(name):
+        raise ValueError(f"{folder} is there and no collection: export to another name.")
     return folder
 
 
@@ -152,6 +170,8 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
     for target, model in weights:
         kept = run.model_folder(target, model) / "model.safetensors"
         halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in load_file(kept).items()}
+        if too_large := [key for key, tensor in halves.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"{kept}: {too_large[0]} does not fit into half precision; this model cannot be exported.")
         save_file(halves, folder / kept.relative_to(run.folder))
 
 
@@ -204,7 +224,7 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
     tracks_and_summary = lambda run: (table_of(run, "tracks"), table_of(run, "summary"))
     figures.save_vector(figures.overview({(music_of(run), target): tracks_and_summary(run) for run, target in parts}), own, "overview")
     figures.save_vector(figures.pipeline(), own, "pipeline")
-    for model in MODELS:
+    for model in MODELS[:2]:  # B2 is drawn as B1, but for one box
         figures.save_vector(figures.architecture(build_model(model, own.settings), own.settings), own, f"architecture_{model}")
     chosen = dict(
         training=parts[0], phase=parts[0], repeat=max(parts, key=lambda part: part[0].settings.segment_s),
@@ -258,9 +278,14 @@ def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
     shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
     heavy = shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.html", "*.png", "songs", "answers", "ablations", "data_study")
     for run in runs:
-        shutil.copytree(run.folder, root / "runs" / run.folder.name, ignore=heavy)
+        copy = root / "runs" / run.folder.name
+        shutil.copytree(run.folder, copy, ignore=heavy)
+        for packed in copy.glob("tables/*.csv.gz"):
+            packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         for kind, settings in dict(settings=run.settings, profile=resolve(run.settings.profile)).items():  # what differs is told
-            write_text(root / "runs" / run.folder.name / f"{kind}.json", settings.model_dump_json(indent=2))
+            write_text(copy / f"{kind}.json", settings.model_dump_json(indent=2))
+        write_text(copy / "about.json", json.dumps(dict(music=music_of(run), study=is_study(run))))
+    write_text(root / "runs" / "rules.json", json.dumps(RULES))
     shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
     write_text(root / "runs" / "shown.json", json.dumps(shown))
     for file, nothing in OWN_FILES.items():
@@ -283,17 +308,20 @@ def rescore(name: str, data: str) -> pd.DataFrame:
 
     Columns run, target, model, tracks, largest_track_db (over tracks and metrics) and largest_median_db (of the rows of the summary).
     `data` is the dataset of the runs that are not on the built-in songs, whose test songs are rendered. Written as
-    `results/<name>-rescored/<run>/tables/tracks.csv` and `results/<name>-rescored/differences.csv`. Raises ValueError when the
-    data lack test tracks of the table.
+    `results/<name>-rescored/<run>/tables/tracks.csv` and `results/<name>-rescored/differences.csv`. Raises ValueError when
+    there are no weights, or the test tracks of the data are not those of the table.
     """
-    rows = []
-    for run in collected(name):
-        if kept := kept_models(run):
-            store, committed = _test_store(run, data), table_of(run, "tracks")
-            again = pd.concat([score_again(run, store, target, models) for target, models in kept.items()], ignore_index=True)
-            write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", again.to_csv(index=False))
-            rows += _moved(run, committed, again)
-    table = pd.DataFrame(rows, columns=["run", "target", "model", "tracks", "largest_track_db", "largest_median_db"])
+    runs = [run for run in collected(name) if kept_models(run)]
+    if not runs:
+        raise ValueError(f"No weights in {results_folder() / name}; expected models/<target>/<model>/seed0/model.safetensors in one of its runs.")
+    stores = [_test_store(run, data) for run in runs]  # whatever is wrong with the data is said before anything is separated
+    again = [
+        pd.concat([score_again(run, store, target, models) for target, models in kept_models(run).items()], ignore_index=True)
+        for run, store in zip(runs, stores)
+    ]
+    table = pd.DataFrame([row for run, tracks in zip(runs, again) for row in _moved(run, table_of(run, "tracks"), tracks)])
+    for run, tracks in zip(runs, again):
+        write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
     write_text(results_folder() / f"{name}-rescored" / "differences.csv", table.to_csv(index=False))
     return table
 
@@ -302,10 +330,14 @@ def _test_store(run: Run, data: str) -> Store:
     """The test tracks of a run; of built-in songs no more is rendered than a store needs."""
     few = dict(n_train_songs=1, n_valid_songs=1) if is_built_in(run.settings) else dict(data=str(from_root(data)))
     store = open_store(run.settings.model_copy(update=few))
-    wanted, found = set(table_of(run, "tracks")["track"]), {track.name for track in store.split("test")}
+    wanted = set(table_of(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
+    found = {(track.name, max(1, track.samples // store.sample_rate)) for track in store.split("test")}
     if wanted != found:
-        odd = sorted(wanted ^ found)[0]
-        raise ValueError(f"The test tracks of {store.source} are not those that run {run.name!r} was scored on ({odd!r} is in one only): give its own dataset.")
+        odd, seconds = sorted(wanted ^ found)[0]
+        raise ValueError(
+            f"The test tracks of {store.source} are not those that run {run.name!r} was scored on ({odd!r} of {seconds} s is in one only): "
+            "give its own dataset."
+        )
     return store
 
 
@@ -329,11 +361,12 @@ def _moved(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterable[d
     """How far the scores of each rescored model are from those in the table, first seeds."""
     first = committed[committed["seed"] == 0]
     for (target, model), rows in again.groupby(["target", "model"], sort=False):
-        before = first[(first["target"] == target) & (first["model"] == model)]
-        metrics = list(TRACK_METRICS)
-        tracks = (rows.set_index("track")[metrics] - before.set_index("track")[metrics]).abs()
-        medians = summarise(rows).set_index("metric")["median"] - summarise(before).set_index("metric")["median"]
+        before = first[(first["target"] == target) & (first["model"] == model)].set_index("track")[list(TRACK_METRICS)]
+        after = rows.set_index("track")[list(TRACK_METRICS)].reindex(before.index)
+        if (lost := (before.isna() != after.isna()).any(axis=1)).any():
+            raise ValueError(f"{lost.idxmax()!r} has a score of {model} on {target} in one of the two tables only: {run.name} was scored on other audio.")
+        median = lambda table: table.clip(upper=ROUNDING_DB).median()
         yield dict(
-            run=run.folder.name, target=target, model=model, tracks=len(rows), largest_track_db=tracks.max().max(),
-            largest_median_db=medians.abs().max(),
+            run=run.folder.name, target=target, model=model, tracks=len(rows), largest_track_db=(before - after).abs().max().max(),
+            largest_median_db=(median(before) - median(after)).abs().max(),
         )

@@ -195,14 +195,16 @@ def resolve(profile: str = "demo", data: str = "", target: str = "", overrides: 
 def open_run(profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Run:
     """Return the run called `run` (default: the profile's name), with its stored settings if it has been begun.
 
-    Nothing is written yet, see `Run.write_settings`. Raises ValueError as `resolve` does, and for an argument that
-    contradicts the run's own settings.json.
+    Nothing is written yet, see `Run.write_settings`. Raises ValueError as `resolve` does, for an argument that
+    contradicts the run's own settings.json, and for the name of a collection.
     """
     settings = resolve(profile, data, target, overrides)
     name = run or profile
     if any(safe_name(part) != part for part in name.split("/")):
         raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {name!r}.")
     folder = results_folder() / name
+    if runs := runs_in(name):
+        raise ValueError(f"{name!r} is a collection of runs ({', '.join(run.name for run in runs)}): name one of them, or choose another name.")
     if (folder / "settings.json").exists():
         settings = _stored_settings(folder / "settings.json", {"profile": profile, **_given(data, target, overrides)})
     return Run(name, settings, folder)

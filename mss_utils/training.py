@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from mss_utils.data import Store
 from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Batch, Mixer
-from mss_utils.models import build_model, count_parameters, load_model, model_sha
+from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
 from mss_utils.settings import ROOT, Run, Settings, replacing, results_folder, write_text
 
@@ -128,7 +128,7 @@ def train_here(
     reset_peak_memory(run.settings)
     recipe = recipe_of(model_name, run.settings, seed)
     if run.settings.start_from:
-        _start(recipe.network, _start_folder(run.settings, target, model_name, seed))
+        start(recipe.network, run.settings, target, model_name, seed)
     state = fit(run.settings, store, identity, folder, recipe, on_validation)
     if int(os.environ.get("RANK", 0)) > 0:  # one process writes
         return
@@ -142,20 +142,17 @@ def train_here(
 
 def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
     """What a training is of: everything that its weights depend on, and where it came from."""
-    data = store.sha
-    if settings.start_from:  # what it begins as was learnt from other data
-        data += "+" + model_sha(_start_folder(settings, target, model_name, seed))
-    return dict(model=model_name, target=target, seed=seed, data=data, settings=settings.model_dump(mode="json"))
+    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=settings.model_dump(mode="json"))
 
 
-def _start_folder(settings: Settings, target: str, model_name: str, seed: int) -> Path:
-    return Run(settings.start_from, settings, results_folder() / settings.start_from).model_folder(target, model_name, seed)
-
-
-def _start(network: torch.nn.Module, folder: Path) -> None:
-    """Give `network` the weights of a trained model; ValueError where that is of another size."""
+def start(network: torch.nn.Module, settings: Settings, target: str, model_name: str, seed: int) -> None:
+    """Give `network` the weights that the run `start_from` has for the same model; ValueError where that is of another rate or size."""
+    folder = Run(settings.start_from, settings, results_folder() / settings.start_from).model_folder(target, model_name, seed)
+    first = load_model(folder)
+    if first.sample_rate != settings.sample_rate:
+        raise ValueError(f"{folder} has learnt from audio at {first.sample_rate} Hz, this run has {settings.sample_rate}: start from one of the same rate.")
     try:
-        network.load_state_dict(load_model(folder).state_dict())
+        network.load_state_dict(first.state_dict())
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{folder} cannot be started from ({reason}): it needs the same channels, n_fft and sizes of the models.") from None

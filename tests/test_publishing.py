@@ -43,7 +43,7 @@ def collection(smoke_run):
 @pytest.fixture(scope="module")
 def exported(collection):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publishing, "MAX_TABLE", 40_000)  # frames.csv is longer, summary.csv is not
+        patch.setattr(publishing, "MAX_TABLE", 5_000)  # frames.csv and phase.csv are longer, paired.csv is not
         return export(collection, "small", complete=["piano"])
 
 
@@ -60,7 +60,7 @@ def test_what_is_exported_is_small_and_whole(collection, exported):
     for table in publishing.TABLES:
         before, after = pd.read_csv(full / "tables" / f"{table}.csv"), pd.read_csv(*(small / "tables").glob(f"{table}.csv*"))
         pd.testing.assert_frame_equal(before, after, rtol=1e-5, check_dtype=False)
-    assert (small / "tables" / "frames.csv.gz").exists() and (small / "tables" / "summary.csv").exists()
+    assert all((small / "tables" / name).exists() for name in ("frames.csv.gz", "phase.csv.gz", "paired.csv"))
     kept = sorted(str(path.relative_to(exported)) for path in exported.rglob("model.safetensors"))
     assert kept == [f"own/models/piano/{model}/seed0/model.safetensors" for model in sorted(MODELS)], "each target once, real music first"
     assert len(list(exported.rglob("model.json"))) == 2 * len(MODELS) and len(list(exported.rglob("history.csv"))) == 2 * len(MODELS)
@@ -102,10 +102,10 @@ def test_an_export_loses_no_answers_and_overwrites_no_run(collection, exported, 
     assert done.returncode == 0 and done.stdout.startswith(f"{exported}: ") and done.stdout.endswith(" MB\n"), done.stderr
     assert (exported / "songs" / "answers" / "somebody.json").read_text() == "{}"
     shutil.rmtree(exported / "songs" / "answers")
-    with pytest.raises(ValueError, match="is a run: export to another name"):
-        export(collection, "smoke")
-    with pytest.raises(ValueError, match="is the collection itself"):
-        export(collection, collection)
+    for name, reason in (("smoke", "is there and no collection"), (collection, "is the collection itself"), ("", "may hold"), (".", "may hold"), ("full/", "may hold")):
+        with pytest.raises(ValueError, match=reason):
+            export(collection, name)
+    assert len(list((results_folder() / "smoke").iterdir())) > 5 and len(collected(collection)) == 2
     with pytest.raises(ValueError, match="No run of 'full' has the target 'flute'; there are: piano"):
         export(collection, "small", heard=["flute"])
 
@@ -144,6 +144,11 @@ def test_a_collection_is_reported_from_its_files_alone(exported, monkeypatch):
     table.write_text(before)
 
 
+def test_a_collection_is_no_run(exported):
+    done = command("train", "--run", "small", "--profile", "smoke")
+    assert done.returncode == 1 and "'small' is a collection of runs (small/own, small/songs): name one of them" in done.stderr
+
+
 def test_a_collection_takes_no_settings(exported):
     done = command("run", "--run", "small", "--set", "steps=3")
     assert done.returncode == 1 and "'small' is a collection of finished runs (small/own, small/songs)" in done.stderr
@@ -157,6 +162,12 @@ def test_weights_in_half_precision_score_as_before(collection, exported):
         rescore("small", "/no/such/folder")
     own.write_text(json.dumps(json.loads(before) | dict(data=None)))  # the test songs of the smoke profile after all
     table = rescore("small", "")
+    tracks = exported / "own" / "tables" / "tracks.csv"
+    scores = tracks.read_text()
+    pd.read_csv(tracks).assign(frames=99).to_csv(tracks, index=False)
+    with pytest.raises(ValueError, match="are not those that run 'small/own' was scored on"):  # the same names, another length
+        rescore("small", "")
+    tracks.write_text(scores)
     own.write_text(before)
     assert table["model"].tolist() == list(MODELS) and (table["tracks"] == 3).all() and set(table["run"]) == {"own"}
     assert (table["largest_median_db"] < 0.05).all() and (table["largest_track_db"] < 0.2).all(), table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -44,7 +43,9 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     and for weights in another format or of another model.
     """
     folder = Path(folder)
-    _check_folder(folder)
+    for name in ("model.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0.")
     model, settings, target = _described(folder / "model.json")
     weights = folder / "model.safetensors"
     try:
@@ -57,18 +58,6 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     model.sample_rate, model.channels, model.segment_s = settings.sample_rate, settings.channels, settings.segment_s
     model.target = target
     return model.eval()
-
-
-def model_sha(folder: Path) -> str:
-    """Sixteen digits that differ where the weights in `folder` do; FileNotFoundError as `load_model`."""
-    _check_folder(folder)
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
-def _check_folder(folder: Path) -> None:
-    for name in ("model.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0.")
 
 
 def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
