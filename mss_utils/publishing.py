@@ -41,7 +41,7 @@ RULES = dict(  # numbers of the method that the report tells
     attack_s=transients.ATTACK_S, before_s=transients.BEFORE_S,
 )
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
-MAX_TABLE = 300_000  # characters; a longer table is packed
+MAX_TABLE = 60_000  # characters; a longer table is packed
 COMPRESSION = 0.5  # of the sounds in an exported listening page, see `encode_mp3`
 SIGNIFICANT = "%.6g"  # digits of a number in an exported table
 PLAYERS_MARK = b'<div id="players"></div>'  # where collection.typ wants the listening page

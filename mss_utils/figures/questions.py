@@ -157,7 +157,9 @@ def _conditions(ax: Axes, damaged: pd.DataFrame, lags: Sequence[float]) -> None:
         ax.plot([], [], line, color=INK, label=f"lag {lag:g} s")
     ax.set_xticks(range(3), ["silence", "other\nmusic", "the\nrepeat"])
     ax.set(xlim=(-0.3, 2.3), ylabel="SDR (dB), median over loops", xlabel="around the damage")
-    ax.legend(fontsize=6.5, frameon=True, framealpha=0.85, edgecolor="none")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - 0.2 * (high - low), high)  # room for the legend below the lines
+    ax.legend(fontsize=6.5, loc="lower center", ncols=len(lags), handlelength=1.5, columnspacing=0.8)
 
 
 def _gains(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
