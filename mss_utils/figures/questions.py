@@ -159,7 +159,7 @@ def _conditions(ax: Axes, damaged: pd.DataFrame, lags: Sequence[float]) -> None:
     ax.set(xlim=(-0.3, 2.3), ylabel="SDR (dB), median over loops", xlabel="around the damage")
     low, high = ax.get_ylim()
     ax.set_ylim(low - 0.2 * (high - low), high)  # room for the legend below the lines
-    ax.legend(fontsize=6.5, loc="lower center", ncols=len(lags), handlelength=1.5, columnspacing=0.8)
+    ax.legend(fontsize=6, loc="lower center", ncols=len(lags), handlelength=1.3, columnspacing=0.6, handletextpad=0.3, borderpad=0)
 
 
 def _gains(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
