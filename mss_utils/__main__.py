@@ -73,14 +73,14 @@ def _run_collection(given: argparse.Namespace) -> None:
     if given.profile or given.target or given.set:
         runs = ", ".join(run.name for run in runs_in(given.run))
         raise ValueError(f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings.")
-    from mss_utils.publishing import rescore, write_report
+    if not given.data:
+        _report(given)
+        return
+    from mss_utils.publishing import rescore
 
-    if given.data:
-        table = rescore(given.run, given.data)
-        print(table.round(4).to_string(index=False))
-        print(f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track")
-    else:
-        print(*write_report(given.run), sep="\n")
+    table = rescore(given.run, given.data)
+    print(table.round(4).to_string(index=False))
+    print(f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track")
 
 
 def _add_train(commands) -> None:
