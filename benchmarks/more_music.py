@@ -23,7 +23,8 @@ from pathlib import Path
 import pandas as pd
 
 from mss_utils.data import open_store
-from mss_utils.settings import MODELS, Run, cache_folder, from_root, resolve, results_folder, write_text
+from mss_utils.files import write_text
+from mss_utils.settings import MODELS, Run, cache_folder, from_root, resolve, results_folder
 from mss_utils.training import train
 
 PLAIN = ("random_mix=False", "gain_db=0", "flip_polarity=False", "speed_semitones=0")

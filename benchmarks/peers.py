@@ -39,7 +39,8 @@ from mss_utils.evaluation import Estimates, median_interval, real_time_factor
 from mss_utils.evaluation import score as test_scores
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder, write_text
+from mss_utils.files import write_text
+from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder
 from mss_utils.training import Recipe, copy_of, descend, fit, follow, identity_of, is_trained, recipe_of, set_up
 from throughput import show
 

@@ -38,7 +38,8 @@ from lightning_fabric import Fabric
 from mss_utils.data import build_store, find_tracks, open_store
 from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.mixing import Batch, Mixer
-from mss_utils.settings import MODELS, Settings, from_root, replacing, resolve
+from mss_utils.files import replacing
+from mss_utils.settings import MODELS, Settings, from_root, resolve
 from mss_utils.training import copy_of, descend, follow, on_gpu, peak_memory_mb, recipe_of, reset_peak_memory, resident_mb, set_up
 
 PARTS = ("decoding", "loading", "steps", "memory")

@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
-from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, open_run, resolve, results_folder, runs_in
+from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, begun_run, open_run, resolve, runs_in
 
 DEFAULT = "demo"  # profile
 
@@ -29,8 +30,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return given.function(given) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"mss_utils {given.command}: {error}", file=sys.stderr)
+        print(f"mss_utils {given.command}: {_told(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
+        return 130
+
+
+def _told(error: Exception) -> str:
+    """What an error says; those of the operating system, which are a number and a word, as a sentence."""
+    if isinstance(error, OSError) and error.errno:
+        return f"Cannot use {error.filename or 'a file'} ({error.strerror}): check that it is there, what it is, and who may use it."
+    return str(error) or f"{type(error).__name__}, without a reason; most often that is memory."
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +74,9 @@ def _run(given: argparse.Namespace) -> None:
     run = _open(given)  # before the imports that take seconds: a mistyped setting is answered at once
     from mss_utils.data import check_target
     from mss_utils.pipeline import run_pipeline
+    from mss_utils.training import check_device
 
+    check_device(run.settings)
     check_target(run.settings)
     run.write_settings()
     run_pipeline(run)
@@ -89,16 +102,19 @@ def _add_train(commands) -> None:
     _add_run_name(parser)
     parser.add_argument("--stem", default="", metavar="STEM", help="one of the run's several targets (default: every one)")
     parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three")
-    parser.add_argument("--seed", type=int, default=None, help="one seed (default: every seed of the run)")
+    parser.add_argument("--seed", type=int, default=None, help="one seed, from 0 on (default: every seed of the run)")
     parser.set_defaults(function=_train)
 
 
 def _train(given: argparse.Namespace) -> None:
     """One model after the other; under `torchrun` this is one of several processes that share every batch."""
     run = _open(given)
+    if given.seed is not None and not 0 <= given.seed < run.settings.seeds:
+        raise ValueError(f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run.")
     from mss_utils.data import check_target, open_store
-    from mss_utils.training import train, train_here
+    from mss_utils.training import check_device, train, train_here
 
+    check_device(run.settings)
     check_target(run.settings)
     store = open_store(run.settings)
     seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
@@ -120,11 +136,7 @@ def _report(given: argparse.Namespace) -> None:
         return
     from mss_utils.pipeline import build_report
 
-    stored = results_folder() / given.run / "settings.json"
-    if not stored.exists():
-        names = sorted(path.parent.name for path in results_folder().glob("*/settings.json"))
-        raise FileNotFoundError(f"No run {given.run!r} under {results_folder()}; there are: {', '.join(names) or 'none'}.")
-    print(build_report(open_run(json.loads(stored.read_text())["profile"], given.run)))
+    print(build_report(begun_run(given.run)))
 
 
 def _add_export(commands) -> None:
@@ -160,7 +172,8 @@ def _separate(given: argparse.Namespace) -> None:
 
     model = load_model(given.model)
     paths = separate_file(given.song, model, given.out, given.flac)
-    note = bandwidth_note(model, soundfile.info(paths[0]).samplerate)
+    with paths[0].open("rb") as stream:
+        note = bandwidth_note(model, soundfile.info(stream).samplerate)
     print(*paths, *filter(None, [note]), sep="\n")
 
 
@@ -205,5 +218,15 @@ def _listed(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _stop(*_signal) -> None:
+    """What asks a process to end, as a batch system does, ends it as Ctrl-C does: tidily."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
+    for stream in (sys.stdout, sys.stderr):  # a song's name may hold what the terminal cannot show
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -28,7 +28,8 @@ from mss_utils.metrics import METRICS, ROUNDING_DB, WHOLE_TRACK, disagreement, m
 from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
-from mss_utils.settings import LETTERS, MODELS, Run, Settings, write_text
+from mss_utils.files import write_text
+from mss_utils.settings import LETTERS, MODELS, Run, Settings
 from mss_utils.training import train
 
 ORACLES = ("irm", "mwf")

@@ -18,10 +18,15 @@ import nbformat
 import papermill
 import torch
 import typst
+from ipykernel.kernelspec import get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient.exceptions import DeadKernelError
 
 from mss_utils import analysis, evaluation, listening
 from mss_utils.data import Store, open_store
-from mss_utils.settings import ROOT, Run, replacing, write_text
+from mss_utils.files import one_at_a_time, replacing, write_text
+from mss_utils.settings import ROOT, Run
 
 NOTEBOOKS = ROOT / "notebooks"
 REPORT = ROOT / "report"
@@ -50,11 +55,25 @@ class StageError(ChildProcessError):
     """A notebook failed; the message names the notebook, the cell and the error, and where the executed copy lies."""
 
 
+class OwnKernel(AsyncKernelManager):
+    """Runs notebooks in this very interpreter, whatever a kernel of that name is on this machine."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(**get_kernel_dict())
+
+
 def run_pipeline(run: Run) -> None:
     """Prepare the data, run every stage of `run` whose inputs have changed, one kernel each, then write the report.
 
-    Prints one line a stage with its seconds. Raises StageError when a notebook fails; what it wrote stays for reading.
+    Prints one line a stage with its seconds. Of two calls for the same run the second waits for the first. Raises StageError when
+    a notebook fails; what it wrote stays for reading.
     """
+    with one_at_a_time(run.folder):
+        _run_stages(run)
+
+
+def _run_stages(run: Run) -> None:
     started = time.perf_counter()
     print(f"{'data':<18} {_timed(open_store, run.settings):7.1f} s", flush=True)
     for name in STAGES:
@@ -80,46 +99,61 @@ def is_finished(run: Run, name: str, key: str) -> bool:
     executed = run.folder / "notebooks" / f"{name}.ipynb"
     if not executed.exists() or not all(any(run.folder.glob(pattern)) for pattern in PRODUCTS[name]):
         return False
-    return nbformat.read(executed, as_version=4).metadata.get("mss_key") == key
+    try:
+        return read_notebook(executed).metadata.get("mss_key") == key
+    except ValueError:  # no notebook any more: somebody changed it
+        return False
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """The notebook in a file; ValueError that names it where there is none in it."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, nbformat.ValidationError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path} is no notebook ({reason}): fetch it again, or delete it if it is the copy of a run.") from None
 
 
 def _execute(run: Run, name: str, key: str) -> None:
-    """Run one notebook under papermill; its executed copy gets `key` once it has run to the end."""
+    """Run one notebook under papermill; its executed copy, which has `key` if it has run to the end, appears when it has stopped."""
     executed = run.folder / "notebooks" / f"{name}.ipynb"
-    executed.parent.mkdir(parents=True, exist_ok=True)
     values = dict(profile=run.settings.profile, run=run.name)
-    _check_parameters(name, values)
+    _check_notebook(name, values)
+    with replacing(executed) as part:  # papermill writes to it after every cell
+        failure = _failure_of(name, part, values)
+        notebook = read_notebook(part)
+        if not failure:
+            notebook.metadata["mss_key"] = key
+        part.write_text(nbformat.writes(notebook), encoding="utf-8")
+    if failure:
+        raise StageError(f"Notebook {name} failed{failure}\nThe executed copy is {executed}; the same command goes on from here.")
+
+
+def _failure_of(name: str, executed: Path, values: dict) -> str:
+    """Run a notebook to `executed`; in which cell it failed and why, or nothing."""
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / f"{name}.ipynb", executed, values, kernel_name=_kernel_name(), cwd=NOTEBOOKS, log_output=False,
+            NOTEBOOKS / f"{name}.ipynb", executed, values, kernel_name="python3", kernel_manager_class=OwnKernel, cwd=NOTEBOOKS, log_output=False,
             progress_bar=dict(desc=name, bar_format="{desc:<18} {bar:20} cell {n_fmt}/{total_fmt} {elapsed}"),
         )
     except papermill.PapermillExecutionError as error:
-        raise StageError(
-            f"Notebook {name} failed in cell {error.cell_index + 1}.\n{error.ename}: {error.evalue}\n"
-            f"The executed copy is {executed}; the same command goes on from here."
-        ) from None
-    notebook = nbformat.read(executed, as_version=4)
-    notebook.metadata["mss_key"] = key
-    write_text(executed, nbformat.writes(notebook))
+        reason = " ".join(str(error.evalue).split())
+        return f" in cell {error.cell_index + 1}.\n{error.ename}: {reason}"
+    except DeadKernelError:
+        return (
+            ": its kernel was killed or died.\nMost often that is memory: set batch_size or segment_s lower, or n_test_songs, or "
+            "close other programs (python -m mss_utils check tells how much there is)."
+        )
+    return ""
 
 
-def _check_parameters(name: str, values: dict) -> None:
-    """papermill only warns about a parameter that a notebook does not declare; here it is an error."""
+def _check_notebook(name: str, values: dict) -> None:
+    """Raise ValueError for a notebook that is none or does not declare one of `values`, of which papermill only warns."""
+    read_notebook(NOTEBOOKS / f"{name}.ipynb")
     declared = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
     unknown = [value for value in values if value not in declared]
     if unknown:
         raise ValueError(f"Notebook {name} has no parameter {unknown[0]!r}; it declares: {', '.join(declared) or 'none'}.")
-
-
-def _kernel_name() -> str:
-    """The kernel that the notebooks ask for, unless this interpreter's environment has none: then say so."""
-    from jupyter_client.kernelspec import KernelSpecManager
-
-    specs = KernelSpecManager().find_kernel_specs()
-    if "python3" not in specs:
-        raise FileNotFoundError(f"No Jupyter kernel 'python3' (found: {', '.join(specs) or 'none'}); install it with: pip install ipykernel")
-    return "python3"
 
 
 def _package_hash() -> str:
@@ -136,8 +170,8 @@ def _timed(function, *arguments) -> float:
 def build_report(run: Run) -> Path:
     """Compile `report/report.typ` over the files of `run` to `results/<run>/report.pdf` and return its path.
 
-    Typst reads only below one root: sources and results are linked or copied side by side in a temporary folder.
-    Raises FileNotFoundError naming what is missing when the run has not been evaluated.
+    Typst reads only below one root: sources and results are copied side by side into a temporary folder. Raises FileNotFoundError
+    naming what is missing when the run has not been evaluated, ValueError as `typeset` does.
     """
     for needed in ("settings.json", *(product for products in PRODUCTS.values() for product in products)):
         if not any(run.folder.glob(needed)):
@@ -145,13 +179,22 @@ def build_report(run: Run) -> Path:
     listening.ratings_of(run)  # answers may have come in since the notebooks ran
     pdf = run.folder / "report.pdf"
     with tempfile.TemporaryDirectory() as root:
-        shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf"))
+        shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
         shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf", "*.html", "songs", "answers"))
         run_settings = run.settings.model_dump_json(indent=2)  # a run of an older version has not all of them
         write_text(Path(root) / "run" / "settings.json", run_settings)
         with replacing(pdf) as part:
-            part.write_bytes(typst.compile(Path(root) / "report" / "report.typ", root=root, sys_inputs={"run": "/run", "name": run.name}))
+            part.write_bytes(typeset(Path(root), "report.typ", run="/run", name=run.name))
     return pdf
+
+
+def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:
+    """Compile `report/<source>` below `root`, as PDF or HTML; ValueError where a table or file that it reads is damaged."""
+    try:
+        return typst.compile(root / "report" / source, root=root, format=kind, sys_inputs=inputs)
+    except typst.TypstError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again.") from None
 
 
 def record_environment(run: Run, store: Store) -> dict:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-import typst
 from safetensors.torch import load_file, save_file
 
 from mss_utils import analysis, evaluation, figures, listening
@@ -29,8 +28,9 @@ from mss_utils.data import Store, is_built_in, open_store
 from mss_utils.evaluation import TRACK_METRICS, estimate_of, score
 from mss_utils.metrics import ROUNDING_DB
 from mss_utils.models import build_model
-from mss_utils.pipeline import REPORT, STAGES
-from mss_utils.settings import MODELS, Run, from_root, replacing, resolve, results_folder, runs_in, safe_name, write_text
+from mss_utils.pipeline import REPORT, STAGES, read_notebook, typeset
+from mss_utils.files import replacing, safe_name, working_folder, write_text
+from mss_utils.settings import MODELS, Run, from_root, resolve, results_folder, runs_in
 
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
@@ -70,7 +70,10 @@ def is_study(run: Run) -> bool:
 
 def targets_of(run: Run) -> list[str]:
     """The targets of a run that has been evaluated."""
-    return table_of(run, "summary")["target"].unique().tolist()
+    summary = table_of(run, "summary")
+    if "target" not in summary:
+        raise ValueError(f"{run.table('summary')} has the columns {', '.join(summary)}; expected target among them: run {run.name!r} again.")
+    return summary["target"].unique().tolist()
 
 
 # --- exporting ----------------------------------------------------------------------------------------------------------
@@ -92,9 +95,8 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
     known = {target for run in runs for target in targets_of(run)}
     if unknown := [target for target in (*complete, *heard) if target not in known]:
         raise ValueError(f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as part:
-        root, weights = Path(part) / folder.name, kept_weights(runs, complete)
+    with working_folder(folder.parent) as part:
+        root, weights = part / folder.name, kept_weights(runs, complete)
         for run in runs:
             copy = Run(f"{name}/{run.folder.name}", run.settings, root / run.folder.name)
             _export_run(run, copy.folder, [(target, model) for owner, target, model in weights if owner == run])
@@ -107,7 +109,7 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
             if (own := results_folder() / source / file).exists():
                 write_text(root / file, own.read_text(encoding="utf-8"))
         if folder.exists():
-            folder.rename(Path(part) / "older")  # goes with the temporary folder
+            folder.rename(part / "older")  # goes with the temporary folder
         root.rename(folder)
     return folder
 
@@ -144,8 +146,11 @@ def described(run: Run, target: str, model: str, seed: int = 0) -> dict:
 
 def table_of(run: Run, name: str) -> pd.DataFrame:
     """A table of a run, which an export may have packed."""
-    path = run.table(name)
-    return pd.read_csv(path if path.exists() else path.with_suffix(".csv.gz"))
+    path = run.table(name) if run.table(name).exists() else run.table(name).with_suffix(".csv.gz")
+    try:
+        return pd.read_csv(path)
+    except (ValueError, OSError) as error:  # pandas' errors are ValueErrors, those of gzip OSErrors
+        raise ValueError(f"{path} is no table ({error}): run {run.name!r} again.") from None
 
 
 def _check_finished(run: Run) -> None:
@@ -163,7 +168,7 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
     for name in STAGES:
         executed = run.folder / "notebooks" / f"{name}.ipynb"
         if executed.exists():
-            write_text(folder / "notebooks" / executed.name, nbformat.writes(lightened(nbformat.read(executed, as_version=4))))
+            write_text(folder / "notebooks" / executed.name, nbformat.writes(lightened(read_notebook(executed))))
     for path in sorted(run.folder.glob("models/*/*/seed*/*")):
         if path.name in ("model.json", "history.csv"):
             write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
@@ -266,7 +271,7 @@ def write_report(name: str) -> tuple[Path, Path]:
     with tempfile.TemporaryDirectory() as root:
         _lay_out(Path(root), name, runs, shown)
         sources = dict(name=name, runs=",".join(run.folder.name for run in runs))
-        compiled = lambda kind: typst.compile(Path(root) / "report" / "collection.typ", root=root, format=kind, sys_inputs=sources | dict(format=kind))
+        compiled = lambda kind: typeset(Path(root), "collection.typ", kind, **sources, format=kind)
         for path, content in ((pdf, compiled("pdf")), (page, with_players(compiled("html"), runs))):
             with replacing(path) as part:
                 part.write_bytes(content)
@@ -290,7 +295,7 @@ def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
     write_text(root / "runs" / "shown.json", json.dumps(shown))
     for file, nothing in OWN_FILES.items():
         own = results_folder() / name / file
-        write_text(root / "runs" / file, own.read_text(encoding="utf-8") if own.exists() else nothing)
+        write_text(root / "runs" / file, own.read_text(encoding="utf-8", errors="replace") if own.exists() else nothing)
 
 
 def with_players(page: bytes, runs: Iterable[Run]) -> bytes:

@@ -10,9 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,9 +22,14 @@ import torch
 from scipy.signal import firwin, resample_poly
 from tqdm.auto import tqdm
 
+from mss_utils.data.sources import RATES
+from mss_utils.files import MAX_NAME, working_folder
+
 CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
 FADE = 0.25  # share of a chunk over which it fades in, and again out
 BLOCK = 2**20  # samples of every channel that are copied at once
+MAX_RATIO = 20_000  # all usual rates have a smaller one; of the others a window is off by less than a sample
+PLAYLISTS = (b"ffconcat", b"#EXTM3U", b"[playlist]")  # ffmpeg would open whatever stands in them
 FLAC_HZ = 655350
 WAV_BYTES = 2**32 - 2**16  # a WAV header cannot count further; an RF64 header can
 Read = Callable[[int, int], np.ndarray]  # (start, stop) in samples -> (channels, stop - start) float32
@@ -135,7 +140,8 @@ def _resampled(audio: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """`(channels, samples)` at another rate; any two rates, in little memory, which torchaudio's kernels are not."""
     if rate == new_rate:
         return audio
-    up, down = new_rate // math.gcd(rate, new_rate), rate // math.gcd(rate, new_rate)
+    ratio = Fraction(new_rate, rate).limit_denominator(MAX_RATIO)
+    up, down = ratio.numerator, ratio.denominator
     return resample_poly(audio, up, down, axis=1, window=_low_pass(max(up, down)))
 
 
@@ -156,16 +162,15 @@ def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = Fa
     much. Nothing is left behind of a separation that breaks off. Raises FileNotFoundError for a missing song, or a song that
     needs ffmpeg where there is none; ValueError for a file that cannot be read, is empty, holds NaN or would be overwritten.
     """
-    paths = [out / f"{song.stem}.{name}.{'flac' if flac else 'wav'}" for name in (model.target, f"{model.target}.residual")]
+    paths = [out / _named(song.stem, f".{name}.{'flac' if flac else 'wav'}") for name in (model.target, f"{model.target}.residual")]
     _check(song, paths)
-    out.mkdir(parents=True, exist_ok=True)
     try:  # the working folder is in `out`: there is room where the results are to go, and renaming them costs nothing
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=out) as work, _opened(song, Path(work)) as source:
+        with working_folder(out) as work, _opened(song, work) as source:
             if flac and (source.channels > 8 or source.samplerate > FLAC_HZ):
                 found = f"{source.channels} channels at {source.samplerate} Hz"
                 raise ValueError(f"{song} has {found} and FLAC holds up to 8 at {FLAC_HZ} Hz: leave --flac out.")
             read = partial(_read, source, song)
-            parts = [Path(work, "target.wav"), Path(work, "residual.wav")]
+            parts = [work / "target.wav", work / "residual.wav"]
             peak = _write(model, source, read, parts, chunk_s)
             if flac:
                 parts = _as_flac(source, read, parts[0], min(1.0, 1 / max(peak, 1e-9)))
@@ -174,6 +179,12 @@ def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = Fa
     except soundfile.LibsndfileError as error:
         raise ValueError(f"Cannot finish {song} ({error.error_string.strip(' .')}): the file may be damaged, or the disk full.") from None
     return paths
+
+
+def _named(stem: str, ending: str) -> str:
+    """`stem` and `ending`, the stem cut so that a file may be called so."""
+    room = MAX_NAME - len(os.fsencode(ending))
+    return (stem if len(os.fsencode(stem)) <= room else os.fsencode(stem)[:room].decode(errors="ignore")) + ending
 
 
 def bandwidth_note(model: torch.nn.Module, sample_rate: int) -> str:
@@ -190,7 +201,14 @@ def _check(song: Path, paths: list[Path]) -> None:
         raise FileNotFoundError(f"{found}; expected a song in any format that ffmpeg reads.")
     if song.stat().st_size == 0:
         raise ValueError(f"{song} is empty (0 bytes); expected a song: copy or download it again.")
+    with song.open("rb") as stream:
+        if stream.read(16).lstrip().startswith(PLAYLISTS):
+            raise ValueError(f"{song} is a list of files, not a song: separate what it lists.")
     for path in paths:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise ValueError(f"{path.parent} is a file; expected a folder for the two results: choose another one with --out.")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, in the place of a result: choose another folder with --out.")
         if path.exists() and path.samefile(song):
             raise ValueError(f"{path} is the song itself and would be overwritten: choose another folder with --out.")
 
@@ -201,6 +219,11 @@ def _write(model: torch.nn.Module, source: soundfile.SoundFile, read: Read, part
     header = "RF64" if 4 * source.channels * source.frames > WAV_BYTES else "WAV"
     with _created(parts[0], source, header, "FLOAT") as target_file, _created(parts[1], source, header, "FLOAT") as residual_file:
         for target in separated_blocks(model, read, source.frames, source.samplerate, chunk_s, progress=True):
+            if not np.isfinite(target).all():
+                raise ValueError(
+                    f"What the model makes of the song after {start / source.samplerate:.0f} s is not finite: the song is absurdly loud there, "
+                    "or the weights are damaged (train the model again)."
+                )
             residual = read(start, start + target.shape[1]) - target
             target_file.write(target.T)
             residual_file.write(residual.T)
@@ -243,6 +266,8 @@ def _opened(song: Path, work: Path) -> Iterator[soundfile.SoundFile]:
     with open(_seekable(song, work), "rb") as stream, soundfile.SoundFile(stream) as source:
         if source.frames == 0:
             raise ValueError(f"{song} holds no samples; expected a song: copy or download it again.")
+        if not RATES[0] <= source.samplerate <= RATES[1]:
+            raise ValueError(f"{song} has {source.samplerate} samples a second; expected {RATES[0]} to {RATES[1]}: convert it first.")
         yield source
 
 

@@ -8,22 +8,22 @@ an error. Taught in notebook 01.
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Iterable, Iterator, Literal
+from typing import Annotated, Iterable, Literal
 
-from filelock import FileLock, Timeout
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mss_utils.files import is_file_name, safe_name, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}  # what prose calls the models
 MODELS = tuple(LETTERS)
 WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
+RESERVED = ("all", "mixture", "residual")  # no stem can be called what a target, or what is no stem, is called
 
 
 def _listed(value: object) -> object:
@@ -45,19 +45,21 @@ def _groups(value: object) -> object:
         members, arrow, group = text.partition("->")
         if not (arrow and group.strip() and all(stem.strip() for stem in members.split("+"))):
             raise ValueError(f"a group is written stem+stem->name, not {text!r}")
+        if not is_file_name(group.strip()) or group.strip() in RESERVED:
+            raise ValueError(f"a group becomes a stem and a folder, and cannot be called {_short(group.strip())}")
         groups[group.strip()] = tuple(stem.strip() for stem in members.split("+"))
     return groups
 
 
 class Settings(BaseModel):
-    """Every value that shapes a run. Times end in `_s`, levels in `_db`, counts start with `n_`."""
+    """Every value that shapes a run. Times end in `_s`, levels in `_db`. The upper limits are far beyond use: they catch slips."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    profile: str = "demo"
+    profile: Literal["smoke", "demo", "musdb7", "musdb18"] = "demo"
     data: str | None = Field(None, description="dataset root; empty means the profile's own dataset")
     target: str = Field("piano", description="stem to extract, several with commas between, or 'all'")
-    seeds: int = Field(1, ge=1, description="how many weight initialisations of each model are trained")
+    seeds: int = Field(1, ge=1, le=100, description="how many weight initialisations of each model are trained")
 
     # data
     sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_number)] = 16000
@@ -65,57 +67,57 @@ class Settings(BaseModel):
     groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_groups)] = Field(
         {}, description="stems added up under a new name: synth+fx->other"
     )
-    n_train_songs: int = Field(100, ge=1, description="built-in songs only")
-    n_valid_songs: int = Field(12, ge=1, description="built-in songs only")
-    n_test_songs: int = Field(20, ge=1, description="built-in songs only")
-    song_min_s: float = Field(45.0, gt=0, description="built-in songs only")
-    song_max_s: float = Field(90.0, gt=0, description="built-in songs only")
+    n_train_songs: int = Field(100, ge=1, le=100_000, description="built-in songs only")
+    n_valid_songs: int = Field(12, ge=1, le=100_000, description="built-in songs only")
+    n_test_songs: int = Field(20, ge=1, le=100_000, description="built-in songs only")
+    song_min_s: float = Field(45.0, ge=4, le=3600, description="built-in songs only")
+    song_max_s: float = Field(90.0, ge=4, le=3600, description="built-in songs only")
 
     # mixing
     train_share: float = Field(1.0, gt=0, le=1, description="share of the training tracks that are used, the first ones of a fixed shuffle")
-    segment_s: float = Field(3.0, gt=0)
-    batch_size: int = Field(4, ge=1)
+    segment_s: float = Field(3.0, ge=0.1, le=600)
+    batch_size: int = Field(4, ge=1, le=65_536)
     random_mix: bool = Field(True, description="stems of one example come from different songs")
     coherent_share: float = Field(0.5, ge=0, le=1, description="share of examples that keep one song's stems together")
-    gain_db: float = Field(3.0, ge=0, description="each stem is scaled by a random gain in +-gain_db")
+    gain_db: float = Field(3.0, ge=0, le=60, description="each stem is scaled by a random gain in +-gain_db")
     flip_polarity: bool = True
     swap_channels: bool = Field(True, description="stereo only")
     silent_share: float = Field(0.02, ge=0, le=1, description="share of examples whose target is silent; in all others it sounds")
     speed_semitones: int = Field(0, ge=0, le=12, description="stems are played higher and faster, or lower and slower, by up to so many")
-    loader_workers: int = Field(2, ge=1, description="threads that read training segments ahead")
+    loader_workers: int = Field(2, ge=1, le=64, description="threads that read training segments ahead")
     curriculum: bool = Field(True, description="two sources, then three, then all")
-    stage2_step: int = Field(50, ge=0, description="from this step on: three sources")
-    stage3_step: int = Field(150, ge=0, description="from this step on: all sources")
+    stage2_step: int = Field(50, ge=0, le=10**9, description="from this step on: three sources")
+    stage3_step: int = Field(150, ge=0, le=10**9, description="from this step on: all sources")
 
     # models
-    n_fft: int = Field(2048, ge=16)
+    n_fft: int = Field(2048, ge=16, le=65_536)
     hop: int = Field(512, ge=4)
-    unet_channels: int = Field(16, ge=1)
-    unet_depth: int = Field(5, ge=2)
-    unet_tall_channels: int = Field(256, ge=1, description="of the path that sees all bins of a frame at once")
-    demucs_channels: int = Field(256, ge=2, description="filters of the first layer; channels double from layer to layer")
-    demucs_max_channels: int = Field(256, ge=1, description="up to this many, the width of the bottleneck")
+    unet_channels: int = Field(16, ge=1, le=1024)
+    unet_depth: int = Field(5, ge=2, le=10)
+    unet_tall_channels: int = Field(256, ge=1, le=16_384, description="of the path that sees all bins of a frame at once")
+    demucs_channels: int = Field(256, ge=2, le=16_384, description="filters of the first layer; channels double from layer to layer")
+    demucs_max_channels: int = Field(256, ge=1, le=16_384, description="up to this many, the width of the bottleneck")
     demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (64, 4, 4)
     attention_heads: int = Field(8, ge=1)
 
     # training
     start_from: str = Field("", description="run whose trained models of the same name, target and seed these begin as; empty: random weights")
-    steps: int = Field(1350, ge=1)
-    unet_lr: float = Field(2e-3, gt=0)
-    demucs_lr: float = Field(2e-3, gt=0)
-    warmup_steps: int = Field(100, ge=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    steps: int = Field(1350, ge=1, le=10**9)
+    unet_lr: float = Field(2e-3, gt=0, le=10)
+    demucs_lr: float = Field(2e-3, gt=0, le=10)
+    warmup_steps: int = Field(100, ge=0, le=10**9)
+    weight_decay: float = Field(1e-2, ge=0, le=10)
     grad_clip: float = Field(5.0, gt=0)
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the running average of the weights, validated beside the raw ones")
-    valid_every: int = Field(225, ge=1)
-    valid_s: float = Field(20.0, gt=0, description="seconds of each validation track that are scored while training")
+    valid_every: int = Field(225, ge=1, le=10**9)
+    valid_s: float = Field(20.0, ge=0.1, le=3600, description="seconds of each validation track that are scored while training")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: int = Field(1, ge=1, description="GPUs of this machine that share every batch")
+    devices: int = Field(1, ge=1, le=1_024, description="GPUs of this machine that share every batch")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
     # evaluation
     scorer: Literal["bss_eval", "museval"] = Field("bss_eval", description="museval gives the same scores, many times slower")
-    referee_tracks: int = Field(2, ge=0, description="so many test tracks, the shortest, are scored by museval too, and compared")
+    referee_tracks: int = Field(2, ge=0, le=10_000, description="so many test tracks, the shortest, are scored by museval too, and compared")
     ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_listed)] = Field(
         (), description="models that are also trained without random mixing and without curriculum, as many steps"
     )
@@ -124,7 +126,25 @@ class Settings(BaseModel):
     data_study: bool = Field(False, description="train B1 and B2 with 10 and 30 % of the training tracks too: which of them needs more?")
 
     # listening
-    excerpt_s: float = Field(10.0, gt=0, description="length of the excerpts one can listen to")
+    excerpt_s: float = Field(10.0, ge=0.1, le=600, description="length of the excerpts one can listen to")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Settings:
+        """What no model could be built or trained with is said before anything is rendered or decoded."""
+        width = min(self.demucs_channels * 2 ** (len(self.demucs_strides) - 1), self.demucs_max_channels)
+        wrong = {
+            "song_min_s is above song_max_s": self.song_min_s > self.song_max_s,
+            "hop is above half of n_fft, so windows would leave gaps": self.hop > self.n_fft // 2,
+            f"n_fft is no multiple of {2 ** (self.unet_depth + 1)}, which unet_depth={self.unet_depth} halves it by": self.n_fft % 2 ** (self.unet_depth + 1),
+            "demucs_strides are not all even numbers from 2 to 1024": any(n % 2 or not 2 <= n <= 1024 for n in self.demucs_strides),
+            f"demucs_channels is no multiple of {2 * self.channels}, sine and cosine for every channel": self.demucs_channels % (2 * self.channels),
+            "demucs_max_channels is below demucs_channels": self.demucs_max_channels < self.demucs_channels,
+            f"attention_heads does not divide {width}, the width of the bottleneck": width % self.attention_heads,
+            f"segment_s={self.segment_s:g} is shorter than one step of the bottleneck": self.segment < math.prod(self.demucs_strides),
+        }
+        if found := [reason for reason, holds in wrong.items() if holds]:
+            raise ValueError(found[0])
+        return self
 
     @property
     def segment(self) -> int:
@@ -200,9 +220,7 @@ def open_run(profile: str = "demo", run: str = "", data: str = "", target: str =
     """
     settings = resolve(profile, data, target, overrides)
     name = run or profile
-    if any(safe_name(part) != part for part in name.split("/")):
-        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {name!r}.")
-    folder = results_folder() / name
+    folder = _folder_of(name)
     if runs := runs_in(name):
         raise ValueError(f"{name!r} is a collection of runs ({', '.join(run.name for run in runs)}): name one of them, or choose another name.")
     if (folder / "settings.json").exists():
@@ -210,9 +228,27 @@ def open_run(profile: str = "demo", run: str = "", data: str = "", target: str =
     return Run(name, settings, folder)
 
 
+def begun_run(name: str) -> Run:
+    """The run called `name` with the settings it has; FileNotFoundError with the names there are where none is called so."""
+    folder = _folder_of(name)
+    if not (folder / "settings.json").is_file():
+        there = sorted({path.relative_to(results_folder()).parts[0] for path in [*results_folder().glob("*/settings.json"), *results_folder().glob("*/*/settings.json")]})
+        raise FileNotFoundError(f"No run {name!r} under {results_folder()}; there are: {', '.join(there) or 'none'}.")
+    return Run(name, _stored_settings(folder / "settings.json", {}), folder)
+
+
+def _folder_of(name: str) -> Path:
+    if any(safe_name(part) != part for part in name.split("/")):
+        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {_short(name)}.")
+    return results_folder() / name
+
+
 def runs_in(collection: str) -> list[Run]:
-    """The runs of a collection, a folder of `results/` that holds runs and has no settings of its own; none where it is a run, or nothing."""
-    folder = results_folder() / collection
+    """The runs of a collection, a folder of `results/` that holds runs and has no settings of its own; none where it is a run, or nothing.
+
+    Raises ValueError for what cannot be a name.
+    """
+    folder = _folder_of(collection) if collection else results_folder()
     stored = [] if not collection or (folder / "settings.json").exists() else sorted(folder.glob("*/settings.json"))
     return [Run(f"{collection}/{path.parent.name}", _stored_settings(path, {}), path.parent) for path in stored]
 
@@ -230,46 +266,6 @@ def cache_folder() -> Path:
 def from_root(path: str | Path) -> Path:
     """A path as the user wrote it: absolute, below the home folder (~), or relative to the repository root, never the cwd."""
     return ROOT / Path(path).expanduser()
-
-
-def safe_name(name: str) -> str:
-    """`name` with everything but letters, digits, '.', '_', '-' and spaces inside replaced, in 120 bytes: fit for a file name."""
-    kept = "".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(" .")
-    return kept.encode()[:120].decode(errors="ignore") or "_"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader never sees half of it, see `replacing`."""
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes the place of `path` if all goes well, else it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{os.getpid()}-{threading.get_ident()}-{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _given(data: str, target: str, overrides: str | Iterable[str]) -> dict[str, str]:
@@ -294,11 +290,18 @@ def _validated(values: dict, where: str) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"Setting {first['loc'][0]!r} of {where} is {first['input']!r}: {first['msg']}.") from None
+        subject = f"Setting {first['loc'][0]!r} of {where} is {_short(first['input'])}" if first["loc"] else f"The settings of {where} do not fit together"
+        raise ValueError(f"{subject}: {first['msg'].removeprefix('Value error, ')}.") from None
+
+
+def _short(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _stored_settings(path: Path, given: dict) -> Settings:
-    settings = _validated(json.loads(path.read_text()), str(path))
+    settings = _validated(_stored_values(path), str(path))
     wanted = _validated(settings.model_dump() | given, "this call")
     for key in given:
         old, new = getattr(settings, key), getattr(wanted, key)
@@ -308,3 +311,13 @@ def _stored_settings(path: Path, given: dict) -> Settings:
                 f"leave {key} out, choose another run name, or delete {path.parent}."
             )
     return settings
+
+
+def _stored_values(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        values = f"{type(error).__name__}: {error}"
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no settings ({_short(values)}); expected an object of names and values: mend it, or choose another run name.")
+    return values

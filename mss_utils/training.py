@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from mss_utils.data import Store
@@ -35,7 +35,8 @@ from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
-from mss_utils.settings import ROOT, Run, Settings, replacing, results_folder, write_text
+from mss_utils.files import one_at_a_time, replacing, write_text
+from mss_utils.settings import ROOT, Run, Settings, results_folder
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NOT_TRAINED = (
@@ -45,6 +46,7 @@ NOT_TRAINED = (
 LEARNING_RATES = dict(unet="unet_lr", demucs_lstm="demucs_lr", demucs_attention="demucs_lr")
 LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before
 SAVE_EVERY_S = 300.0  # how much work a killed training loses at the most
+NEW = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])  # state of a training
 COLLAPSE_DB = -25.0  # an estimate nearer than this to the mixture, or to silence, is no separation
 
 
@@ -104,13 +106,13 @@ def train(
     """Train one model, or load it when the run already holds one that fits settings and data; in evaluation mode.
 
     Writes model.safetensors (the weights with the best validation score), history.csv, last.ckpt, from which the same
-    call goes on after an interruption, and in the end model.json. `on_validation(history)` gets a DataFrame after each
+    call goes on after an interruption, and in the end model.json. Of several processes that want the same model one trains it. `on_validation(history)` gets a DataFrame after each
     validation. With `devices` above 1 the training runs in that many processes, as `torchrun` would start them. Raises
     FloatingPointError when the loss is no longer finite, MemoryError with what to try when a batch does not fit,
     ValueError when validation would hear no target or the batch cannot be shared out.
     """
-    folder = run.model_folder(target, model_name, seed)
-    if run.settings.devices > 1 and not is_trained(folder, identity_of(run.settings, store, target, model_name, seed)):
+    folder, identity = run.model_folder(target, model_name, seed), identity_of(run.settings, store, target, model_name, seed)
+    if run.settings.devices > 1 and not is_trained(folder, identity):
         _train_in_processes(run, target, model_name, seed, on_validation)
     train_here(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
@@ -124,20 +126,27 @@ def train_here(
     if is_trained(folder, identity):
         return
     _check_validation(store, run.settings, target)
-    run.write_settings()
-    reset_peak_memory(run.settings)
+    check_device(run.settings)
     recipe = recipe_of(model_name, run.settings, seed)
     if run.settings.start_from:
         start(recipe.network, run.settings, target, model_name, seed)
-    state = fit(run.settings, store, identity, folder, recipe, on_validation)
-    if int(os.environ.get("RANK", 0)) > 0:  # one process writes
-        return
-    description = identity | dict(
-        parameters=count_parameters(build_model(model_name, run.settings)), steps=state["step"], best_step=state["best_step"],
+    run.write_settings()  # not before what they ask for has shown to be possible: from now on they hold
+    with nullcontext() if "WORLD_SIZE" in os.environ else one_at_a_time(folder):
+        if is_trained(folder, identity):  # by whom this process has waited for
+            return
+        reset_peak_memory(run.settings)
+        state = fit(run.settings, store, identity, folder, recipe, on_validation)
+        if int(os.environ.get("RANK", 0)) == 0:  # one process writes
+            write_text(folder / "model.json", json.dumps(identity | _outcome(run.settings, model_name, state), indent=2) + "\n")
+
+
+def _outcome(settings: Settings, model_name: str, state: dict) -> dict:
+    """What model.json says of a training beside its identity."""
+    return dict(
+        parameters=count_parameters(build_model(model_name, settings)), steps=state["step"], best_step=state["best_step"],
         best_weights=state["best_weights"], valid_sdr=state["best"], train_s=state["train_s"],
-        peak_memory_mb=peak_memory_mb(run.settings), processes=int(os.environ.get("WORLD_SIZE", 1)),
+        peak_memory_mb=peak_memory_mb(settings), processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
-    write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
 def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
@@ -329,6 +338,15 @@ def collapse(network: torch.nn.Module, batch: Batch) -> str | None:
     return None
 
 
+def check_device(settings: Settings) -> None:
+    """Raise ValueError when the device that the settings name is not here, or fewer of it than they ask for."""
+    there = dict(cpu=max(2, os.cpu_count()), cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+    device = settings.device if settings.device != "auto" else max(there, key=lambda kind: (kind != "cpu") * there[kind])
+    if settings.devices > there[device]:
+        usable = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
+        raise ValueError(f"device={device} and devices={settings.devices}, but this machine has: {usable}. Set device=auto, or devices lower.")
+
+
 def _fabric(settings: Settings) -> Fabric:
     """One process, or one of those that `torchrun` started; every process takes an equal share of each batch."""
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -343,9 +361,7 @@ def _fabric(settings: Settings) -> Fabric:
 
 def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None) -> None:
     """Have `torchrun` start one process a device on this machine; follow their history from here."""
-    present = torch.cuda.device_count()
-    if run.settings.device != "cpu" and run.settings.devices > present > 0:
-        raise ValueError(f"devices={run.settings.devices}, but only {present} GPUs are here: set devices lower.")
+    check_device(run.settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.settings.devices}"]
     command += ["-m", "--", "mss_utils", "train", "--profile", run.settings.profile, "--run", run.name]
     command += ["--stem", target, "--model", model_name, "--seed", str(seed)]
@@ -413,11 +429,22 @@ def _check_validation(store: Store, settings: Settings, target: str) -> None:
 
 
 def is_trained(folder: Path, identity: dict) -> bool:
-    """Whether `folder` holds a finished model of the same kind, settings and data."""
+    """Whether `folder` holds a finished model of the same kind, settings and data, with weights that can be read."""
     path = folder / "model.json"
-    if not (path.exists() and (folder / "model.safetensors").exists()):
+    if not (path.is_file() and _has_weights(folder)):
         return False
-    return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
+    try:
+        return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
+    except (ValueError, KeyError, TypeError, RecursionError):  # no description of a model: last.ckpt knows how far it was trained
+        return False
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        with safe_open(folder / "model.safetensors", "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def history(folder: Path) -> pd.DataFrame:
@@ -480,8 +507,7 @@ def _keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) 
     if newest["valid_sdr_db"] > state["best"] or not state["best_step"]:
         better = "ema" if newest["ema_sdr_db"] >= newest["raw_sdr_db"] else "raw"
         state.update(best=newest["valid_sdr_db"], best_step=state["step"], best_weights=better)
-        with replacing(folder / "model.safetensors") as part:
-            save_file(_contiguous(networks[better].state_dict()), part)
+        _write_tensors(folder / "model.safetensors", networks[better].state_dict())
 
 
 def _save(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
@@ -492,43 +518,59 @@ def _save(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state:
     about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
     if state["history"]:
         write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
-    with replacing(folder / "last.ckpt") as part:
-        save_file(_contiguous(tensors), part, about)
+    _write_tensors(folder / "last.ckpt", tensors, about)
 
 
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> None:
+    """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
+    with replacing(path) as part:
+        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
 
 
 def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
     """Put the last checkpoint of the same training into networks and optimizer and return its state.
 
-    Without one, return a new state; what an older training left, which may be of other data, is no longer valid then.
+    Without one that can be used, return a new state; what an older training left, which may be of other data, is no longer valid then.
     """
-    new = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])
-    for left in folder.glob(".part-*"):  # what a killed process was writing
-        left.unlink(missing_ok=True)
     about, tensors = _read_checkpoint(folder / "last.ckpt")
-    if about.get("identity") != json.dumps(_fingerprint(identity)):
-        for name in ("model.json", "history.csv"):
-            (folder / name).unlink(missing_ok=True)
-        return new
+    if about.get("identity") == json.dumps(_fingerprint(identity)):
+        try:
+            return _restored(folder, networks, optimizer, about, tensors)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # torch says RuntimeError where tensors do not fit
+            reason = " ".join(str(error).split())[:200]
+            warnings.warn(f"{folder / 'last.ckpt'} cannot be gone on from ({reason}): the training begins anew.", stacklevel=2)
+    for name in ("model.json", "history.csv"):
+        (folder / name).unlink(missing_ok=True)
+    return dict(NEW, losses=[], history=[])
+
+
+def _restored(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict) -> dict:
+    """The state of a checkpoint, once networks and optimizer have its tensors; raises what a damaged one makes torch and json raise."""
+    state = json.loads(about["state"])
+    if {name: type(value) for name, value in state.items()} != {name: type(value) for name, value in NEW.items()}:
+        raise ValueError("its state is not that of a training")
+    if state["best_step"] and not _has_weights(folder):
+        raise ValueError("model.safetensors beside it is not there, or damaged")
     under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    for weights, network in networks.items():
-        network.load_state_dict(under(f"{weights}/"))
+    weights = {name: under(f"{name}/") for name in networks}
+    for name, network in networks.items():
+        if {key: value.shape for key, value in weights[name].items()} != {key: value.shape for key, value in network.state_dict().items()}:
+            raise ValueError("its tensors are not those of the model")
     groups = optimizer.state_dict()["param_groups"]
     moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
     optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
-    return json.loads(about["state"])
+    for name, network in networks.items():
+        network.load_state_dict(weights[name])
+    return state
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """What a checkpoint says of itself, and its tensors; nothing for a missing file, or one that is no safetensors file."""
-    if not path.exists():
+    if not path.is_file():
         return {}, {}
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata()
+            about = file.metadata() or {}
         return about, load_file(path)
     except SafetensorError as error:
         warnings.warn(f"{path} is no checkpoint ({error}): the training begins anew.", stacklevel=2)

@@ -1,9 +1,12 @@
-"""Shared by the tests: one small store, one folder for results and cache, one finished smoke run."""
+"""Shared by the tests: one small store, one folder for results and cache, one finished smoke run, and the count of faults."""
 
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core, and threads that wait for a busy core only spin
 
 import numpy as np
 import pytest
@@ -12,7 +15,43 @@ import soundfile
 from mss_utils.metrics import museval_works
 from mss_utils.settings import ROOT, open_run, resolve
 
+MSS_UTILS = (sys.executable, "-m", "mss_utils")
 STEMS = ("bass", "drums", "piano", "vocals")
+
+
+SMALL = "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"  # models of a few thousand weights, segments of half a second
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long form of the faults: more kills, more cases, longer files, clean environments")
+
+
+@pytest.fixture(scope="session")
+def long_form(request):
+    """Whether `--long` was given."""
+    return request.config.getoption("--long")
+
+
+@pytest.fixture
+def count(record_property):
+    """A function that adds to what the last lines of the tests sum up: `count("kills", 5)`."""
+    return lambda what, number=1: record_property(f"count of {what}", number)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many kills, faults and cases the tests have gone through."""
+    totals = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        totals.update({name.removeprefix("count of "): number for name, number in report.user_properties if name.startswith("count of ")})
+    if totals:
+        terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of one file run in one process, and all that need the finished smoke run in another: its fixture is made once."""
+    for item in items:
+        group = "smoke_run" if "smoke_run" in item.fixturenames else item.module.__name__
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,8 +84,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_settings(dataset):
-    """Smoke settings on the noise dataset: models of a few thousand weights, segments of half a second."""
-    return resolve("smoke", str(dataset), "piano", "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1")
+    """Smoke settings on the noise dataset."""
+    return resolve("smoke", str(dataset), "piano", SMALL)
 
 
 @pytest.fixture(scope="session")
@@ -75,29 +114,15 @@ def museval():
 @pytest.fixture
 def small_run(small_settings, tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
-    return open_run("smoke", "small", small_settings.data, "piano", "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1")
+    return open_run("smoke", "small", small_settings.data, "piano", SMALL)
 
 
 def command(*arguments, **environment) -> subprocess.CompletedProcess:
     """`python -m mss_utils ...` as a user runs it."""
-    return subprocess.run(_command(arguments), capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
-
-
-def _command(arguments) -> list[str]:
-    return [sys.executable, "-m", "mss_utils", *arguments]
+    return subprocess.run([*MSS_UTILS, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
 
 @pytest.fixture(scope="session")
 def smoke_run(own_folders):
-    """The whole smoke pipeline: killed when its second notebook is done, then called again.
-
-    Returns what the killed call had printed, the finished second call, and the run's folder.
-    """
-    killed = subprocess.Popen(_command(["run", "--profile", "smoke"]), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
-    printed = []
-    for line in killed.stdout:
-        printed.append(line)
-        if line.startswith("02_baseline_unet"):
-            killed.kill()
-    killed.wait()
-    return "".join(printed), command("run", "--profile", "smoke"), own_folders / "results" / "smoke"
+    """The whole smoke pipeline, undisturbed: the finished call, and the run's folder."""
+    return command("run", "--profile", "smoke"), own_folders / "results" / "smoke"

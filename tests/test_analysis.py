@@ -22,7 +22,7 @@ from mss_utils.models.level import Level
 from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, open_run
 from mss_utils.training import train
-from tests.conftest import write_dataset
+from conftest import write_dataset
 
 RATE = 16000
 STFT_A = STFT(1024, 256)

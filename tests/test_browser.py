@@ -299,7 +299,7 @@ def test_a_silent_player_far_away_gives_back_its_memory(opened, tones):
 
 
 def test_the_page_of_a_run_plays_from_disk(opened, smoke_run):
-    page = opened((smoke_run[2] / "listening.html").read_text(encoding="utf-8"))
+    page = opened((smoke_run[1] / "listening.html").read_text(encoding="utf-8"))
     player = ready(page)
     facts = page.evaluate("""async () => Promise.all([...document.querySelectorAll('figure.player')].map(async (figure) =>
         Promise.all([...figure.querySelectorAll('audio')].map(async (audio) => {
@@ -320,14 +320,14 @@ def test_the_page_of_a_run_plays_from_disk(opened, smoke_run):
 
 
 def test_a_phone_shows_everything_without_scrolling_sideways(opened, smoke_run):
-    page = opened((smoke_run[2] / "listening.html").read_text(encoding="utf-8"))
+    page = opened((smoke_run[1] / "listening.html").read_text(encoding="utf-8"))
     page.set_viewport_size(dict(width=360, height=740))
     ready(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 def test_the_exported_notebook_plays(browser, smoke_run, tmp_path):
-    exported, _ = HTMLExporter().from_filename(str(smoke_run[2] / "notebooks" / "06_listening.ipynb"))
+    exported, _ = HTMLExporter().from_filename(str(smoke_run[1] / "notebooks" / "06_listening.ipynb"))
     path = tmp_path / "06.html"
     path.write_text(exported, encoding="utf-8")
     with browser.new_context(offline=True) as context:  # formulas and menus of an export come from a network, players must not

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from mss_utils.models import build_model, count_parameters, load_model, receptive_field_s
-from mss_utils.models.demucs import Demucs, sinusoidal_positions
+from mss_utils.models.demucs import sinusoidal_positions
 from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, PROFILES, resolve
 from mss_utils.training import snr_loss
@@ -133,11 +133,6 @@ def test_the_receptive_field_of_the_unet(small_settings):
     x = torch.randn(1, 1, bins, 2**model.depth * 32, dtype=torch.float64)
     assert not changes(model._logits, x, frames)
     assert changes(model._logits, x, frames // 8)
-
-
-def test_odd_strides_are_refused():
-    with pytest.raises(ValueError, match="strides.*even"):
-        Demucs(1, 4, 16, (4, 3))
 
 
 def test_positions_differ_and_have_unit_pairs():

@@ -32,7 +32,7 @@ def collection(smoke_run):
     """The smoke run twice: as it is, and as a run on a dataset of somebody's, whose sounds must not be passed on."""
     folder = results_folder() / "full"
     for name in ("own", "songs"):
-        shutil.copytree(smoke_run[2], folder / name, ignore=shutil.ignore_patterns("ablations", "data_study"))
+        shutil.copytree(smoke_run[1], folder / name, ignore=shutil.ignore_patterns("ablations", "data_study"))
         path = folder / name / "settings.json"
         no_study = dict(ablations=[], data_study=False)  # a study's scores are no results
         path.write_text(json.dumps(json.loads(path.read_text()) | no_study | (dict(data="somewhere") if name == "own" else {})))
@@ -189,7 +189,7 @@ def test_exported_weights_separate_a_song(exported, tmp_path):
 
 
 def test_sounds_coded_smaller_keep_length_level_and_step(smoke_run):
-    page = (smoke_run[2] / "listening.html").read_text()
+    page = (smoke_run[1] / "listening.html").read_text()
     smaller = recoded(page, 0.5)
     assert len(smaller) < 0.8 * len(page)
     sounds = lambda text: [

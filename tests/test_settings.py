@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from mss_utils.settings import PROFILES, ROOT, cache_folder, one_at_a_time, open_run, resolve, results_folder, safe_name, write_text
+from mss_utils.files import one_at_a_time, safe_name, write_text
+from mss_utils.settings import PROFILES, ROOT, cache_folder, open_run, resolve, results_folder
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -23,6 +24,17 @@ def test_every_profile_resolves(profile):
     (dict(overrides="steps=0"), ["steps", "greater than or equal to 1"]),
     (dict(overrides="groups=synth+fx"), ["groups", "a group is written stem+stem->name, not 'synth+fx'"]),
     (dict(overrides="groups=synth+->other"), ["groups", "stem+stem->name"]),
+    (dict(overrides="groups=synth+fx->../out"), ["groups", "cannot be called '../out'"]),
+    (dict(overrides="groups=synth+fx->all"), ["groups", "cannot be called 'all'"]),
+    (dict(overrides="segment_s=nan"), ["segment_s", "finite"]),
+    (dict(overrides="demucs_strides=4,3"), ["demucs_strides are not all even"]),
+    (dict(overrides="demucs_channels=255 attention_heads=5 demucs_max_channels=255"), ["demucs_channels is no multiple of 2"]),
+    (dict(overrides="demucs_max_channels=128"), ["demucs_max_channels is below demucs_channels"]),
+    (dict(overrides="attention_heads=3"), ["attention_heads does not divide 256"]),
+    (dict(overrides="hop=2000"), ["hop is above half of n_fft"]),
+    (dict(overrides="n_fft=1100"), ["n_fft is no multiple of 64"]),
+    (dict(overrides="segment_s=0.1 demucs_strides=64,64"), ["segment_s=0.1 is shorter than one step"]),
+    (dict(overrides="song_min_s=100"), ["song_min_s is above song_max_s"]),
 ])
 def test_a_wrong_setting_is_one_sentence(arguments, words):
     with pytest.raises(ValueError) as error:

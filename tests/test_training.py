@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import command
-from safetensors.torch import load_file
+from conftest import SMALL, command
+from safetensors.torch import load_file, save_file
 
 import mss_utils.training as training
 from mss_utils.data import Store
@@ -31,7 +31,7 @@ def test_training_writes_what_the_contract_names(small_run, store, name):
     heard = []
     model = train(small_run, store, "piano", name, on_validation=heard.append)
     folder = small_run.model_folder("piano", name)
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "model.json", "history.csv", "last.ckpt"}
+    assert {path.name for path in folder.glob("[!.]*")} == {"model.safetensors", "model.json", "history.csv", "last.ckpt"}
     description = json.loads((folder / "model.json").read_text())
     assert description["steps"] == 6 and description["train_s"] > 0 and description["peak_memory_mb"] > 50
     history = pd.read_csv(folder / "history.csv")
@@ -110,8 +110,8 @@ def deadly(*given):
     global calls
     calls += 1
     if calls == count:
-        if where == "save_file":
-            given[1].write_bytes(b"half a file")
+        if where == "replacing":
+            original(*given).__enter__().write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*given)
 setattr(training, where, deadly)
@@ -121,12 +121,12 @@ training.train(run, open_store(run.settings), "piano", "unet")
 """
 
 
-@pytest.mark.parametrize("where, count", [("descend", 5), ("save_file", 1), ("save_file", 3), ("save_file", 4)])
+@pytest.mark.parametrize("where, count", [("descend", 5), ("replacing", 1), ("replacing", 3), ("replacing", 4)])
 def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, where, count):
     """SIGKILL at a step, and in the middle of a checkpoint or of weights (the 3rd file): the next call ends with the same weights."""
     whole = Run("whole", small_run.settings, tmp_path / "whole")
     train(whole, store, "piano", "unet")
-    arguments = ["smoke", "small", small_settings.data, "piano", "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"]
+    arguments = ["smoke", "small", small_settings.data, "piano", SMALL]
     killed = subprocess.run([sys.executable, "-c", KILLED, where, str(count), *arguments], cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     train(small_run, store, "piano", "unet")
@@ -263,7 +263,7 @@ def test_the_waveform_models_can_reconstruct_an_unseen_song(name, songs_store):
 def test_a_setting_that_came_later_had_its_default(store, small_settings, tmp_path):
     identity = identity_of(small_settings, store, "piano", "unet", 0)
     older = identity | dict(settings={key: value for key, value in identity["settings"].items() if key != "train_share"})
-    (tmp_path / "model.safetensors").touch()
+    save_file({}, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text(json.dumps(older))
     assert is_trained(tmp_path, identity)
     assert not is_trained(tmp_path, identity | dict(settings=identity["settings"] | dict(train_share=0.5)))

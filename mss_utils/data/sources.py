@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -26,6 +25,7 @@ import soundfile
 import yaml
 
 from mss_utils import demo
+from mss_utils.files import readable, working_folder
 from mss_utils.settings import SPLITS, Settings, cache_folder, from_root
 
 MIXTURE = "mixture"
@@ -34,6 +34,7 @@ STEM_SUFFIX = ".stem.mp4"
 MUSDB_STEMS = ("drums", "bass", "other", "vocals")
 MUSDB_RATE = 44100
 MAX_NAMED = 5  # tracks that an error or a warning names
+RATES = (1000, 768_000)  # samples a second of what can be music
 TRUNCATED_S = 0.1  # a stem file that decodes to this much less than it declares was cut off
 
 Recording = tuple[np.ndarray, int]  # samples as float32 `(samples, channels)`, and their rate in Hz
@@ -57,7 +58,7 @@ class SourceTrack:
     def stems(self) -> tuple[str, ...]:
         if self.is_stem_file:
             return MUSDB_STEMS
-        return tuple(sorted(file.stem for file in self.files if file.stem != MIXTURE))
+        return tuple(sorted(readable(file.stem) for file in self.files if file.stem != MIXTURE))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -104,15 +105,14 @@ def _musdb_root(profile: str) -> Path:
 def _download_excerpts(root: Path) -> None:
     """Let musdb fetch the 7-second excerpts; `root` appears only when all of them are there."""
     musdb = import_musdb()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part-", dir=root.parent) as part:
+    with working_folder(root.parent) as part:
         try:
-            musdb.DB(root=f"{part}/{root.name}", download=True)
+            musdb.DB(root=str(part / root.name), download=True)
         except OSError as error:
             raise ConnectionError(
                 f"musdb could not fetch the 7-second excerpts ({error}); pass --data DIR or set MUSDB_PATH to a folder that holds them."
             ) from None
-        os.replace(f"{part}/{root.name}", root)
+        os.replace(part / root.name, root)
 
 
 def import_musdb():
@@ -151,7 +151,7 @@ def find_tracks(root: Path) -> list[SourceTrack]:
             )
     for (split, name), count in Counter((track.split, track.name) for track in tracks).items():
         if count > 1:
-            raise ValueError(f"Track {name!r} lies in {split} twice, as a stem file and as a folder: remove one of them.")
+            raise ValueError(f"Track {name!r} lies in {split} twice, say as a stem file and as a folder: remove one of them.")
     return tracks
 
 
@@ -172,7 +172,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
         if path.name.endswith(STEM_SUFFIX) and path.is_file():
             yield path, (path,)
         elif path.is_dir():
-            yield path, tuple(file for file in _listing(path) if file.suffix.lower() in AUDIO_SUFFIXES)
+            yield path, tuple(file for file in _listing(path) if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
         elif path.suffix.lower() in (".mp4", ".m4a", *AUDIO_SUFFIXES):
             yield path, ()
 
@@ -191,15 +191,22 @@ def _find_split(root: Path, split: str) -> Iterator[SourceTrack]:
         if twice:
             raise ValueError(f"{path} holds two files for stem {twice[0]!r}: remove one of them.")
         if files:
-            yield SourceTrack(path.name.removesuffix(STEM_SUFFIX), split, path, files)
+            yield SourceTrack(readable(path.name.removesuffix(STEM_SUFFIX)), split, path, files)
 
 
 def _validation_names(root: Path) -> set[str]:
     """Names in `validation_tracks` of the dataset's own mus.yaml, else of the one musdb ships (read without importing it)."""
     setup = root / "mus.yaml"
-    if not setup.exists():
+    if not setup.is_file():
         setup = Path(importlib.util.find_spec("musdb").origin).parent / "configs" / "mus.yaml"
-    return set(yaml.safe_load(setup.read_text(encoding="utf-8"))["validation_tracks"])
+    try:
+        names = yaml.safe_load(setup.read_bytes())["validation_tracks"]
+        if not isinstance(names, list):
+            raise TypeError(f"found {names!r}")
+        return set(map(str, names))
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{setup} names no validation_tracks ({type(error).__name__}: {reason[:200]}); expected a list of them: mend it or remove it.") from None
 
 
 def _with_validation(tracks: list[SourceTrack], names: set[str]) -> list[SourceTrack]:
@@ -261,13 +268,15 @@ def _check_groups(groups: Groups, there: set[str]) -> None:
 def read_track(source: SourceTrack) -> dict[str, Recording]:
     """Mixture (where there is one) and stems of a track, `{name: (samples as float32 (samples, channels), rate)}`.
 
-    Raises ValueError for a file that cannot be decoded, has no samples, was cut off, or holds NaN; PermissionError for
-    one that may not be read; FileNotFoundError where ffmpeg is missing.
+    Raises ValueError for a file that cannot be decoded, has no samples or an absurd rate, was cut off, or holds NaN; PermissionError
+    for one that may not be read; FileNotFoundError where ffmpeg is missing.
     """
     for file in source.files:
         _check_readable(file)
-    parts = _read_musdb(source) if source.is_stem_file or _is_musdb_hq(source) else {file.stem: _read_file(file) for file in source.files}
-    for name, (audio, _) in parts.items():
+    parts = _read_musdb(source) if source.is_stem_file or _is_musdb_hq(source) else {readable(file.stem): _read_file(file) for file in source.files}
+    for name, (audio, rate) in parts.items():
+        if not RATES[0] <= rate <= RATES[1]:
+            raise ValueError(f"{source.path}: {name} has {rate} samples a second; expected {RATES[0]} to {RATES[1]}: convert or remove the track.")
         if not audio.size:
             raise ValueError(f"{source.path}: {name} has no samples; expected audio: replace the file or remove the track.")
         if not np.isfinite(audio).all():
@@ -285,10 +294,11 @@ def _check_readable(file: Path) -> None:
 
 def _read_file(file: Path) -> Recording:
     try:
-        return soundfile.read(file, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        kinds = "/".join(AUDIO_SUFFIXES)
-        raise ValueError(f"Cannot read {file} ({error.error_string}); expected a {kinds} file: replace it or remove the track.") from None
+        with file.open("rb") as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
+            return soundfile.read(stream, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, MemoryError) as error:
+        kinds, reason = "/".join(AUDIO_SUFFIXES), getattr(error, "error_string", error)
+        raise ValueError(f"Cannot read {file} ({reason}); expected a {kinds} file: replace it or remove the track.") from None
 
 
 def _is_musdb_hq(source: SourceTrack) -> bool:
@@ -316,7 +326,7 @@ def _read_musdb(source: SourceTrack) -> dict[str, Recording]:
         track = musdb.MultiTrack(path=str(mixture), name=source.name, stem_id=0, is_wav=not source.is_stem_file)
         found = _musdb_stems(track) if source.is_stem_file else _musdb_files(musdb, track, source)
     # stempeg raises bare Warnings and fails on streams that are no audio
-    except (ffmpeg.Error, Warning, AttributeError, KeyError, ValueError, RuntimeError) as error:
+    except (ffmpeg.Error, Warning, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"Cannot read {source.path} ({_reason(error)}); expected MUSDB18's mixture and four stems: fetch the file again or remove it."
         ) from None

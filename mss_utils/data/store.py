@@ -7,20 +7,21 @@ Whoever trains or separates reads the store alone: neither musdb nor ffmpeg is n
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
+import io
+import math
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torchaudio
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 from tqdm.auto import tqdm
 
 from mss_utils import demo
@@ -28,11 +29,21 @@ from mss_utils.data.levels import active_windows, rms
 from mss_utils.data.sources import (
     MIXTURE, Groups, Recording, SourceTrack, common_stems, dataset_root, find_tracks, group_of, is_built_in, named, read_track, sha,
 )
-from mss_utils.settings import Settings, cache_folder, one_at_a_time, replacing, safe_name, write_text
+from mss_utils.files import is_file_name, one_at_a_time, readable, replacing, safe_name, write_text
+from mss_utils.settings import SPLITS, Settings, cache_folder
 
 FULL_SCALE = 32767
-FORMAT = 2  # raise it when what a store holds changes: stores of another format are not read
+FORMAT = 2
+BUILD_AGAIN = "build it again from the dataset"
+LOUDEST = 1000.0  # times full scale; 16 bits would keep nothing else of a track
+MAX_RATIO = 1000  # 44.1 kHz to 16 kHz is 441 to 160
 MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is decoded
+
+
+def _file_name_checked(name: str) -> str:
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} leaves the folder")
+    return name
 
 
 @dataclass(frozen=True)
@@ -40,13 +51,13 @@ class Track:
     """One track of a store. Rows are the mixture, then the stems; `scale` makes floats of int16."""
 
     name: str
-    split: str
-    file: str
+    split: Literal[SPLITS]
+    file: Annotated[str, AfterValidator(_file_name_checked)]
     source: str
     fingerprint: str
     sha: str
-    samples: int
-    scale: float
+    samples: Annotated[int, Field(ge=1)]
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     source_rates: tuple[int, ...]  # Hz, each rate that the track's files have
     source_samples: tuple[int, ...]  # each length in samples of the store that they have
     rms: tuple[float, ...]  # of each row, relative to full scale, as all levels here
@@ -54,6 +65,25 @@ class Track:
     residual_rms: float  # mixture minus sum of stems
     active: tuple[tuple[int, ...], ...]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
     n_windows: int
+
+
+class Index(BaseModel):
+    """What index.json holds: of which dataset the store is, and every track that is decoded so far."""
+
+    format: Literal[2]  # to be raised when what a store holds changes: stores of another format are not read
+    source: str
+    sample_rate: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    stems: tuple[Annotated[str, AfterValidator(_file_name_checked)], ...] = Field(min_length=2)
+    tracks: tuple[Track, ...]
+    complete: bool = False
+
+    @model_validator(mode="after")
+    def _one_row_a_stem(self) -> Index:
+        for track in self.tracks:
+            if {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)} != {1 + len(self.stems)}:
+                raise ValueError(f"track {track.name!r} has not one value for the mixture and each stem")
+        return self
 
 
 @dataclass(frozen=True)
@@ -110,7 +140,7 @@ def open_store(settings: Settings) -> Store:
     root = dataset_root(settings)
     if not (root / "index.json").exists():
         return build_store(root, settings.sample_rate, settings.channels, settings.groups)
-    store = read_store(root)
+    store = read_store(root)  # somebody's, who may have called it what he likes
     for name in ("sample_rate", "channels"):
         if getattr(store, name) != getattr(settings, name):
             raise ValueError(
@@ -140,17 +170,20 @@ def _stems_of(settings: Settings) -> tuple[str, ...]:
 
 
 def read_store(folder: Path) -> Store:
-    """The finished store in `folder`. Raises ValueError when it is of another format or incomplete."""
-    index = _read_index(folder)
-    if index.get("format") != FORMAT or not index.get("complete"):
-        state = f"format {index.get('format')}" if index.get("format") != FORMAT else "not finished"
-        expected = f"expected a finished one of format {FORMAT}: build it again from the dataset"
-        raise ValueError(f"The stem store {folder} is {state}; {expected}.")
-    missing = [track.file for track in _tracks(index) if not (folder / track.file).exists()]
+    """The finished store in `folder`. Raises ValueError when its index is damaged, of another format or unfinished, or files are missing."""
+    try:
+        index = Index.model_validate_json((folder / "index.json").read_bytes())
+    except ValueError as error:  # pydantic's is one
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise ValueError(f"{folder / 'index.json'} is no index of a stem store of format {FORMAT} ({where}: {first['msg']}); {BUILD_AGAIN}.") from None
+    if not index.complete or {track.split for track in index.tracks} != set(SPLITS):
+        raise ValueError(f"The stem store {folder} is not finished, it lacks tracks; {BUILD_AGAIN}.")
+    store = Store(folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks)
+    missing = [track.file for track in store.tracks if not _is_whole(folder, track, index)]
     if missing:
-        message = f"The stem store {folder} lacks {len(missing)} files, {missing[0]} first: copy the whole folder, or build it again."
-        raise ValueError(message)
-    return Store(folder, index["source"], index["sample_rate"], index["channels"], tuple(index["stems"]), _tracks(index))
+        raise ValueError(f"The stem store {folder} lacks {len(missing)} files or parts of them, {missing[0]} first: copy the whole folder, or build it again.")
+    return store
 
 
 # --- building -----------------------------------------------------------------------------------------------------------
@@ -166,52 +199,49 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
     """
     sources = find_tracks(root)
     stems = common_stems(sources, root, groups)
-    head = dict(format=FORMAT, source=str(root), sample_rate=sample_rate, channels=channels, stems=list(stems))
+    head = Index(format=FORMAT, source=readable(root), sample_rate=sample_rate, channels=channels, stems=stems, tracks=())
     place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
     folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
     wanted = {_file_name(source): source for source in sources}
     if not _is_current(folder, wanted, head):
-        with _told_when_full(folder), one_at_a_time(folder):
+        with one_at_a_time(folder):
             tracks = _current(folder, wanted, head)
             _decode_missing(folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS))
-            _write_index(folder, wanted, tracks, head | dict(complete=True))
+            _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
             _clear(folder, {*wanted, "index.json", ".lock"})
     return read_store(folder)
-
-
-@contextmanager
-def _told_when_full(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(
-            f"No room left for the stem store {folder} ({error.strerror}). What is decoded stays, and the same command goes "
-            "on: free space there, or set MSS_CACHE to a folder on a larger disk."
-        ) from None
 
 
 def _file_name(source: SourceTrack) -> str:
     return f"{source.split}-{safe_name(source.name)}-{sha(source.name)[:6]}.npy"
 
 
-def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> bool:
+def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> bool:
     """Whether the store is finished and holds the tracks of the dataset, no fewer and no more."""
-    index = _read_index(folder)
-    return bool(index.get("complete")) and len(index["tracks"]) == len(wanted) == len(_current(folder, wanted, head))
+    index = _index_of(folder)
+    return index is not None and index.complete and len(index.tracks) == len(wanted) == len(_current(folder, wanted, head))
 
 
-def _current(folder: Path, wanted: dict[str, SourceTrack], head: dict) -> dict[str, Track]:
+def _current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> dict[str, Track]:
     """The tracks of the index whose samples are there and whose source has not changed since."""
-    index = _read_index(folder)
-    if any(index.get(key) != head[key] for key in ("format", "sample_rate", "channels", "stems")):
+    index = _index_of(folder)
+    if index is None or (index.sample_rate, index.channels, index.stems) != (head.sample_rate, head.channels, head.stems):
         return {}
-    fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and (folder / track.file).exists()
-    return {track.file: track for track in _tracks(index) if fits(track)}
+    fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and _is_whole(folder, track, index)
+    return {track.file: track for track in index.tracks if fits(track)}
 
 
-def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: dict, groups: Groups, n_jobs: int) -> None:
+def _is_whole(folder: Path, track: Track, index: Index) -> bool:
+    """Whether the samples of a track are there, all of them."""
+    path, shape = folder / track.file, (1 + len(index.stems), index.channels, track.samples)
+    header = _header(shape)
+    if not (path.is_file() and path.stat().st_size == len(header) + 2 * math.prod(shape)):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: Index, groups: Groups, n_jobs: int) -> None:
     """Decode what `tracks` lacks and add it there and to the index, track by track; one error names all that failed."""
     missing = {file: source for file, source in wanted.items() if file not in tracks}
     failed: list[Exception] = []
@@ -240,61 +270,59 @@ def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: 
 def _clear(folder: Path, kept: set[str]) -> None:
     """Take away what no track of the index owns: songs that left the dataset, and parts that a killed build left."""
     for path in folder.iterdir():
-        if path.name not in kept:
+        if path.name not in kept and path.is_file():
             path.unlink()
 
 
-def _read_index(folder: Path) -> dict:
-    index = folder / "index.json"
-    return json.loads(index.read_text(encoding="utf-8")) if index.exists() else {}
+def _index_of(folder: Path) -> Index | None:
+    """The index of a store in the cache; None where it has to be built, also because its index is damaged or of another format."""
+    try:
+        return Index.model_validate_json((folder / "index.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
-def _tracks(index: dict) -> tuple[Track, ...]:
-    return tuple(Track(**{key: _frozen(value) for key, value in track.items()}) for track in index["tracks"])
-
-
-def _frozen(value: object) -> object:
-    """The lists of JSON as tuples, so that a track can be a key."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
-
-
-def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: dict) -> None:
+def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: Index) -> None:
     """The index in the order of the dataset, whatever order the tracks came in."""
-    write_text(folder / "index.json", json.dumps(head | dict(tracks=[asdict(tracks[file]) for file in wanted if file in tracks])))
+    write_text(folder / "index.json", head.model_copy(update=dict(tracks=tuple(tracks[file] for file in wanted if file in tracks))).model_dump_json())
 
 
-def _decode_track(source: SourceTrack, head: dict, groups: Groups, path: Path) -> Track:
+def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) -> Track:
     """Write one track as int16 `(1 + stems, channels, samples)`; a per-track scale keeps samples beyond full scale.
 
     Files of other rates are brought to the working rate, and the shorter ones end in silence; the index says so.
     """
     parts = read_track(source)
     rates = sorted({rate for _, rate in parts.values()})
-    parts = {name: _conform(part, head["sample_rate"], head["channels"]) for name, part in parts.items()}
+    parts = {name: _conform(part, head.sample_rate, head.channels) for name, part in parts.items()}
     lengths = sorted({audio.shape[-1] for audio in parts.values()})
-    audio = _stack(parts, head["stems"], groups, lengths[-1])
+    audio = _stack(parts, head.stems, groups, lengths[-1])
     peak = np.abs(audio).max(axis=(1, 2))
+    if not peak.max() < LOUDEST:  # also where a sum of floats is no number any more
+        raise ValueError(f"{source.path} reaches {peak.max():.3g} times full scale; expected music: mend its files or remove the track.")
     scale = max(1.0, float(peak.max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
     _write_samples(path, samples)
-    active = active_windows(audio, head["sample_rate"]).astype(np.int64)  # (1 + stems, windows)
+    active = active_windows(audio, head.sample_rate).astype(np.int64)  # (1 + stems, windows)
     return Track(
-        name=source.name, split=source.split, file=path.name, source=str(source.path), fingerprint=source.fingerprint,
+        name=source.name, split=source.split, file=path.name, source=readable(source.path), fingerprint=source.fingerprint,
         sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale,
         source_rates=tuple(rates), source_samples=tuple(lengths), rms=tuple(map(rms, audio)), peak=tuple(peak.tolist()),
         residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)),
-        active=_frozen((active @ active.T).tolist()), n_windows=active.shape[1],
+        active=tuple(map(tuple, (active @ active.T).tolist())), n_windows=active.shape[1],
     )
 
 
 def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarray:
     """`(samples, any channels)` at any rate -> `(channels, samples)` at the working rate, float32.
 
-    One channel is the mean of all; two are the first two, or the only one twice.
+    One channel is the mean of all; two are the first two, or the only one twice. Rates without a small ratio, which would need a
+    filter of gigabytes, are off by less than a millionth.
     """
     audio, rate = recording[0].T, recording[1]
     audio = audio.mean(axis=0, keepdims=True) if channels == 1 else np.resize(audio[:channels], (channels, audio.shape[1]))
-    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), rate, sample_rate).numpy()
+    ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)
+    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), ratio.numerator, ratio.denominator).numpy()
 
 
 def _stack(parts: dict[str, np.ndarray], stems: list[str], groups: Groups, length: int) -> np.ndarray:
@@ -312,5 +340,12 @@ def _stack(parts: dict[str, np.ndarray], stems: list[str], groups: Groups, lengt
 def _write_samples(path: Path, samples: np.ndarray) -> None:
     """As `np.save` does, but with an error that says why where the disk is full."""
     with replacing(path) as part, part.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(samples))
+        file.write(_header(samples.shape))
         file.write(samples.data)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    """What an .npy file of int16 begins with."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, dict(descr="<i2", fortran_order=False, shape=shape))
+    return header.getvalue()

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
 from mss_utils.demo.playing import SAMPLE_RATE, render
-from mss_utils.settings import one_at_a_time, write_text
+from mss_utils.files import one_at_a_time, write_text
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 

@@ -20,7 +20,8 @@ from mss_utils.figures.style import METRICS
 from mss_utils.listening.player import encode_mp3, gain_with_residuals, players
 from mss_utils.metrics import score_track, utterance_sdr
 from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Run, replacing
+from mss_utils.files import replacing
+from mss_utils.settings import MODELS, Run
 
 VERSIONS = ("mixture", "reference", *MODELS, "irm")
 RANKS = ("best", "median", "worst")

@@ -20,7 +20,8 @@ import torchaudio
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from scipy import stats
 
-from mss_utils.settings import LETTERS, MODELS, Run, from_root, replacing, safe_name, write_text
+from mss_utils.files import replacing, safe_name, write_text
+from mss_utils.settings import LETTERS, MODELS, Run, from_root
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
@@ -131,7 +132,7 @@ def ratings_of(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Both have no rows where nobody has answered yet; of equal files one is read. Raises ValueError for a file that holds no answers.
     """
-    files = {file.read_bytes(): file for file in sorted((run.folder / "answers").glob("[!.]*.json"))}
+    files = {file.read_bytes(): file for file in sorted((run.folder / "answers").glob("[!.]*.json")) if file.is_file()}
     ratings = screened([read_answers(content, str(file)) for content, file in files.items()], run.name, models_of(run))
     opinions = opinion(ratings)
     for name, table in zip(TABLES, (ratings, opinions)):

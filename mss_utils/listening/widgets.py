@@ -19,7 +19,8 @@ from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerp
 from mss_utils.listening.player import players
 from mss_utils.listening.ratings import add_answers, opinion_sentence, ratings_of
 from mss_utils.separation import bandwidth_note, separate_file
-from mss_utils.settings import MODELS, Run, from_root, replacing, safe_name
+from mss_utils.files import replacing, safe_name
+from mss_utils.settings import MODELS, Run, from_root
 
 
 def chooser(run: Run, store: Store, target: str, excerpt_of: Callable[[Track], Excerpt] | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mss_utils.files import is_file_name
 from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
 from mss_utils.models.unet import UNet
 from mss_utils.settings import MODELS, Settings
@@ -19,10 +20,19 @@ def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module
     """Build `unet`, `demucs_lstm` or `demucs_attention` with the weights that `seed` stands for.
 
     Every model maps a mixture `(batch, channels, samples)` to an estimate of the target of the same shape. Each part
-    draws its weights from a random stream of its own, so B1 and B2 start from the same encoder and decoder.
+    draws its weights from a random stream of its own, so B1 and B2 start from the same encoder and decoder. Raises ValueError for
+    another name, MemoryError for a model that this machine has no room for.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}; there are: {', '.join(MODELS)}.")
+    try:
+        return _built(name, settings, seed)
+    except RuntimeError as error:  # torch's word for memory on a CPU
+        reason = str(error).strip().splitlines()[0]
+        raise MemoryError(f"{name} cannot be built with these settings ({reason[:200]}): make its channels, depth or n_fft smaller.") from None
+
+
+def _built(name: str, settings: Settings, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "unet":
@@ -65,9 +75,11 @@ def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         settings = Settings.model_validate(description["settings"])
+        if not is_file_name(description["target"]):
+            raise ValueError(f"the target {description['target']!r} cannot be part of a file's name")
         return build_model(description["model"], settings), settings, description["target"]
-    except (ValueError, KeyError, TypeError) as error:  # pydantic's and json's errors are ValueErrors
-        reason = " ".join(str(error).split())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not describe a model ({type(error).__name__}: {reason}): train the model again.") from None
 
 

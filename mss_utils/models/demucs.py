@@ -48,14 +48,12 @@ class Demucs(nn.Module):
     undoes them: each filter's output passes through a gate between 0 and 1 that the decoder sets, and the decoder adds what
     it likes, at first nothing. In between, kernels are twice the stride, and channels double from layer to layer up to
     `max_width`, the width of the bottleneck. `bottleneck` maps `(batch, frames, width)` to the same shape; it is the
-    identity until one is put in. The input is scaled to unit power and the output scaled back. Raises ValueError for a
-    stride that is odd or under 2, or filters that cannot be shared among the channels.
+    identity until one is put in. The input is scaled to unit power and the output scaled back. Strides are even, so
+    that layers pad alike on both sides, and `width` is a multiple of twice the channels; `Settings` sees to both.
     """
 
     def __init__(self, channels: int, width: int, max_width: int, strides: Sequence[int]):
         super().__init__()
-        if any(stride < 2 or stride % 2 for stride in strides):
-            raise ValueError(f"Demucs strides are {tuple(strides)}; expected even numbers, so that layers pad alike on both sides.")
         self.level = Level()
         first, *rest = strides
         widths = [min(width * 2**layer, max_width) for layer in range(len(strides))]
@@ -140,10 +138,8 @@ def sinusoidal_positions(frames: int, width: int, device: torch.device | None = 
 def fourier_basis(channels: int, n_filters: int, length: int) -> torch.Tensor:
     """Hann-windowed cosines and sines of equally spaced frequencies, unit norm: `(n_filters, channels, length)`.
 
-    Every filter listens to one channel. Raises ValueError if the channels cannot have equally many cosines and sines.
+    Every filter listens to one channel; each channel has equally many cosines and sines.
     """
-    if n_filters % (2 * channels):
-        raise ValueError(f"demucs_channels is {n_filters}; with channels={channels} expected a multiple of {2 * channels}.")
     n = n_filters // (2 * channels)
     phase = math.pi * torch.arange(1, n + 1)[:, None] / (n + 1) * (torch.arange(length) - (length - 1) / 2)
     waves = torch.cat([torch.cos(phase), torch.sin(phase)]) * torch.hann_window(length, periodic=False)  # (2 * n, length)

@@ -1,0 +1,146 @@
+"""How files are written: whole or not at all, one process at a time, under names that fit, and plain about a disk that refuses."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+PART = ".part-"  # how the names of unfinished files and folders begin
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+MAX_NAME = 200  # bytes: of the 255 that a name may have, some are for what is put before and behind it
+FORGOTTEN_S = 24 * 3600.0  # nobody works this long on one part
+
+
+def safe_name(name: str) -> str:
+    """`name` with everything but letters, digits, '.', '_', '-' and spaces inside replaced, in 120 bytes: fit for a file name."""
+    kept = "".join(c if c.isalnum() or c in "._- " else "_" for c in name).strip(" .")
+    return kept.encode()[:120].decode(errors="ignore") or "_"
+
+
+def is_file_name(name: object) -> bool:
+    """Whether `name` can be a file's, or part of it, and stays where it is put: one part of a path, not a way out of its folder."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name and len(os.fsencode(name)) <= MAX_NAME
+
+
+def readable(name: str | Path) -> str:
+    """A name from the disk as tables, pages and pictures can hold it: those of old archives are not always UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader never sees half of it, see `replacing`."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; it takes the place of `path` if all goes well, else it is removed.
+
+    The content is on the disk before it has its name, so a machine that loses power keeps the old file or the new one. What killed
+    processes left of `path` is removed. Raises OSError as `disk_errors_told` words it.
+    """
+    with disk_errors_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_forgotten(path.parent, path.name)
+        part = path.with_name(_part_name(path.name))
+        try:
+            yield part
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def working_folder(parent: Path) -> Iterator[Path]:
+    """A new folder inside `parent`, on the same disk, for what is to be renamed when it is finished; removed in the end.
+
+    What killed processes left there is removed too. Raises OSError as `disk_errors_told` words it.
+    """
+    with disk_errors_told(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_forgotten(parent, "work")
+        folder = parent / _part_name("work")
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself."""
+    with disk_errors_told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def disk_errors_told(path: Path) -> Iterator[None]:
+    """An OSError that says what to do in the place of one from a full disk, or from a folder of `path` that may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            found, mend = f"No room left to write {path}", "free space there, or choose a folder on a larger disk"
+        elif error.errno in REFUSED and str(path.parent) in str(error.filename):
+            found, mend = f"{path} cannot be written", "make its folder writable, or choose another one"
+        else:
+            raise
+        raise OSError(
+            f"{found} ({error.strerror}). Earlier results stay, and the same command goes on: {mend} (MSS_RESULTS for results, "
+            "MSS_CACHE for songs and stems, --out for a separated song)."
+        ) from None
+
+
+def _part_name(name: str) -> str:
+    return f"{PART}{_here()}-{os.getpid()}-{threading.get_ident()}-{name}"
+
+
+def _here() -> str:
+    """This machine, since process numbers are counted on each, as far as a part's name has room for it."""
+    return re.sub(r"\W", "", platform.node())[:16]
+
+
+def _remove_forgotten(folder: Path, name: str) -> None:
+    """Remove the parts of `name` that killed processes left in `folder`."""
+    for left in folder.glob(f"{PART}*-{glob.escape(name)}"):
+        if _is_forgotten(left):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _is_forgotten(part: Path) -> bool:
+    """Whether the process of a part, on this machine, is no more, or nobody has touched it for a day."""
+    machine, process = part.name.removeprefix(PART).split("-")[:2]
+    if machine == _here() and not psutil.pid_exists(int(process)):
+        return True
+    try:
+        return time.time() - part.stat().st_mtime > FORGOTTEN_S
+    except FileNotFoundError:  # finished in this moment
+        return False
