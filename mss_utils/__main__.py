@@ -6,12 +6,14 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
 
-from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, begun_run, open_run, resolve, runs_in
+try:
+    from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, Settings, begun_run, open_run, resolve, runs_in
+except ImportError as missing:
+    sys.exit(f"mss_utils: {missing}; install what it needs with: make setup, or pip install -r requirements.txt")
 
 DEFAULT = "demo"  # profile
 
@@ -31,6 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
         return given.function(given) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"mss_utils {given.command}: {_told(error)}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"mss_utils {given.command}: {error}; install what it needs with: make setup, or pip install -r requirements.txt", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
@@ -185,24 +190,41 @@ def _add_check(commands) -> None:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """What a run would find: versions, ffmpeg, tracks and their audit; only what would stop a run is an error."""
+    """Each requirement of a run with how to mend it, then, if none would stop it, what is in the dataset."""
     settings = resolve(given.profile or DEFAULT, given.data, given.target, given.set)
+    from mss_utils.environment import STOP, requirements
+
+    needs = []
+    for need in requirements(settings):
+        needs.append(need)
+        if not given.json:
+            print(f"{need.state:<8} {need.name:<26} {need.found}" + f"\n{'':<35} -> {need.mend}" * bool(need.mend), flush=True)
+    stops = [need.name for need in needs if need.state == STOP]
+    found = dict(requirements=list(map(vars, needs)))
+    if stops:
+        if given.json:
+            print(json.dumps(found))
+        raise ValueError(f"{', '.join(stops)} would stop a run; how to mend that is told with each.")
+    _check_data(settings, found, given.json)
+
+
+def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
+    """The dataset, decoded (and the built-in songs rendered) where it is not yet: its tracks and their audit, findings are warnings."""
     from mss_utils.data import audit, co_activity, open_store, warnings_of
 
     store = open_store(settings)
     table = audit(store)
-    found = dict(
-        python=sys.version.split()[0], cores=os.cpu_count(), ffmpeg=shutil.which("ffmpeg"), dataset=store.source,
-        source_rates=sorted(set(table["source_rate"].tolist())), store=str(store.folder), store_mb=round(store.n_bytes / 1e6),
-        sample_rate=store.sample_rate, channels=store.channels, stems=store.stems,
-        tracks={split: len(store.split(split)) for split in SPLITS},
+    about = dict(
+        dataset=store.source, source_rates=sorted(set(table["source_rate"].tolist())), store=str(store.folder), store_mb=round(store.n_bytes / 1e6),
+        sample_rate=store.sample_rate, channels=store.channels, stems=store.stems, tracks={split: len(store.split(split)) for split in SPLITS},
         minutes={split: round(sum(track.samples for track in store.split(split)) / store.sample_rate / 60, 1) for split in SPLITS},
         warnings=warnings_of(store, settings.segment_s),
     )
-    if given.json:
-        print(json.dumps(found))
+    if as_json:
+        print(json.dumps(found | about))
         return
-    for key, value in found.items():
+    print()
+    for key, value in about.items():
         print("\n".join(f"warning      {line}" for line in value) if key == "warnings" else f"{key:<12} {_listed(value)}")
     print("\nmedian over the tracks:")
     shown = ["duration_s", "level_db", "peak", "silent_share", "residual_db"]

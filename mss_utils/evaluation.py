@@ -2,17 +2,19 @@
 
     estimates -> frames (one row per second) -> tracks (medians) -> summary and paired differences -> sentences
 
-Taught in notebook 05. The test set is scored here and nowhere else.
+Taught in notebook 05. The test set is scored to report it, never to choose anything.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
 from mss_utils.separation import separate
 from mss_utils.files import write_text
-from mss_utils.settings import LETTERS, MODELS, Run, Settings
+from mss_utils.settings import LETTERS, MODELS, Run, Settings, from_root
 from mss_utils.training import train
 
 ORACLES = ("irm", "mwf")
@@ -236,23 +238,37 @@ def references_and(store: Store, job: Job, found: Estimates) -> tuple[np.ndarray
 
 
 def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], tuple]) -> Iterator:
-    """`function(*arguments(job))` of every job, in order, up to `MAX_SCORERS` at once; `arguments` runs in this process.
+    """`function(*arguments(job))` of every job, in order, several at once, see `_workers`; `arguments` runs in this process.
 
-    What a killed process was at is done again here, one job after the other. Another joblib backend, such as Dask's, is
-    chosen with `joblib.parallel_config`.
+    What a killed process was at is done again here, one job after the other.
     """
-    n_at_once = min(joblib.effective_n_jobs(-1), MAX_SCORERS)
-    for first in range(0, len(jobs), n_at_once):
-        calls = [arguments(job) for job in jobs[first : first + n_at_once]]
-        try:
-            results = joblib.Parallel(n_at_once, batch_size=1)(joblib.delayed(function)(*call) for call in calls)
-        except BrokenProcessPool:
-            warnings.warn(
-                "A scoring process was killed, most likely because memory ran out. Its jobs are done again, one after the other; "
-                "if that happens often, set LOKY_MAX_CPU_COUNT=1.", stacklevel=2,
-            )
-            results = (function(*call) for call in calls)
-        yield from results
+    with _workers() as n_at_once:
+        for first in range(0, len(jobs), n_at_once):
+            calls = [arguments(job) for job in jobs[first : first + n_at_once]]
+            try:
+                results = joblib.Parallel(n_at_once, batch_size=1)(joblib.delayed(function)(*call) for call in calls)
+            except BrokenProcessPool:
+                warnings.warn(
+                    "A scoring process was killed, most likely because memory ran out. Its jobs are done again, one after the other; "
+                    "if that happens often, set LOKY_MAX_CPU_COUNT=1.", stacklevel=2,
+                )
+                results = (function(*call) for call in calls)
+            yield from results
+
+
+@contextmanager
+def _workers() -> Iterator[int]:
+    """How many jobs at once: up to `MAX_SCORERS` processes here, or all workers of the Dask cluster whose scheduler file MSS_DASK names."""
+    cluster = os.environ.get("MSS_DASK")
+    if not cluster:
+        yield min(joblib.effective_n_jobs(-1), MAX_SCORERS)
+        return
+    if not from_root(cluster).is_file():
+        raise FileNotFoundError(f"MSS_DASK names no scheduler file ({from_root(cluster)}); start one with: dask scheduler --scheduler-file FILE")
+    from dask.distributed import Client
+
+    with Client(scheduler_file=str(from_root(cluster))), joblib.parallel_config("dask"):
+        yield joblib.effective_n_jobs(-1)
 
 
 def _rows(job: Job, found: dict[tuple[str, int], dict]) -> dict[str, pd.DataFrame]:

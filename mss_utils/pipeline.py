@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
 import shutil
-import subprocess
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import papermill
-import torch
 import typst
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
@@ -24,7 +17,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
 from mss_utils import analysis, evaluation, listening
-from mss_utils.data import Store, open_store
+from mss_utils.data import open_store
 from mss_utils.files import one_at_a_time, replacing, write_text
 from mss_utils.settings import ROOT, Run
 
@@ -48,7 +41,6 @@ PRODUCTS = {
     "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
-PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")
 
 
 class StageError(ChildProcessError):
@@ -195,38 +187,3 @@ def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:
     except typst.TypstError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again.") from None
-
-
-def record_environment(run: Run, store: Store) -> dict:
-    """Write `environment.json`: versions, hardware, git commit, seeds, and what the data were; return it."""
-    run.write_settings()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found = dict(
-        python=platform.python_version(), **{package.replace("-", "_"): version(package) for package in PACKAGES},
-        platform=platform.platform(), cpu=_cpu_name(), cores=os.cpu_count(), gpu=gpu, git_commit=_git_commit(),
-        seeds=list(range(run.settings.seeds)), data_hash=store.sha, date=date.today().isoformat(), dataset=describe(store),
-        sample_rate=store.sample_rate,
-    )
-    write_text(run.folder / "environment.json", json.dumps(found, indent=2) + "\n")
-    return found
-
-
-def describe(store: Store) -> dict:
-    """Name, stems, and tracks and hours per split of a store."""
-    splits = {split: store.split(split) for split in ("train", "valid", "test")}
-    hours = {split: sum(track.samples for track in tracks) / store.sample_rate / 3600 for split, tracks in splits.items()}
-    tracks = {split: len(tracks) for split, tracks in splits.items()}
-    return dict(name=Path(store.source).name, stems=list(store.stems), tracks=tracks, hours=hours)
-
-
-def _git_commit() -> str | None:
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

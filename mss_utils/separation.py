@@ -28,7 +28,7 @@ from mss_utils.files import MAX_NAME, working_folder
 CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
 FADE = 0.25  # share of a chunk over which it fades in, and again out
 BLOCK = 2**20  # samples of every channel that are copied at once
-MAX_RATIO = 20_000  # all usual rates have a smaller one; of the others a window is off by less than a sample
+MAX_RATIO = 6000  # all usual rates have a smaller one; of the others a window is off by less than a sample
 PLAYLISTS = (b"ffconcat", b"#EXTM3U", b"[playlist]")  # ffmpeg would open whatever stands in them
 FLAC_HZ = 655350
 WAV_BYTES = 2**32 - 2**16  # a WAV header cannot count further; an RF64 header can

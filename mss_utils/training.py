@@ -547,7 +547,7 @@ def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, iden
 def _restored(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict) -> dict:
     """The state of a checkpoint, once networks and optimizer have its tensors; raises what a damaged one makes torch and json raise."""
     state = json.loads(about["state"])
-    if {name: type(value) for name, value in state.items()} != {name: type(value) for name, value in NEW.items()}:
+    if {name: type(value) for name, value in dict(state).items()} != {name: type(value) for name, value in NEW.items()}:
         raise ValueError("its state is not that of a training")
     if state["best_step"] and not _has_weights(folder):
         raise ValueError("model.safetensors beside it is not there, or damaged")

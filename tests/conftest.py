@@ -42,7 +42,8 @@ def pytest_terminal_summary(terminalreporter):
     """Say how many kills, faults and cases the tests have gone through."""
     totals = Counter()
     for report in terminalreporter.stats.get("passed", []):
-        totals.update({name.removeprefix("count of "): number for name, number in report.user_properties if name.startswith("count of ")})
+        for name, number in report.user_properties:
+            totals[name.removeprefix("count of ")] += number
     if totals:
         terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
 

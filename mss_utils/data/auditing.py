@@ -14,7 +14,7 @@ from mss_utils.data.sources import MIXTURE, ignored, named
 from mss_utils.data.store import Store, Track
 
 BAD_SUM_DB = -20.0  # the lossy coding of MUSDB18's stem files leaves -25 to -40 dB; more is a stem that is missing or changed
-FRAME_S = 1.0  # the scores' frame: a shorter test track has none
+FRAME_S = 1.0  # the scores' frame: a shorter test track is one frame
 UNEVEN_S = 0.05  # files of one track may differ by this much, a codec's padding, before it is worth a word
 
 

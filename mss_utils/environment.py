@@ -1,0 +1,195 @@
+"""What a run needs of a machine, and what machine and data it ran on.
+
+    requirements: before a run, each with what was found and how to mend it --> python -m mss_utils check
+    record_environment: with a run's results --> environment.json
+
+Taught in notebook 01.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from mss_utils.data import Store, dataset_root, find_tracks, is_built_in, read_store
+from mss_utils.files import replacing, write_text
+from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
+
+PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")  # whose versions a run records
+MIN_PYTHON = (3, 11)
+MEMORY_GB = 4.0  # a run on the built-in songs has enough with less
+DISK_GB = 4.0  # songs, stems and results of the demo profile
+FINE, WARNING, STOP = "fine", "warning", "stop"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One requirement: what was found, whether that would stop a run, and what to do where it is not fine."""
+
+    name: str
+    found: str
+    state: str = FINE  # or warning, or stop
+    mend: str = ""
+
+
+def requirements(settings: Settings) -> Iterator[Finding]:
+    """What a run with these settings needs, one after the other; nothing is downloaded, rendered or decoded."""
+    yield _python()
+    yield _packages()
+    yield _device(settings)
+    yield _memory()
+    for what, folder, variable in (("results", results_folder(), "MSS_RESULTS"), ("songs and stems", cache_folder(), "MSS_CACHE")):
+        yield _disk(what, folder, variable)
+        yield _writable(what, folder, variable)
+    yield _ffmpeg(settings)
+    yield _dataset(settings)
+
+
+def _python() -> Finding:
+    enough = sys.version_info >= MIN_PYTHON
+    wanted = ".".join(map(str, MIN_PYTHON))
+    return Finding("Python", platform.python_version(), FINE if enough else STOP, "" if enough else f"install Python {wanted} or newer")
+
+
+def _packages() -> Finding:
+    """The packages of requirements.txt, which pip may not have installed, or in another version."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    wrong = [f"{need} (found: {found or 'none'})" for need in wanted if not _fits(found := _version(need.name), need)]
+    if wrong:
+        return Finding("packages", f"lacking {', '.join(wrong)}", STOP, "pip install -r requirements.txt, or make setup")
+    return Finding("packages", f"all {len(wanted)} of requirements.txt")
+
+
+def _fits(found: str | None, need: Requirement) -> bool:
+    return found is not None and need.specifier.contains(found, prereleases=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device(settings: Settings) -> Finding:
+    found = f"torch {torch.__version__}, "
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return Finding("device", found + f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} with {memory:.0f} GB")
+    found += f"no CUDA GPU, {os.cpu_count()} CPU cores"
+    if settings.device == "cuda":
+        return Finding("device", found, STOP, "set device=auto, or install the driver and a torch that fit the GPU")
+    slow = settings.profile == "musdb18"
+    return Finding("device", found, WARNING if slow else FINE, "a musdb18 run takes weeks without one: use a GPU machine, or profile musdb7" if slow else "")
+
+
+def _memory() -> Finding:
+    free = psutil.virtual_memory().available / 2**30
+    mend = f"close other programs, or set batch_size lower: {MEMORY_GB:g} GB are enough for any profile but musdb18"
+    return Finding("memory", f"{free:.1f} GB available", *((FINE,) if free >= MEMORY_GB else (WARNING, mend)))
+
+
+def _disk(what: str, folder: Path, variable: str) -> Finding:
+    free = shutil.disk_usage(_nearest(folder)).free / 2**30
+    mend = f"free space there, or set {variable} to a larger disk: the demo takes {DISK_GB:g} GB, MUSDB18 6 to 32 GB"
+    return Finding(f"disk for {what}", f"{free:.1f} GB free at {folder}", *((FINE,) if free >= DISK_GB else (WARNING, mend)))
+
+
+def _writable(what: str, folder: Path, variable: str) -> Finding:
+    """Tried, since root may write where permissions say no, and nobody may on a disk that is mounted read-only."""
+    try:
+        with replacing(folder / ".writable") as probe:
+            probe.touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        return Finding(f"may write {what}", f"no ({error})", STOP, f"set {variable} to a folder of yours")
+    return Finding(f"may write {what}", "yes")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the first above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _ffmpeg(settings: Settings) -> Finding:
+    missing = [program for program in ("ffmpeg", "ffprobe") if not shutil.which(program)]
+    if not missing:
+        return Finding("ffmpeg", shutil.which("ffmpeg"))
+    needed = not is_built_in(settings) and any(track.is_stem_file for track in _tracks_found(settings))
+    why = "MUSDB18's stem files need it" if needed else "only MUSDB18's stem files, museval and songs in other formats than WAV and FLAC need it"
+    return Finding("ffmpeg", f"no {' and no '.join(missing)} on the PATH", STOP if needed else WARNING, f"apt-get install ffmpeg ({why})")
+
+
+def _tracks_found(settings: Settings) -> Iterable:
+    try:
+        root = dataset_root(settings)
+        return [] if (root / "index.json").exists() else find_tracks(root)
+    except (ValueError, OSError):  # told as the dataset's own finding
+        return []
+
+
+def _dataset(settings: Settings) -> Finding:
+    if is_built_in(settings):
+        count = settings.n_train_songs + settings.n_valid_songs + settings.n_test_songs
+        return Finding("dataset", f"{count} built-in songs, rendered on the spot")
+    if settings.profile == "musdb7" and not (settings.data or os.environ.get("MUSDB_PATH")):
+        return Finding("dataset", "the 7-second excerpts of MUSDB18, which musdb fetches where they are not there (140 MB)")
+    try:
+        root = dataset_root(settings)
+        tracks = read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
+    except (ValueError, OSError) as error:
+        return Finding("dataset", str(error), STOP, "pass --data DIR, or set MUSDB_PATH")
+    counts = ", ".join(f"{split} {sum(track.split == split for track in tracks)}" for split in SPLITS)
+    return Finding("dataset", f"{root}: {counts}")
+
+
+# --- what a run ran on --------------------------------------------------------------------------------------------------
+
+
+def record_environment(run: Run, store: Store) -> dict:
+    """Write `environment.json`: versions, hardware, git commit, seeds, and what the data were; return it."""
+    run.write_settings()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found = dict(
+        python=platform.python_version(), **{package.replace("-", "_"): version(package) for package in PACKAGES},
+        platform=platform.platform(), cpu=_cpu_name(), cores=os.cpu_count(), gpu=gpu, git_commit=_git_commit(),
+        seeds=list(range(run.settings.seeds)), data_hash=store.sha, date=date.today().isoformat(), dataset=describe(store),
+        sample_rate=store.sample_rate,
+    )
+    write_text(run.folder / "environment.json", json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def describe(store: Store) -> dict:
+    """Name, stems, and tracks and hours per split of a store."""
+    splits = {split: store.split(split) for split in SPLITS}
+    hours = {split: sum(track.samples for track in tracks) / store.sample_rate / 3600 for split, tracks in splits.items()}
+    tracks = {split: len(tracks) for split, tracks in splits.items()}
+    return dict(name=Path(store.source).name, stems=list(store.stems), tracks=tracks, hours=hours)
+
+
+def _git_commit() -> str | None:
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
