@@ -136,6 +136,9 @@ def _failure_of(name: str, executed: Path, values: dict) -> str:
             ": its kernel was killed or died.\nMost often that is memory: set batch_size or segment_s lower, or n_test_songs, or "
             "close other programs (python -m mss_utils check tells how much there is)."
         )
+    code = [(number, cell) for number, cell in enumerate(read_notebook(executed).cells, 1) if cell.cell_type == "code" and cell.source.strip()]
+    if skipped := [number for number, cell in code if cell.execution_count is None]:
+        return f": it stopped after cell {skipped[0] - 1} of {len(code)}.\nA cell ended the kernel's work, as sys.exit() does; let it raise an error instead."
     return ""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core, and threads that wait for a busy core only spin
 
+import nbformat
 import numpy as np
 import pytest
 import soundfile
@@ -127,3 +128,33 @@ def command(*arguments, **environment) -> subprocess.CompletedProcess:
 def smoke_run(own_folders):
     """The whole smoke pipeline, undisturbed: the finished call, and the run's folder."""
     return command("run", "--profile", "smoke"), own_folders / "results" / "smoke"
+
+
+def little_run(folder: Path, monkeypatch):
+    """A run of two made-up stages, `one` and `two` (which reads `one`), with notebooks and results in `folder`."""
+    from mss_utils import pipeline
+
+    notebooks = folder / "notebooks"
+    notebooks.mkdir()
+    monkeypatch.setattr(pipeline, "NOTEBOOKS", notebooks)
+    monkeypatch.setattr(pipeline, "STAGES", {"one": (), "two": ("one",)})
+    monkeypatch.setattr(pipeline, "PRODUCTS", {"one": ("one.txt",), "two": ()})
+    monkeypatch.setattr(pipeline, "build_report", lambda run: None)
+    monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
+    monkeypatch.setenv("MSS_RESULTS", str(folder / "results"))
+    run = open_run("smoke", "little")
+    write_notebook(notebooks / "one.ipynb", f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')")
+    write_notebook(notebooks / "two.ipynb", "1 + 1")
+    return run
+
+
+def notebook_text(*sources: str, parameters: str = 'profile: str = "demo"\nrun: str = ""') -> str:
+    """A notebook with a cell of parameters and one of each source."""
+    cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata=kernel))
+
+
+def write_notebook(path: Path, *sources: str, **parameters: str) -> None:
+    path.write_text(notebook_text(*sources, **parameters))

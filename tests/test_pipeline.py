@@ -4,9 +4,8 @@ import json
 import os
 import shutil
 
-import nbformat
 import pytest
-from conftest import command
+from conftest import command, little_run, write_notebook
 
 import mss_utils.pipeline as pipeline
 from mss_utils import analysis, evaluation, listening
@@ -115,26 +114,7 @@ def test_check_prints_what_it_found(dataset):
 
 @pytest.fixture
 def little(tmp_path, monkeypatch):
-    """Two stages, `one` and `two` (which reads `one`), in a folder of their own."""
-    notebooks = tmp_path / "notebooks"
-    notebooks.mkdir()
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(pipeline, "STAGES", {"one": (), "two": ("one",)})
-    monkeypatch.setattr(pipeline, "PRODUCTS", {"one": ("one.txt",), "two": ()})
-    monkeypatch.setattr(pipeline, "build_report", lambda run: None)
-    monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
-    monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
-    run = open_run("smoke", "little")
-    write_notebook(notebooks / "one.ipynb", f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')")
-    write_notebook(notebooks / "two.ipynb", "1 + 1")
-    return run, notebooks
-
-
-def write_notebook(path, source, parameters='profile: str = "demo"\nrun: str = ""'):
-    first = nbformat.v4.new_code_cell(parameters, metadata=dict(tags=["parameters"]))
-    notebook = nbformat.v4.new_notebook(cells=[first, nbformat.v4.new_code_cell(source)])
-    notebook.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
-    nbformat.write(notebook, path)
+    return little_run(tmp_path, monkeypatch), pipeline.NOTEBOOKS
 
 
 def test_stages_run_once_and_again_when_their_inputs_change(little, capsys):

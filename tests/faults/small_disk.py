@@ -18,8 +18,7 @@ DISK, DATASET, FINISHED = map(Path, sys.argv[1:])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", DISK], check=True)
 os.environ |= dict(MSS_RESULTS=str(DISK / "results"), MSS_CACHE=str(DISK / "cache"))
 
-import nbformat
-from conftest import SMALL
+from conftest import SMALL, write_notebook
 
 from mss_utils import figures, pipeline
 from mss_utils.data import build_store, open_store
@@ -85,11 +84,7 @@ def tried(stage: str, work) -> None:
 def little_notebook(folder: Path) -> None:
     """A stage of 200 kB of output."""
     folder.mkdir()
-    cells = ['profile: str = ""\nrun: str = ""', "print('x' * 200_000)"]
-    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
-    notebook.cells[0].metadata["tags"] = ["parameters"]
-    notebook.metadata.kernelspec = dict(name="python3", display_name="Python 3", language="python")
-    nbformat.write(notebook, folder / "little.ipynb")
+    write_notebook(folder / "little.ipynb", "print('x' * 200_000)")
     pipeline.NOTEBOOKS = folder
 
 
