@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: report test lab bench setup ffmpeg chromium apt clean
+.PHONY: report test faults lab bench setup ffmpeg chromium apt clean
 
 report: setup
 	$(VENV)/bin/python -m mss_utils run $(if $(PROFILE),--profile $(PROFILE)) $(if $(RUN),--run $(RUN)) \
@@ -11,6 +11,10 @@ report: setup
 
 test: setup chromium
 	$(VENV)/bin/python -m pytest
+
+# The long form of tests/faults: fifty kills, two thousand cases, an hour in stereo, a clean environment.
+faults: setup
+	$(VENV)/bin/python -m pytest --long tests/faults
 
 lab: setup
 	$(VENV)/bin/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
@@ -43,4 +47,4 @@ apt:
 		|| { echo "$(PACKAGE) is missing and could not be installed; run: sudo apt-get install $(PACKAGE)" >&2; [ $(PACKAGE) != python3-venv ]; }
 
 clean:
-	rm -rf $(VENV) .cache results/smoke results/demo
+	rm -rf $(VENV) .cache/songs-* .cache/stores results/smoke
