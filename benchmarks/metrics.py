@@ -16,13 +16,13 @@ import time
 import joblib
 import numpy as np
 import pandas as pd
+from throughput import show
 from tqdm.auto import tqdm
 
 from mss_utils.data import Store, Track, open_store
 from mss_utils.evaluation import oracle
 from mss_utils.metrics import METRICS, Museval, bss_eval, disagreement
 from mss_utils.settings import Settings, resolve
-from throughput import show
 
 
 def main() -> None:

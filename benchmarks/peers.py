@@ -30,19 +30,21 @@ from openunmix.transforms import ComplexNorm, make_filterbanks
 from openunmix.utils import bandwidth_to_max_bin
 from safetensors.torch import load_file
 from sklearn.preprocessing import StandardScaler
+from throughput import show
 from torch import nn
 from torch.nn.functional import l1_loss, mse_loss, pad
 from torchaudio.models import ConvTasNet, HDemucs
 
+from mss_utils.checkpoints import is_trained
 from mss_utils.data import MIXTURE, Store, Track, open_store
-from mss_utils.evaluation import Estimates, median_interval, real_time_factor
+from mss_utils.evaluation import Estimates, real_time_factor
 from mss_utils.evaluation import score as test_scores
+from mss_utils.files import write_text
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
-from mss_utils.files import write_text
 from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder
-from mss_utils.training import Recipe, copy_of, descend, fit, follow, identity_of, is_trained, recipe_of, set_up
-from throughput import show
+from mss_utils.statistics import median_interval
+from mss_utils.training import Recipe, copy_of, descend, fit, follow, identity_of, recipe_of, set_up
 
 SEED = 0
 WARM_UP_STEPS, MIN_STEPS, MEASURED_S = 2, 3, 12.0

@@ -37,10 +37,11 @@ from lightning_fabric import Fabric
 
 from mss_utils.data import build_store, find_tracks, open_store
 from mss_utils.data.sources import MUSDB_STEMS
-from mss_utils.mixing import Batch, Mixer
+from mss_utils.environment import on_gpu, peak_memory_mb, reset_peak_memory, resident_mb
 from mss_utils.files import replacing
+from mss_utils.mixing import Batch, Mixer
 from mss_utils.settings import MODELS, Settings, from_root, resolve
-from mss_utils.training import copy_of, descend, follow, on_gpu, peak_memory_mb, recipe_of, reset_peak_memory, resident_mb, set_up
+from mss_utils.training import copy_of, descend, follow, recipe_of, set_up
 
 PARTS = ("decoding", "loading", "steps", "memory")
 SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading

@@ -2,6 +2,7 @@
 
     requirements: before a run, each with what was found and how to mend it --> python -m mss_utils check
     record_environment: with a run's results --> environment.json
+    reset_peak_memory, peak_memory_mb: around a training --> model.json
 
 Taught in notebook 01.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -193,3 +195,34 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+# --- how much memory a training takes ---------------------------------------------------------------------------------
+
+
+def on_gpu(settings: Settings) -> bool:
+    """Whether a training with these settings runs on a CUDA GPU."""
+    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def reset_peak_memory(settings: Settings) -> None:
+    """Begin anew to note the largest memory; where the kernel has no mark to set back (outside Linux), nothing happens."""
+    if on_gpu(settings):
+        torch.cuda.reset_peak_memory_stats()
+    elif (mark := Path("/proc/self/clear_refs")).exists():
+        mark.write_text("5")
+
+
+def peak_memory_mb(settings: Settings) -> float:
+    """Largest memory since `reset_peak_memory` in MB: of the GPU where that is used, else of this process."""
+    if on_gpu(settings):
+        return torch.cuda.max_memory_allocated() / 2**20
+    if Path("/proc/self/status").exists():
+        return resident_mb("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mb(field: str) -> float:
+    """`VmRSS` (resident now) or `VmHWM` (at the most) of this process in MB, as Linux counts it."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[field].removesuffix("kB")) / 1024

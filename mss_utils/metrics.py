@@ -254,6 +254,7 @@ def si_sdr(reference, estimate):
 
 
 WHOLE_TRACK = {"utterance_SDR": utterance_sdr, "SI_SDR": si_sdr}
+TRACK_METRICS = (*METRICS, *WHOLE_TRACK)  # what a track has a value of
 
 
 def _correlate(first, second):

@@ -25,19 +25,20 @@ from mss_utils import analysis, evaluation, figures, listening
 from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.verdicts import NEGLIGIBLE_DB
 from mss_utils.data import Store, is_built_in, open_store
-from mss_utils.evaluation import TRACK_METRICS, estimate_of, score
-from mss_utils.metrics import ROUNDING_DB
+from mss_utils.evaluation import estimate_of, score
+from mss_utils.files import replacing, safe_name, working_folder, write_text
+from mss_utils.metrics import ROUNDING_DB, TRACK_METRICS
 from mss_utils.models import build_model
 from mss_utils.pipeline import REPORT, STAGES, read_notebook, typeset
-from mss_utils.files import replacing, safe_name, working_folder, write_text
 from mss_utils.settings import MODELS, Run, from_root, resolve, results_folder, runs_in
+from mss_utils.statistics import MIN_SEEDS
 
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 # Of the collection itself, where they are there: a table, and what whoever made the runs has to say of them.
 OWN_FILES = {"more_music.csv": "target,music,model\n", "remarks.txt": ""}  # with what an absent one holds
 RULES = dict(  # numbers of the method that the report tells
-    negligible_db=NEGLIGIBLE_DB, min_seeds=evaluation.MIN_SEEDS, far_s=repetition.FAR_S, burst_db=-repetition.BURST_DB, apart_s=transients.APART_S,
+    negligible_db=NEGLIGIBLE_DB, min_seeds=MIN_SEEDS, far_s=repetition.FAR_S, burst_db=-repetition.BURST_DB, apart_s=transients.APART_S,
     attack_s=transients.ATTACK_S, before_s=transients.BEFORE_S,
 )
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,27 +25,21 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning_fabric import Fabric
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
+from mss_utils.checkpoints import is_trained, keep_best, resume, save_checkpoint
 from mss_utils.data import Store
+from mss_utils.environment import peak_memory_mb, reset_peak_memory
+from mss_utils.files import one_at_a_time, write_text
 from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
-from mss_utils.files import one_at_a_time, replacing, write_text
 from mss_utils.settings import ROOT, Run, Settings, results_folder
 
-# Settings that leave the trained weights alone; a run may be told other values of these without a new training.
-NOT_TRAINED = (
-    "profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers", "scorer", "referee_tracks", "ablations",
-    "data_study",
-)
 LEARNING_RATES = dict(unet="unet_lr", demucs_lstm="demucs_lr", demucs_attention="demucs_lr")
 LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before
 SAVE_EVERY_S = 300.0  # how much work a killed training loses at the most
-NEW = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])  # state of a training
 COLLAPSE_DB = -25.0  # an estimate nearer than this to the mixture, or to silence, is no separation
 
 
@@ -182,7 +175,7 @@ def fit(
     model, optimizer = set_up(fabric, recipe)
     average = copy_of(recipe.network)
     networks = {"raw": recipe.network, "ema": average}
-    state = _resume(folder, networks, optimizer, identity)
+    state = resume(folder, networks, optimizer, identity)
     mixer = Mixer(store, settings, identity["target"], identity["seed"])
     share = fabric.global_rank, fabric.world_size  # of every batch, for this process
 
@@ -197,9 +190,9 @@ def fit(
             if validating and fabric.is_global_zero:  # the other processes wait at their next step
                 scores = {weights: validate(network, store, settings, identity["target"]) for weights, network in networks.items()}
                 _record(state, settings, scores, rate)
-                _keep_best(folder, networks, state)
+                keep_best(folder, networks, state)
             if (validating or watch.save_is_due()) and fabric.is_global_zero:
-                _save(folder, networks, optimizer, state, identity)
+                save_checkpoint(folder, networks, optimizer, state, identity)
                 if validating and on_validation:
                     on_validation(pd.DataFrame(state["history"]))
                 watch.saved()
@@ -381,6 +374,16 @@ def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_va
         raise ChildProcessError(f"Training {model_name} in {run.settings.devices} processes failed; what they printed above says why.")
 
 
+def _record(state: dict, settings: Settings, scores: dict[str, float], lr: float) -> None:
+    """Add a row to the history: the mean loss since the last one, and the validation score of each set of weights."""
+    audio_s = state["step"] * settings.batch_size * settings.segment_s
+    state["history"].append(dict(
+        step=state["step"], train_loss_db=float(np.mean(state["losses"])), valid_sdr_db=max(scores.values()),
+        raw_sdr_db=scores["raw"], ema_sdr_db=scores["ema"], lr=lr, train_s=state["train_s"], audio_s_per_s=audio_s / state["train_s"],
+    ))
+    state["losses"] = []
+
+
 def reconstruction_check(model_name: str, store: Store, settings: Settings, n_steps: int = 300, every: int = 25) -> pd.DataFrame:
     """Can the network pass a signal through? Train it with the mixture itself as target; SDR in dB on an unseen song.
 
@@ -428,150 +431,8 @@ def _check_validation(store: Store, settings: Settings, target: str) -> None:
         )
 
 
-def is_trained(folder: Path, identity: dict) -> bool:
-    """Whether `folder` holds a finished model of the same kind, settings and data, with weights that can be read."""
-    path = folder / "model.json"
-    if not (path.is_file() and _has_weights(folder)):
-        return False
-    try:
-        return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
-    except (ValueError, KeyError, TypeError, RecursionError):  # no description of a model: last.ckpt knows how far it was trained
-        return False
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
-
-
 def history(folder: Path) -> pd.DataFrame:
     """One row per validation: step, train_loss_db, valid_sdr_db (the better of the two that follow), raw_sdr_db, ema_sdr_db,
     lr, train_s, audio_s_per_s.
     """
     return pd.read_csv(folder / "history.csv")
-
-
-def on_gpu(settings: Settings) -> bool:
-    """Whether a training with these settings runs on a CUDA GPU."""
-    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
-
-
-def reset_peak_memory(settings: Settings) -> None:
-    """Begin anew to note the largest memory; where the kernel has no mark to set back (outside Linux), nothing happens."""
-    if on_gpu(settings):
-        torch.cuda.reset_peak_memory_stats()
-    elif (mark := Path("/proc/self/clear_refs")).exists():
-        mark.write_text("5")
-
-
-def peak_memory_mb(settings: Settings) -> float:
-    """Largest memory since `reset_peak_memory` in MB: of the GPU where that is used, else of this process."""
-    if on_gpu(settings):
-        return torch.cuda.max_memory_allocated() / 2**20
-    if Path("/proc/self/status").exists():
-        return resident_mb("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def resident_mb(field: str) -> float:
-    """`VmRSS` (resident now) or `VmHWM` (at the most) of this process in MB, as Linux counts it."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields[field].removesuffix("kB")) / 1024
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(identity: dict) -> dict:
-    complete = Settings().model_dump(mode="json") | identity["settings"]  # a training older than a setting had its default
-    settings = {key: value for key, value in complete.items() if key not in NOT_TRAINED}
-    return {key: identity[key] for key in ("model", "target", "seed", "data")} | {"settings": settings}
-
-
-def _record(state: dict, settings: Settings, scores: dict[str, float], lr: float) -> None:
-    """Add a row to the history: the mean loss since the last one, and the validation score of each set of weights."""
-    audio_s = state["step"] * settings.batch_size * settings.segment_s
-    state["history"].append(dict(
-        step=state["step"], train_loss_db=float(np.mean(state["losses"])), valid_sdr_db=max(scores.values()),
-        raw_sdr_db=scores["raw"], ema_sdr_db=scores["ema"], lr=lr, train_s=state["train_s"], audio_s_per_s=audio_s / state["train_s"],
-    ))
-    state["losses"] = []
-
-
-def _keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -> None:
-    """Write the better weights of the newest validation, if they are the best so far."""
-    newest = state["history"][-1]
-    if newest["valid_sdr_db"] > state["best"] or not state["best_step"]:
-        better = "ema" if newest["ema_sdr_db"] >= newest["raw_sdr_db"] else "raw"
-        state.update(best=newest["valid_sdr_db"], best_step=state["step"], best_weights=better)
-        _write_tensors(folder / "model.safetensors", networks[better].state_dict())
-
-
-def _save(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
-    """Write the history and, as safetensors, all that is needed to go on; each file is written aside and renamed."""
-    tensors = {f"{weights}/{key}": tensor for weights, network in networks.items() for key, tensor in network.state_dict().items()}
-    moments = optimizer.state_dict()["state"]
-    tensors |= {f"adam/{index}/{key}": tensor for index, values in moments.items() for key, tensor in values.items()}
-    about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
-    if state["history"]:
-        write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
-    _write_tensors(folder / "last.ckpt", tensors, about)
-
-
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> None:
-    """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
-    with replacing(path) as part:
-        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
-
-
-def _resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
-    """Put the last checkpoint of the same training into networks and optimizer and return its state.
-
-    Without one that can be used, return a new state; what an older training left, which may be of other data, is no longer valid then.
-    """
-    about, tensors = _read_checkpoint(folder / "last.ckpt")
-    if about.get("identity") == json.dumps(_fingerprint(identity)):
-        try:
-            return _restored(folder, networks, optimizer, about, tensors)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # torch says RuntimeError where tensors do not fit
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"{folder / 'last.ckpt'} cannot be gone on from ({reason}): the training begins anew.", stacklevel=2)
-    for name in ("model.json", "history.csv"):
-        (folder / name).unlink(missing_ok=True)
-    return dict(NEW, losses=[], history=[])
-
-
-def _restored(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict) -> dict:
-    """The state of a checkpoint, once networks and optimizer have its tensors; raises what a damaged one makes torch and json raise."""
-    state = json.loads(about["state"])
-    if {name: type(value) for name, value in dict(state).items()} != {name: type(value) for name, value in NEW.items()}:
-        raise ValueError("its state is not that of a training")
-    if state["best_step"] and not _has_weights(folder):
-        raise ValueError("model.safetensors beside it is not there, or damaged")
-    under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    weights = {name: under(f"{name}/") for name in networks}
-    for name, network in networks.items():
-        if {key: value.shape for key, value in weights[name].items()} != {key: value.shape for key, value in network.state_dict().items()}:
-            raise ValueError("its tensors are not those of the model")
-    groups = optimizer.state_dict()["param_groups"]
-    moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
-    optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
-    for name, network in networks.items():
-        network.load_state_dict(weights[name])
-    return state
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """What a checkpoint says of itself, and its tensors; nothing for a missing file, or one that is no safetensors file."""
-    if not path.is_file():
-        return {}, {}
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        return about, load_file(path)
-    except SafetensorError as error:
-        warnings.warn(f"{path} is no checkpoint ({error}): the training begins anew.", stacklevel=2)
-        return {}, {}

@@ -49,6 +49,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook
 def pytest_collection_modifyitems(items):
     """Tests of one file run in one process, and all that need the finished smoke run in another: its fixture is made once."""
     for item in items:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from conftest import write_dataset
 
 from mss_utils import figures
 from mss_utils.analysis import TABLES, analyse, repetition, transients, verdicts
@@ -22,7 +23,6 @@ from mss_utils.models.level import Level
 from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, open_run
 from mss_utils.training import train
-from conftest import write_dataset
 
 RATE = 16000
 STFT_A = STFT(1024, 256)

@@ -11,12 +11,10 @@ import torch
 from conftest import STEMS, write_dataset
 
 from mss_utils.data import open_store
-from mss_utils.evaluation import (
-    ORACLES, ROWS, TABLES, TRACK_METRICS, compare, detectable, estimates, evaluate, holm, median_interval, oracle, score, sentence,
-    summarise, wiener,
-)
-from mss_utils.metrics import METRICS, bss_eval, score_track, utterance_sdr
+from mss_utils.evaluation import ORACLES, ROWS, TABLES, estimates, evaluate, oracle, score, wiener
+from mss_utils.metrics import METRICS, TRACK_METRICS, bss_eval, score_track, utterance_sdr
 from mss_utils.settings import MODELS, Run, resolve
+from mss_utils.statistics import compare, detectable, holm, median_interval, sentence, summarise
 from mss_utils.training import train
 
 COLUMNS = {

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from mss_utils import figures
-from mss_utils.evaluation import compare, summarise
 from mss_utils.figures.data import mean_between
 from mss_utils.models import build_model, count_parameters
 from mss_utils.settings import MODELS, Run, Settings, resolve
+from mss_utils.statistics import compare, summarise
 
 RATE = 16000
 

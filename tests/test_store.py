@@ -16,7 +16,8 @@ import soundfile
 from conftest import STEMS, write_dataset
 
 from mss_utils.__main__ import main
-from mss_utils.data import audit, build_store, co_activity, level_db, open_store, read_store, store as store_module, warnings_of
+from mss_utils.data import audit, build_store, co_activity, level_db, open_store, read_store, warnings_of
+from mss_utils.data import store as store_module
 from mss_utils.settings import ROOT, resolve
 
 

@@ -13,10 +13,11 @@ from conftest import SMALL, command
 from safetensors.torch import load_file, save_file
 
 import mss_utils.training as training
+from mss_utils.checkpoints import is_trained
 from mss_utils.data import Store
 from mss_utils.mixing import Mixer
 from mss_utils.settings import MODELS, ROOT, Run
-from mss_utils.training import collapse, identity_of, is_trained, learning_rate, reconstruction_check, train
+from mss_utils.training import collapse, identity_of, learning_rate, reconstruction_check, train
 
 
 def test_the_learning_rate_rises_and_falls(small_settings):
@@ -101,11 +102,12 @@ def test_an_interrupted_training_ends_with_the_same_weights(small_run, store, tm
 # A training that kills itself without warning: in the middle of the n-th file it writes, or at the n-th step.
 KILLED = """
 import os, signal, sys
-import mss_utils.training as training
+from mss_utils import checkpoints, training
 from mss_utils.data import open_store
 from mss_utils.settings import open_run
 where, count, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-original, calls = getattr(training, where), 0
+module = training if where == "descend" else checkpoints
+original, calls = getattr(module, where), 0
 def deadly(*given):
     global calls
     calls += 1
@@ -114,7 +116,7 @@ def deadly(*given):
             original(*given).__enter__().write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*given)
-setattr(training, where, deadly)
+setattr(module, where, deadly)
 training.SAVE_EVERY_S = training.LOOK_EVERY_S = 0.0  # look, and save, after every step
 run = open_run(*arguments)
 training.train(run, open_store(run.settings), "piano", "unet")

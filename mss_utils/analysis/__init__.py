@@ -22,8 +22,8 @@ from mss_utils.analysis.timing import beat_and_bar_s, onsets
 from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_band, wide
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import all_estimates, model_of, score_variants
-from mss_utils.models.unet import STFT
 from mss_utils.files import write_text
+from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run
 
 __all__ = [

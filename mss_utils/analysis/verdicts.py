@@ -18,9 +18,9 @@ from scipy import stats
 
 from mss_utils.analysis.phase import phase_share
 from mss_utils.analysis.repetition import FAR_S, askable, lags_s
-from mss_utils.evaluation import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, median_interval
 from mss_utils.metrics import ROUNDING_DB
 from mss_utils.settings import LETTERS, WAVEFORM_MODELS, Settings
+from mss_utils.statistics import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, counts_of, median_of
 
 NEGLIGIBLE_DB = 0.2
 RHO, SHARE, LEVEL, WEIGHT = "rho", "of 1", "dB of gradient", "dB of attention"  # units that the rule of +-0.2 dB is not about
@@ -64,12 +64,10 @@ def verdict(effect: float, low: float, high: float, unit: str, by_seed: np.ndarr
 
 def judged(values: pd.DataFrame, unit: str) -> dict:
     """Effect, interval and verdict of `values`, a row a track and a column a seed: the median over tracks."""
-    values = values.replace([np.inf, -np.inf], np.nan).dropna(how="all")
-    effect = values.mean(axis=1).median()
-    low, high = median_interval(values.to_numpy())
-    by_seed = values.median().to_numpy()
-    found = dict(effect=effect, ci_low=low, ci_high=high, tracks=len(values), seeds=values.shape[1])
-    return found | dict(verdict=verdict(effect, low, high, unit, by_seed))
+    values = values.replace([np.inf, -np.inf], np.nan)
+    found = median_of(values)
+    found = dict(effect=found.pop("median")) | found
+    return found | dict(verdict=verdict(found["effect"], found["ci_low"], found["ci_high"], unit, values.median().to_numpy()))
 
 
 def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
@@ -102,7 +100,7 @@ def said(row: Mapping) -> str:
     """One row of the table `hypotheses` as a sentence, with what keeps it from telling."""
     if row["verdict"] in (NOT_ASKABLE, NOT_RUN):
         return f"{row['measure']}: {row['verdict']}."
-    counts = ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))
+    counts = counts_of(row)
     if np.isnan(row["ci_low"]):
         return f"{row['measure']}: **{row['verdict']}** ({counts}; an interval takes {MIN_TRACKS} tracks with a value)."
     unit = "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"
@@ -123,10 +121,10 @@ def wide(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd
     return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(upper=ROUNDING_DB)
 
 
-Answers = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, what was found
+Findings = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, what was found
 
 
-def _phase(_settings: Settings, tables: Tables) -> Answers:
+def _phase(_settings: Settings, tables: Tables) -> Findings:
     whole = whole_band(tables["phase"])
     whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
     for model in WAVEFORM_MODELS:
@@ -136,7 +134,7 @@ def _phase(_settings: Settings, tables: Tables) -> Answers:
         yield PHASE_SHARE, f"share of the error that is phase, A − {LETTERS[model]}", SHARE, judged(less, SHARE)
 
 
-def _attack(_settings: Settings, tables: Tables) -> Answers:
+def _attack(_settings: Settings, tables: Tables) -> Findings:
     table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
     for model in WAVEFORM_MODELS:
         kept = wide(table, model, "kept") - wide(table, "unet", "kept")
@@ -145,7 +143,7 @@ def _attack(_settings: Settings, tables: Tables) -> Answers:
         yield PRE_ECHO, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
 
 
-def _repetition(settings: Settings, tables: Tables) -> Answers:
+def _repetition(settings: Settings, tables: Tables) -> Findings:
     table = tables["long_range"]
     reach = table[(table["probe"] == "reach") & (table["item"] != "all tracks")]
     within, beyond = (reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s"))
@@ -170,7 +168,7 @@ def _repetition(settings: Settings, tables: Tables) -> Answers:
         yield FAR, names[1], "dB", answers[1]
 
 
-def _rhythm(_settings: Settings, tables: Tables) -> Answers:
+def _rhythm(_settings: Settings, tables: Tables) -> Findings:
     table = tables["long_range"]
     index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
     advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(tables["tracks"], "demucs_lstm", "SDR")
@@ -178,7 +176,7 @@ def _rhythm(_settings: Settings, tables: Tables) -> Answers:
     yield RHYTHM, "SDR, B2 − B1", "dB", judged(advantage, "dB")
 
 
-def _data(settings: Settings, tables: Tables) -> Answers:
+def _data(settings: Settings, tables: Tables) -> Findings:
     measure, unit = "gain in SDR from ten times the music, B2 − B1", "dB"
     if not settings.data_study:
         yield DATA, measure, unit, unanswered(NOT_RUN)

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 
 from mss_utils.analysis.repetition import CONDITIONS, SHARES
 from mss_utils.analysis.verdicts import RHO, SHARE, gains, whole_band, wide
-from mss_utils.evaluation import median_interval
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT, dots, figure_of, interval, limit, make, model_legend, number
 from mss_utils.settings import MODELS, WAVEFORM_MODELS
+from mss_utils.statistics import median_interval
 
 LINES = {"mixture": ":", "unet": "-", "demucs_lstm": "--", "demucs_attention": "-.", "irm": (0, (1, 1)), "reference": "-"}
 PARTS = {

@@ -13,8 +13,8 @@ from IPython.display import HTML, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mss_utils.metrics import ROUNDING_DB
 from mss_utils.files import replacing, safe_name
+from mss_utils.metrics import ROUNDING_DB
 from mss_utils.settings import LETTERS, Run
 
 LABELS = {

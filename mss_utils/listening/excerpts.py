@@ -17,10 +17,10 @@ from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import estimates
 from mss_utils.figures import decibels
 from mss_utils.figures.style import METRICS
+from mss_utils.files import replacing
 from mss_utils.listening.player import encode_mp3, gain_with_residuals, players
 from mss_utils.metrics import score_track, utterance_sdr
 from mss_utils.separation import separate
-from mss_utils.files import replacing
 from mss_utils.settings import MODELS, Run
 
 VERSIONS = ("mixture", "reference", *MODELS, "irm")

@@ -14,11 +14,11 @@ import pandas as pd
 from mss_utils.data import Store
 from mss_utils.figures import LABELS, SHORT
 from mss_utils.figures.style import METRICS
+from mss_utils.files import write_text
 from mss_utils.listening.excerpts import SAME_DB, Excerpt, same_score, track_excerpt, track_named
 from mss_utils.listening.player import KEYS, SCRIPTS, WEB, audio_tag, document, figure
 from mss_utils.listening.questions import Heard, attack_versions, phase_versions, repeat_versions
 from mss_utils.listening.ratings import ANCHOR, ANCHOR_HZ, LETTERS_SHOWN, RATED, low_anchor, models_of
-from mss_utils.files import write_text
 from mss_utils.settings import Run
 
 EXCERPTS_TEXT = """

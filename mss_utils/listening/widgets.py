@@ -15,11 +15,11 @@ from IPython.display import HTML, display
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
+from mss_utils.files import replacing, safe_name
 from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerpt
 from mss_utils.listening.player import players
 from mss_utils.listening.ratings import add_answers, opinion_sentence, ratings_of
 from mss_utils.separation import bandwidth_note, separate_file
-from mss_utils.files import replacing, safe_name
 from mss_utils.settings import MODELS, Run, from_root
 
 

@@ -15,15 +15,18 @@ import pytest
 import soundfile
 import torch
 from conftest import SMALL, STEMS, write_dataset
-from hypothesis import HealthCheck, given, settings as rules, strategies as some
+from hypothesis import HealthCheck, given
+from hypothesis import settings as rules
+from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 
 from mss_utils.__main__ import main
+from mss_utils.checkpoints import is_trained
 from mss_utils.data import build_store, read_store
 from mss_utils.models import build_model, load_model
 from mss_utils.separation import separate_file
 from mss_utils.settings import MODELS, Settings, begun_run, open_run, resolve
-from mss_utils.training import identity_of, is_trained, train
+from mss_utils.training import identity_of, train
 
 ANSWERS = (ValueError, OSError, FloatingPointError, MemoryError)  # what the command line turns into a sentence
 SLOW_S = 20  # no case takes a second; this is a hang

@@ -11,11 +11,12 @@ import soundfile
 import torch
 from conftest import write_dataset
 
-from mss_utils.data import build_store, store as store_module
+from mss_utils.data import build_store
+from mss_utils.data import store as store_module
 from mss_utils.data.store import Index, Store, Track
+from mss_utils.environment import resident_mb
 from mss_utils.mixing import Mixer
 from mss_utils.settings import resolve
-from mss_utils.training import resident_mb
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from mss_utils.models import build_model
 from mss_utils.separation import separate_file
 from mss_utils.settings import resolve
-from mss_utils.training import resident_mb
+from mss_utils.environment import resident_mb
 settings = resolve("smoke")
 model = build_model("unet", settings).eval()
 model.sample_rate, model.channels, model.segment_s, model.target = 16000, 1, 2.0, "piano"
