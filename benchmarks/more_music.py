@@ -1,6 +1,6 @@
 """What more music brings where there is little of it: MUSDB18's seven-second excerpts, judged on the validation tracks alone.
 
-    python benchmarks/more_music.py --data ../shared/musdb18-7 --songs ../shared/songs --steps 3000 --out results/full/more_music.csv
+    python benchmarks/more_music.py --data DIR --songs DIR --steps 3000 --out results/full/more_music.csv
 
 Each row of the table adds one thing to the one before it but for the last two, which both add to the third:
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of the excerpts, MUSDB18 stem files in train/ and test/")
     parser.add_argument("--songs", required=True, help="folder of songs, one folder with one file a stem each")
-    parser.add_argument("--leave-out", nargs="*", default=["Lithium"], help="songs that nothing is trained on: Lithium is kept to listen to")
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="SONG", help="songs that nothing is trained on, kept to listen to")
     parser.add_argument("--target", default="vocals")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--model", nargs="+", default=("unet", "demucs_lstm"), choices=MODELS)

@@ -3,7 +3,7 @@
     decoding   tracks a second: musdb read in order, against the stem store
     loading    audio a second: our loader and open-unmix's, against what training consumes
     steps      where the time of a training step goes: data, forward, backward, optimiser
-    memory     peak memory of a step by batch and segment, and by sample rate: a table each, and a figure (docs/memory.png)
+    memory     peak memory of a step by batch and segment, and by sample rate: a table each, and a figure
 
     python benchmarks/throughput.py [--part steps memory] [--profile demo] [--set key=value ...] [--data DIR] [--musdb DIR]
 
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="N", help="memory: examples")
     parser.add_argument("--segments", nargs="+", type=float, default=[3, 6, 12], metavar="S", help="memory: seconds")
     parser.add_argument("--rates", nargs="+", type=int, default=[16000, 22050, 44100], metavar="HZ", help="memory: sample rates")
-    parser.add_argument("--figure", default="docs/memory.png", metavar="FILE", help="memory: where to draw it")
+    parser.add_argument("--figure", default="results/memory.png", metavar="FILE", help="memory: where to draw it")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what this script asks of itself, see `peak_mb`
     return parser.parse_args()
 

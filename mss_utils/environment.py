@@ -27,6 +27,7 @@ import torch
 from packaging.requirements import Requirement
 
 from mss_utils.data import Store, dataset_root, find_tracks, is_built_in, read_store
+from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.files import replacing, write_text
 from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
 
@@ -182,6 +183,21 @@ def describe(store: Store) -> dict:
     hours = {split: sum(track.samples for track in tracks) / store.sample_rate / 3600 for split, tracks in splits.items()}
     tracks = {split: len(tracks) for split, tracks in splits.items()}
     return dict(name=Path(store.source).name, stems=list(store.stems), tracks=tracks, hours=hours)
+
+
+def data_kind(settings: Settings, dataset: dict) -> str:
+    """What the data of a run are, for those who tell of it: songs (built-in), excerpts (of seven seconds), musdb (MUSDB18), or own.
+
+    `dataset` is what `describe` says of them.
+    """
+    if is_built_in(settings):
+        return "songs"
+    named = not settings.data or "musdb" in dataset["name"].lower()
+    alike = sorted(dataset["stems"]) == sorted(MUSDB_STEMS) and dataset["tracks"]["test"] == 50
+    if not (named or alike):
+        return "own"
+    test_s = 3600 * dataset["hours"]["test"] / max(1, dataset["tracks"]["test"])
+    return "excerpts" if settings.profile == "musdb7" or test_s < 15 else "musdb"
 
 
 def _git_commit() -> str | None:

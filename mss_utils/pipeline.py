@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import time
@@ -18,6 +19,7 @@ from nbclient.exceptions import DeadKernelError
 
 from mss_utils import analysis, evaluation, listening
 from mss_utils.data import open_store
+from mss_utils.environment import data_kind
 from mss_utils.files import one_at_a_time, replacing, write_text
 from mss_utils.settings import ROOT, Run
 
@@ -41,6 +43,8 @@ PRODUCTS = {
     "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
+# What lies in a run's folder and no report reads.
+NOT_READ = ("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf", "*.html", "*.png", ".*", "songs", "answers", "ablations", "data_study")
 
 
 class StageError(ChildProcessError):
@@ -177,13 +181,27 @@ def build_report(run: Run) -> Path:
     listening.ratings_of(run)  # answers may have come in since the notebooks ran
     pdf = run.folder / "report.pdf"
     with tempfile.TemporaryDirectory() as root:
-        shutil.copytree(REPORT, Path(root) / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
-        shutil.copytree(run.folder, Path(root) / "run", ignore=shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf", "*.html", "songs", "answers"))
-        run_settings = run.settings.model_dump_json(indent=2)  # a run of an older version has not all of them
-        write_text(Path(root) / "run" / "settings.json", run_settings)
+        lay_out_sources(Path(root))
+        lay_out(run, Path(root) / "run")
         with replacing(pdf) as part:
             part.write_bytes(typeset(Path(root), "report.typ", run="/run", name=run.name))
     return pdf
+
+
+def lay_out_sources(root: Path) -> None:
+    """Copy what the reports are written in to `report/` below the one root that Typst reads."""
+    shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
+
+
+def lay_out(run: Run, copy: Path, **about: object) -> None:
+    """Copy what a report reads of a run to the folder `copy`: tables, figures, histories, all settings, and `about.json`."""
+    shutil.copytree(run.folder, copy, ignore=shutil.ignore_patterns(*NOT_READ))
+    write_text(copy / "settings.json", run.settings.model_dump_json(indent=2))  # a run of an older version has not all of them
+    try:
+        kind = data_kind(run.settings, json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run.folder / 'environment.json'} does not tell the dataset ({error!r}): run {run.name!r} again.") from None
+    write_text(copy / "about.json", json.dumps(about | dict(kind=kind)))
 
 
 def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:

@@ -25,11 +25,12 @@ from mss_utils import analysis, evaluation, figures, listening
 from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.verdicts import NEGLIGIBLE_DB
 from mss_utils.data import Store, is_built_in, open_store
+from mss_utils.environment import data_kind
 from mss_utils.evaluation import estimate_of, score
 from mss_utils.files import replacing, safe_name, working_folder, write_text
 from mss_utils.metrics import ROUNDING_DB, TRACK_METRICS
 from mss_utils.models import build_model
-from mss_utils.pipeline import REPORT, STAGES, read_notebook, typeset
+from mss_utils.pipeline import REPORT, STAGES, lay_out, lay_out_sources, read_notebook, typeset
 from mss_utils.settings import MODELS, Run, from_root, resolve, results_folder, runs_in
 from mss_utils.statistics import MIN_SEEDS
 
@@ -59,9 +60,8 @@ def collected(name: str) -> list[Run]:
 
 def music_of(run: Run) -> str:
     """What a figure calls the data of a run."""
-    if is_built_in(run.settings):
-        return "built-in songs"
-    return {"musdb7": "MUSDB18 excerpts", "musdb18": "MUSDB18"}.get(run.settings.profile, run.folder.name)
+    dataset = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"]
+    return dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18").get(data_kind(run.settings, dataset), run.folder.name)
 
 
 def is_study(run: Run) -> bool:
@@ -281,16 +281,13 @@ def write_report(name: str) -> tuple[Path, Path]:
 
 def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
     """Sources, tables and figures side by side below the one root that Typst reads."""
-    shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
-    heavy = shutil.ignore_patterns("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.html", "*.png", "songs", "answers", "ablations", "data_study")
+    lay_out_sources(root)
     for run in runs:
         copy = root / "runs" / run.folder.name
-        shutil.copytree(run.folder, copy, ignore=heavy)
+        lay_out(run, copy, music=music_of(run), study=is_study(run))
         for packed in copy.glob("tables/*.csv.gz"):
             packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
-        for kind, settings in dict(settings=run.settings, profile=resolve(run.settings.profile)).items():  # what differs is told
-            write_text(copy / f"{kind}.json", settings.model_dump_json(indent=2))
-        write_text(copy / "about.json", json.dumps(dict(music=music_of(run), study=is_study(run))))
+        write_text(copy / "profile.json", resolve(run.settings.profile).model_dump_json(indent=2))  # what differs is told
     write_text(root / "runs" / "rules.json", json.dumps(RULES))
     shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
     write_text(root / "runs" / "shown.json", json.dumps(shown))

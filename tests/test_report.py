@@ -9,6 +9,7 @@ import subprocess
 import pytest
 import typst
 
+from mss_utils.environment import data_kind
 from mss_utils.publishing import RULES
 from mss_utils.settings import MODELS, PROFILES, ROOT, Settings
 
@@ -107,11 +108,12 @@ class FakeRun:
             row.update(values)
 
     def write(self):
-        shutil.copytree(ROOT / "report", self.root / "report", ignore=shutil.ignore_patterns("*.pdf"), dirs_exist_ok=True)
+        shutil.copytree(ROOT / "report", self.root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"), dirs_exist_ok=True)
         for folder in ("tables", "figures"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         (self.folder / "settings.json").write_text(json.dumps(self.settings))
         (self.folder / "environment.json").write_text(json.dumps(self.environment))
+        self.tell()
         for name, rows in self.tables.items():
             write_rows(self.folder / "tables" / f"{name}.csv", rows)
         mixing = ["data_mixing"] if len(self.targets) == 1 else [f"data_mixing-{target}" for target in self.targets]
@@ -120,6 +122,11 @@ class FakeRun:
         for target in self.targets:
             for model in MODELS:
                 self._write_model(target, model)
+
+    def tell(self, **more):
+        """What the pipeline adds to the files of a run."""
+        kind = data_kind(Settings(**self.settings), self.environment["dataset"])
+        (self.folder / "about.json").write_text(json.dumps(dict(kind=kind) | more))
 
     def _write_model(self, target, model, valid_sdr=5.0):
         folder = self.folder / "models" / target / model / "seed0"
@@ -166,7 +173,7 @@ class FakeCollection:
             run.write()
             (run.folder / "profile.json").write_text(Settings(profile=run.settings["profile"]).model_dump_json())
             music = "MUSDB18 excerpts" if run.settings["profile"] == "musdb7" else "built-in songs"
-            (run.folder / "about.json").write_text(json.dumps(dict(music=music, study=bool(run.settings["ablations"]))))
+            run.tell(music=music, study=bool(run.settings["ablations"]))
         write_rows(self.root / "runs" / "more_music.csv", self.more_music)
         shown = dict(training=("musdb7", "vocals"), phase=("musdb7", "vocals"), repeat=("demo", "drums"), attack=("demo", "piano"))
         (self.root / "runs" / "rules.json").write_text(json.dumps(RULES))

@@ -8,11 +8,11 @@ Taught in notebook 01.
 """
 
 from mss_utils.data.auditing import audit, co_activity, warnings_of
-from mss_utils.data.levels import SILENCE_DB, active_windows, level_db, loudest_start, rms, window_levels_db
-from mss_utils.data.sources import MIXTURE, SourceTrack, dataset_root, find_tracks, is_built_in
+from mss_utils.data.levels import SILENCE_DB, level_db, loudest_start, rms, window_levels_db
+from mss_utils.data.sources import MIXTURE, dataset_root, find_tracks, is_built_in
 from mss_utils.data.store import Store, Track, build_store, check_target, open_store, read_store
 
 __all__ = [
-    "MIXTURE", "SILENCE_DB", "SourceTrack", "Store", "Track", "active_windows", "audit", "build_store", "check_target", "co_activity",
+    "MIXTURE", "SILENCE_DB", "Store", "Track", "audit", "build_store", "check_target", "co_activity",
     "dataset_root", "find_tracks", "is_built_in", "level_db", "loudest_start", "open_store", "read_store", "rms", "warnings_of", "window_levels_db",
 ]

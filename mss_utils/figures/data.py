@@ -189,6 +189,6 @@ def curriculum(settings: Settings, n_stems: int, ax: Axes | None = None) -> Axes
 
 
 def excerpt(versions: Mapping[str, np.ndarray], sample_rate: int, scores: Mapping[str, float], start_s: float = 0.0) -> np.ndarray:
-    """Spectrograms of all versions of an excerpt; `scores` is the SDR of the track in dB, written into the titles."""
+    """Spectrograms of all versions of an excerpt; `scores`, SDR in dB by version, are written into the titles."""
     titles = {name: f"{LABELS.get(name, name)}\nSDR {decibels(scores[name])}" for name in versions if name in scores}
     return spectrograms(versions, sample_rate, titles, start_s=start_s)

@@ -4,15 +4,24 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
+import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
-from conftest import MSS_UTILS, command
+import pytest
+import soundfile
+from conftest import MSS_UTILS, command, little_run
+from safetensors.torch import save_file
 
+from mss_utils import pipeline
+from mss_utils.models import build_model
 from mss_utils.pipeline import STAGES
-from mss_utils.settings import ROOT
+from mss_utils.settings import ROOT, resolve
 
 LONGEST_S = 25.0  # a run lives between one second and this before it is killed
 CLOCKS = {"train_s", "audio_s_per_s", "inference_rtf", "peak_memory_mb"}  # what never comes out the same
@@ -65,3 +74,79 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(smoke_run,
     again = command(*arguments, **environment)
     assert again.stdout.count("unchanged, skipped") == len(STAGES), "a finished run is not repeated"
     count("kills", kills)
+
+
+@pytest.fixture(scope="module")
+def song_and_model(tmp_path_factory):
+    """A song that takes a while, and a model to separate it with."""
+    folder = tmp_path_factory.mktemp("song")
+    settings = resolve("smoke")
+    weights = build_model("unet", settings).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(dict(model="unet", target="piano", settings=settings.model_dump(mode="json"))))
+    soundfile.write(folder / "song.wav", 0.1 * np.random.default_rng(0).standard_normal(30 * 60 * 16000), 16000)
+    return folder / "song.wav", folder
+
+
+def separating(song_and_model, out: Path) -> subprocess.Popen:
+    """A separation that has begun to write."""
+    (song, model), before = song_and_model, set(out.iterdir())
+    arguments = ["separate", str(song), "--model", str(model), "--out", str(out)]
+    process = subprocess.Popen([*MSS_UTILS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    until = time.monotonic() + 60
+    while not [part for part in out.glob(".part-*/target.wav") if part.parent not in before]:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_asked_to_stop_it_says_so_and_leaves_nothing(sent, song_and_model, tmp_path, count):
+    process = separating(song_and_model, tmp_path)
+    process.send_signal(sent)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "mss_utils separate: stopped; what is finished stays, and the same command goes on."
+    assert not list(tmp_path.iterdir())
+    count("requests to stop")
+
+
+def test_what_a_killed_separation_left_goes_with_the_next(song_and_model, tmp_path, count):
+    process = separating(song_and_model, tmp_path)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob(".part-*"))
+    second = separating(song_and_model, tmp_path)
+    left = list(tmp_path.glob(".part-*"))
+    second.send_signal(signal.SIGTERM)
+    second.communicate(timeout=60)
+    assert len(left) == 1 and not list(tmp_path.iterdir())
+    count("kills")
+
+
+def test_two_runs_at_once_are_one_after_the_other(tmp_path, monkeypatch, capfd, count):
+    """The second waits for the first, then finds everything done."""
+    run = little_run(tmp_path, monkeypatch)
+    inside, finish = threading.Event(), threading.Event()
+    stages = pipeline._run_stages
+
+    def slow(run):
+        stages(run)
+        inside.set()
+        finish.wait()
+
+    monkeypatch.setattr(pipeline, "_run_stages", slow)
+    first = threading.Thread(target=pipeline.run_pipeline, args=(run,))
+    first.start()
+    inside.wait()
+    monkeypatch.setattr(pipeline, "_run_stages", stages)
+    second = threading.Thread(target=pipeline.run_pipeline, args=(run,))
+    second.start()
+    while "Another process is working in" not in capfd.readouterr().err:
+        time.sleep(0.01)
+    assert second.is_alive()
+    finish.set()
+    first.join()
+    second.join()
+    assert (run.folder / "one.txt").read_text() == "ran "
+    count("runs at once", 2)
