@@ -26,6 +26,11 @@ SPLITS = ("train", "valid", "test")
 RESERVED = ("all", "mixture", "residual")  # no stem can be called what a target, or what is no stem, is called
 
 
+def is_stem_name(name: object) -> bool:
+    """Whether a stem can be called so: stems become folders, targets and words on pages."""
+    return is_file_name(name) and name not in RESERVED and not set(name) & set('<>&",')
+
+
 def _listed(value: object) -> object:
     """`8,4,2` or `unet,demucs_lstm` on the command line is a tuple; nothing is an empty one."""
     return tuple(value.split(",") if value else ()) if isinstance(value, str) else value
@@ -45,7 +50,7 @@ def _groups(value: object) -> object:
         members, arrow, group = text.partition("->")
         if not (arrow and group.strip() and all(stem.strip() for stem in members.split("+"))):
             raise ValueError(f"a group is written stem+stem->name, not {text!r}")
-        if not is_file_name(group.strip()) or group.strip() in RESERVED:
+        if not is_stem_name(group.strip()):
             raise ValueError(f"a group becomes a stem and a folder, and cannot be called {_short(group.strip())}")
         groups[group.strip()] = tuple(stem.strip() for stem in members.split("+"))
     return groups

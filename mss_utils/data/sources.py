@@ -26,7 +26,7 @@ import yaml
 
 from mss_utils import demo
 from mss_utils.files import readable, working_folder
-from mss_utils.settings import SPLITS, Settings, cache_folder, from_root
+from mss_utils.settings import SPLITS, Settings, cache_folder, from_root, is_stem_name
 
 MIXTURE = "mixture"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -222,6 +222,8 @@ def _with_validation(tracks: list[SourceTrack], names: set[str]) -> list[SourceT
 def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tuple[str, ...]:
     """The stems, in alphabetical order, that every track has once `groups` are formed; ValueError when they differ."""
     there = set().union(*(source.stems for source in sources))
+    if odd := sorted(stem for stem in there if not is_stem_name(stem)):
+        raise ValueError(f"A stem under {root} cannot be called {odd[0][:100]!r}: it becomes a folder, a target and a word on pages. Rename its files.")
     _check_groups(groups, there)
     by_track = {source: frozenset(group_of(stem, groups) for stem in source.stems) for source in sources}
     (stems, count), *others = Counter(by_track.values()).most_common()

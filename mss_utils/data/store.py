@@ -11,9 +11,11 @@ import hashlib
 import io
 import math
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -30,7 +32,7 @@ from mss_utils.data.sources import (
     MIXTURE, Groups, Recording, SourceTrack, common_stems, dataset_root, find_tracks, group_of, is_built_in, named, read_track, sha,
 )
 from mss_utils.files import is_file_name, one_at_a_time, readable, replacing, safe_name, write_text
-from mss_utils.settings import SPLITS, Settings, cache_folder
+from mss_utils.settings import SPLITS, Settings, cache_folder, is_stem_name
 
 FULL_SCALE = 32767
 FORMAT = 2
@@ -40,10 +42,14 @@ MAX_RATIO = 1000  # 44.1 kHz to 16 kHz is 441 to 160
 MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is decoded
 
 
-def _file_name_checked(name: str) -> str:
-    if not is_file_name(name):
-        raise ValueError(f"{name!r} leaves the folder")
+def _checked(name: str, right: Callable[[str], bool]) -> str:
+    if not right(name):
+        raise ValueError(f"{name[:100]!r} is no name for it")
     return name
+
+
+FileName = Annotated[str, AfterValidator(partial(_checked, right=is_file_name))]
+StemName = Annotated[str, AfterValidator(partial(_checked, right=is_stem_name))]
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Track:
 
     name: str
     split: Literal[SPLITS]
-    file: Annotated[str, AfterValidator(_file_name_checked)]
+    file: FileName
     source: str
     fingerprint: str
     sha: str
@@ -74,7 +80,7 @@ class Index(BaseModel):
     source: str
     sample_rate: int = Field(ge=1)
     channels: int = Field(ge=1)
-    stems: tuple[Annotated[str, AfterValidator(_file_name_checked)], ...] = Field(min_length=2)
+    stems: tuple[StemName, ...] = Field(min_length=2)
     tracks: tuple[Track, ...]
     complete: bool = False
 

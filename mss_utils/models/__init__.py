@@ -10,10 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mss_utils.files import is_file_name
 from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
 from mss_utils.models.unet import UNet
-from mss_utils.settings import MODELS, Settings
+from mss_utils.settings import MODELS, Settings, is_stem_name
 
 
 def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module:
@@ -75,8 +74,8 @@ def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         settings = Settings.model_validate(description["settings"])
-        if not is_file_name(description["target"]):
-            raise ValueError(f"the target {description['target']!r} cannot be part of a file's name")
+        if not is_stem_name(description["target"]):
+            raise ValueError(f"the target cannot be called {description['target']!r}")
         return build_model(description["model"], settings), settings, description["target"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
         reason = " ".join(str(error).split())[:300]

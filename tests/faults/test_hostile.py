@@ -475,6 +475,15 @@ def test_a_mus_yaml_that_names_nothing_is_refused(text, little, tmp_path, count)
     count("strange files")
 
 
+@pytest.mark.parametrize("name", ["all", "residual", "a,b", "<b>", "x" * 220])
+def test_a_stem_that_cannot_be_called_so_is_refused(name, little, tmp_path, count):
+    for file in little.glob("*/*/piano.wav"):
+        file.rename(file.with_stem(name))
+    with watched(tmp_path / "cache"):
+        assert "Rename its files" in str(answer(build_store, little, RATE, 1))
+    count("wild names")
+
+
 @pytest.mark.parametrize("rate", [1, 7, 999, 768_001, 2**31 - 1])
 def test_absurd_rates_are_refused_and_odd_ones_read(rate, little, tmp_path, count):
     soundfile.write(little / "train" / "train song 0" / "piano.wav", np.zeros(2000), rate)
