@@ -29,7 +29,7 @@ from mss_utils.files import MAX_NAME, working_folder
 CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
 FADE = 0.25  # share of a chunk over which it fades in, and again out
 BLOCK = 2**20  # samples of every channel that are copied at once
-MAX_RATIO = 6000  # all usual rates have a smaller one; of the others a window is off by less than a sample
+MAX_RATIO = 20_000  # all usual rates are met exactly; of the others a window is off by less than a sample
 PLAYLISTS = (b"ffconcat", b"#EXTM3U", b"[playlist]")  # ffmpeg would open whatever stands in them
 FLAC_HZ = 655350
 WAV_BYTES = 2**32 - 2**16  # a WAV header cannot count further; an RF64 header can
@@ -141,8 +141,8 @@ def _resampled(audio: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """`(channels, samples)` at another rate; any two rates, in little memory, which torchaudio's kernels are not."""
     if rate == new_rate:
         return audio
-    ratio = Fraction(new_rate, rate).limit_denominator(MAX_RATIO)
-    up, down = ratio.numerator, ratio.denominator
+    ratio = Fraction(min(rate, new_rate), max(rate, new_rate)).limit_denominator(MAX_RATIO)
+    up, down = (ratio.numerator, ratio.denominator)[:: 1 if new_rate < rate else -1]
     return resample_poly(audio, up, down, axis=1, window=_low_pass(max(up, down)))
 
 

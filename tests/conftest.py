@@ -1,10 +1,13 @@
 """Shared by the tests: one small store, one folder for results and cache, one finished smoke run, and the count of faults."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core, and threads that wait for a busy core only spin
 
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from mss_utils.files import one_at_a_time
 from mss_utils.metrics import museval_works
 from mss_utils.settings import ROOT, open_run, resolve
 
@@ -47,14 +51,6 @@ def pytest_terminal_summary(terminalreporter):
             totals[name.removeprefix("count of ")] += number
     if totals:
         terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook
-def pytest_collection_modifyitems(items):
-    """Tests of one file run in one process, and all that need the finished smoke run in another: its fixture is made once."""
-    for item in items:
-        group = "smoke_run" if "smoke_run" in item.fixturenames else item.module.__name__
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -126,9 +122,20 @@ def command(*arguments, **environment) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
-def smoke_run(own_folders):
-    """The whole smoke pipeline, undisturbed: the finished call, and the run's folder."""
-    return command("run", "--profile", "smoke"), own_folders / "results" / "smoke"
+def smoke_run(own_folders, tmp_path_factory):
+    """The whole smoke pipeline, undisturbed: the finished call, and the run's folder.
+
+    Of the processes that the tests run in, one makes it and every one has a copy.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke_run"
+    with one_at_a_time(shared):
+        if not (shared / "call.json").exists():
+            done = command("run", "--profile", "smoke", MSS_RESULTS=str(shared / "results"), MSS_CACHE=str(shared / "cache"))
+            (shared / "call.json").write_text(json.dumps(dict(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)))
+    for folder in ("results", "cache"):
+        shutil.copytree(shared / folder, own_folders / folder, dirs_exist_ok=True)
+    return SimpleNamespace(**json.loads((shared / "call.json").read_text())), own_folders / "results" / "smoke"
 
 
 def little_run(folder: Path, monkeypatch):

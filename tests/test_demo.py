@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import soundfile
 
 from mss_utils import demo
 from mss_utils.demo import composing, playing
+from mss_utils.settings import ROOT
 
 SHORT = (8.0, 12.0)
 
@@ -39,8 +42,8 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(root, tmp_path):
 
 
 def test_what_a_killed_call_left_is_cleared_away(root, tmp_path):
-    (tmp_path / ".train-000-half").mkdir()
-    (tmp_path / ".train-000-half" / "bass.flac").write_bytes(b"half")
+    half = "import os, sys; from pathlib import Path; from mss_utils.files import working_folder\nwith working_folder(Path(sys.argv[1])) as work: (work / 'bass.flac').write_bytes(b'half'); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", half, str(tmp_path)], cwd=ROOT).returncode == 9 and list(tmp_path.glob(".part-*"))
     demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"] and len(songs(tmp_path)) == 1
 

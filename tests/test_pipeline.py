@@ -9,6 +9,7 @@ from conftest import command, little_run, write_notebook
 
 import mss_utils.pipeline as pipeline
 from mss_utils import analysis, evaluation, listening
+from mss_utils.__main__ import main
 from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
 from mss_utils.settings import MODELS, ROOT, open_run
 
@@ -74,13 +75,14 @@ def test_a_trained_model_separates_a_song(smoke_run, tmp_path, own_folders):
     assert {path.name for path in tmp_path.iterdir()} == {"mixture.piano.wav", "mixture.piano.residual.wav"}
 
 
-def test_the_report_can_be_made_again(smoke_run):
+def test_the_report_can_be_made_again(smoke_run, capsys):
     _, folder = smoke_run
     (folder / "report.pdf").unlink()
-    done = command("report", "--run", "smoke")
-    assert done.returncode == 0 and (folder / "report.pdf").exists()
-    done = command("report", "--run", "nothing")
-    assert done.returncode == 1 and "No run 'nothing'" in done.stderr and "smoke" in done.stderr
+    assert main(["report", "--run", "smoke"]) == 0 and (folder / "report.pdf").exists()
+    capsys.readouterr()
+    assert main(["report", "--run", "nothing"]) == 1
+    said = capsys.readouterr().err
+    assert "No run 'nothing'" in said and "smoke" in said
 
 
 @pytest.mark.parametrize("arguments, words", [
