@@ -16,7 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -26,12 +26,13 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from mss_utils.data import Store, dataset_root, find_tracks, is_built_in, read_store
-from mss_utils.data.sources import MUSDB_STEMS
+from mss_utils.data import Store, Track, dataset_root, find_tracks, is_built_in, read_store
+from mss_utils.data.sources import MUSDB_STEMS, SourceTrack
 from mss_utils.files import replacing, write_text
 from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
 
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")  # whose versions a run records
+NOT_FOR_RUNS = ("pytest", "pytest-xdist", "hypothesis", "playwright", "dask", "jupyterlab")  # tests, clusters, interactive use
 MIN_PYTHON = (3, 11)
 MEMORY_GB = 4.0  # a run on the built-in songs has enough with less
 DISK_GB = 4.0  # songs, stems and results of the demo profile
@@ -70,15 +71,13 @@ def _python() -> Finding:
 def _packages() -> Finding:
     """The packages of requirements.txt, which pip may not have installed, or in another version."""
     lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
-    wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
-    wrong = [f"{need} (found: {found or 'none'})" for need in wanted if not _fits(found := _version(need.name), need)]
-    if wrong:
-        return Finding("packages", f"lacking {', '.join(wrong)}", STOP, "pip install -r requirements.txt, or make setup")
-    return Finding("packages", f"all {len(wanted)} of requirements.txt")
-
-
-def _fits(found: str | None, need: Requirement) -> bool:
-    return found is not None and need.specifier.contains(found, prereleases=True)
+    wanted = {need: _version(need.name) for line in lines if line and not line.startswith("-") for need in [Requirement(line)]}
+    wrong = [need for need, found in wanted.items() if found is None or not need.specifier.contains(found, prereleases=True)]
+    if not wrong:
+        return Finding("packages", f"all {len(wanted)} of requirements.txt")
+    stops = any(wanted[need] is None and need.name not in NOT_FOR_RUNS for need in wrong)
+    found = ", ".join(f"{need} ({wanted[need] or 'none'})" for need in wrong)
+    return Finding("packages", f"not as wanted: {found}", STOP if stops else WARNING, "pip install -r requirements.txt, or make setup")
 
 
 def _version(package: str) -> str | None:
@@ -132,32 +131,39 @@ def _ffmpeg(settings: Settings) -> Finding:
     missing = [program for program in ("ffmpeg", "ffprobe") if not shutil.which(program)]
     if not missing:
         return Finding("ffmpeg", shutil.which("ffmpeg"))
-    needed = not is_built_in(settings) and any(track.is_stem_file for track in _tracks_found(settings))
+    try:
+        needed = _fetched(settings) or any(getattr(track, "is_stem_file", False) for track in _tracks(settings))
+    except (ValueError, OSError):  # told as the dataset's own finding
+        needed = False
     why = "MUSDB18's stem files need it" if needed else "only MUSDB18's stem files, museval and songs in other formats than WAV and FLAC need it"
     return Finding("ffmpeg", f"no {' and no '.join(missing)} on the PATH", STOP if needed else WARNING, f"apt-get install ffmpeg ({why})")
-
-
-def _tracks_found(settings: Settings) -> Iterable:
-    try:
-        root = dataset_root(settings)
-        return [] if (root / "index.json").exists() else find_tracks(root)
-    except (ValueError, OSError):  # told as the dataset's own finding
-        return []
 
 
 def _dataset(settings: Settings) -> Finding:
     if is_built_in(settings):
         count = settings.n_train_songs + settings.n_valid_songs + settings.n_test_songs
         return Finding("dataset", f"{count} built-in songs, rendered on the spot")
-    if settings.profile == "musdb7" and not (settings.data or os.environ.get("MUSDB_PATH")):
+    if _fetched(settings):
         return Finding("dataset", "the 7-second excerpts of MUSDB18, which musdb fetches where they are not there (140 MB)")
     try:
-        root = dataset_root(settings)
-        tracks = read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
+        tracks = _tracks(settings)
     except (ValueError, OSError) as error:
         return Finding("dataset", str(error), STOP, "pass --data DIR, or set MUSDB_PATH")
     counts = ", ".join(f"{split} {sum(track.split == split for track in tracks)}" for split in SPLITS)
-    return Finding("dataset", f"{root}: {counts}")
+    return Finding("dataset", f"{dataset_root(settings)}: {counts}")
+
+
+def _fetched(settings: Settings) -> bool:
+    """Whether the run lets musdb fetch its dataset."""
+    return settings.profile == "musdb7" and not (settings.data or os.environ.get("MUSDB_PATH"))
+
+
+def _tracks(settings: Settings) -> Sequence[Track | SourceTrack]:
+    """The tracks of the dataset, as they lie there or in a store that was carried here; none of what a run renders itself."""
+    root = None if is_built_in(settings) else dataset_root(settings)
+    if root is None:
+        return []
+    return read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
 
 
 # --- what a run ran on --------------------------------------------------------------------------------------------------

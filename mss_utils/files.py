@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 PART = ".part-"  # how the names of unfinished files and folders begin
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # disks that cannot be asked to
 MAX_NAME = 200  # bytes: of the 255 that a name may have, some are for what is put before and behind it
 FORGOTTEN_S = 24 * 3600.0  # nobody works this long on one part
 
@@ -60,8 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part = path.with_name(_part_name(path.name))
         try:
             yield part
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -87,7 +87,10 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself."""
+    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself.
+
+    On a disk without locks (a cloud drive, say) it is said that nobody is kept out.
+    """
     with disk_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -96,6 +99,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         except Timeout:
             print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
             lock.acquire()
+        except NotImplementedError:
+            print(f"{folder} is on a disk without locks: see to it that only one process works there.", file=sys.stderr, flush=True)
     try:
         yield
     finally:
@@ -110,7 +115,7 @@ def disk_errors_told(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             found, mend = f"No room left to write {path}", "free space there, or choose a folder on a larger disk"
-        elif error.errno in REFUSED and str(path.parent) in str(error.filename):
+        elif error.errno in REFUSED and _concerns(path, Path(error.filename or "")):
             found, mend = f"{path} cannot be written", "make its folder writable, or choose another one"
         else:
             raise
@@ -118,6 +123,21 @@ def disk_errors_told(path: Path) -> Iterator[None]:
             f"{found} ({error.strerror}). Earlier results stay, and the same command goes on: {mend} (MSS_RESULTS for results, "
             "MSS_CACHE for songs and stems, --out for a separated song)."
         ) from None
+
+
+def _concerns(path: Path, refused: Path) -> bool:
+    """Whether a refusal is about writing `path`: the path, what lies above or inside it, or its part; not about something that was read."""
+    beside = refused.parent == path.parent and refused.name.startswith(PART)
+    return path == refused or refused in path.parents or path in refused.parents or beside
+
+
+def _flush(part: Path) -> None:
+    with part.open("rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in NO_FLUSH:
+                raise
 
 
 def _part_name(name: str) -> str:

@@ -39,6 +39,11 @@ def _missing_package(patch, folder):
     patch.setattr(environment, "ROOT", folder)
 
 
+def _missing_test_package(patch, folder):
+    (folder / "requirements.txt").write_text("hypothesis>=9999\nnumpy>=9999\n")
+    patch.setattr(environment, "ROOT", folder)
+
+
 def _little_memory(patch, _):
     patch.setattr(environment.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**30))
 
@@ -58,6 +63,20 @@ LACKING = {
     "ffmpeg": (lambda patch, folder: patch.setenv("PATH", str(folder)), {}, WARNING, "apt-get install ffmpeg"),
     "dataset": (lambda *_: None, dict(data="no/such/folder"), STOP, "--data"),
 }
+
+
+def test_what_only_tests_need_and_what_is_merely_old_stops_nothing(monkeypatch, tmp_path):
+    _missing_test_package(monkeypatch, tmp_path)
+    need = found()["packages"]
+    assert need.state == WARNING and "hypothesis>=9999 (" in need.found and "numpy>=9999 (" in need.found
+
+
+def test_nothing_is_fetched_to_be_looked_at(monkeypatch, tmp_path):
+    monkeypatch.delenv("MUSDB_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("mss_utils.data.sources._download_excerpts", lambda root: pytest.fail("fetched"))
+    needs = found(resolve("musdb7"))
+    assert needs["ffmpeg"].state == STOP and "which musdb fetches" in needs["dataset"].found
 
 
 @pytest.mark.parametrize("name", LACKING)

@@ -1,10 +1,8 @@
 import json
-import threading
-import time
 
 import pytest
 
-from mss_utils.files import one_at_a_time, safe_name, write_text
+from mss_utils.files import write_text
 from mss_utils.settings import PROFILES, ROOT, cache_folder, open_run, resolve, results_folder
 
 
@@ -87,38 +85,3 @@ def test_paths_are_relative_to_the_repository(monkeypatch, tmp_path):
     monkeypatch.delenv("MSS_RESULTS")
     assert cache_folder() == ROOT / "some" / "cache"
     assert results_folder() == ROOT / "results"
-
-
-def test_safe_names():
-    assert safe_name("../a/b:c") == "_a_b_c"
-    assert safe_name("Al James - Schoolboy Facination") == "Al James - Schoolboy Facination"
-    assert safe_name("...") == "_"
-    assert safe_name("日本語" * 40) == "日本語" * 13 + "日", "a file name may have 255 bytes, not letters"
-
-
-def test_one_at_a_time(tmp_path):
-    """The second waits until the first is out, in order and whatever happens inside."""
-    order, inside = [], threading.Event()
-
-    def first():
-        with pytest.raises(ZeroDivisionError), one_at_a_time(tmp_path / "place"):
-            inside.set()
-            time.sleep(0.2)  # the other comes to wait
-            order.append("first")
-            raise ZeroDivisionError
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    inside.wait()
-    with one_at_a_time(tmp_path / "place"):
-        order.append("second")
-    thread.join()
-    assert order == ["first", "second"]
-
-
-def test_half_a_file_is_never_left(tmp_path):
-    write_text(tmp_path / "a" / "b.txt", "whole")
-    with pytest.raises(TypeError):
-        write_text(tmp_path / "a" / "b.txt", None)
-    assert (tmp_path / "a" / "b.txt").read_text() == "whole"
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
