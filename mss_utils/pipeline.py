@@ -137,8 +137,8 @@ def _failure_of(name: str, executed: Path, values: dict) -> str:
         return f" in cell {error.cell_index + 1}.\n{error.ename}: {reason}"
     except DeadKernelError:
         return (
-            ": its kernel was killed or died.\nMost often that is memory: set batch_size or segment_s lower, or n_test_songs, or "
-            "close other programs (python -m mss_utils check tells how much there is)."
+            ": its kernel was killed or died.\nMost often that is memory: close other programs (python -m mss_utils check tells how "
+            "much there is), or set batch_size or segment_s lower in a new run."
         )
     code = [(number, cell) for number, cell in enumerate(read_notebook(executed).cells, 1) if cell.cell_type == "code" and cell.source.strip()]
     if skipped := [number for number, cell in code if cell.execution_count is None]:

@@ -110,9 +110,15 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
             if (own := results_folder() / source / file).exists():
                 write_text(root / file, own.read_text(encoding="utf-8"))
         if folder.exists():
-            folder.rename(part / "older")  # goes with the temporary folder
+            folder.rename(_older(folder))
         root.rename(folder)
+        shutil.rmtree(_older(folder), ignore_errors=True)
     return folder
+
+
+def _older(folder: Path) -> Path:
+    """What a collection is called for the moment in which a new one takes its place."""
+    return folder.with_name(f".older-{folder.name}")
 
 
 def _destination(name: str) -> Path:
@@ -120,6 +126,8 @@ def _destination(name: str) -> Path:
     folder = results_folder() / name
     if safe_name(name) != name:
         raise ValueError(f"A collection's name may hold letters, digits, '.', '_' and '-', not {name!r}.")
+    if _older(folder).exists():  # an export was killed in that moment
+        shutil.rmtree(_older(folder)) if folder.exists() else _older(folder).rename(folder)
     if folder.exists() and not runs_in(name):
         raise ValueError(f"{folder} is there and no collection: export to another name.")
     return folder

@@ -53,6 +53,12 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, then those that do not wait for the smoke run that it makes."""
+    waiting = {item.module.__name__ for item in items if "smoke_run" in item.fixturenames}
+    items.sort(key=lambda item: (item.module.__name__ in waiting) - 2 * (item.module.__name__ == "test_kills"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
     """Results and cache of the tests never touch the user's."""

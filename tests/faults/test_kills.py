@@ -18,7 +18,7 @@ import soundfile
 from conftest import MSS_UTILS, command, little_run
 from safetensors.torch import save_file
 
-from mss_utils import pipeline
+from mss_utils import pipeline, publishing
 from mss_utils.models import build_model
 from mss_utils.pipeline import STAGES
 from mss_utils.settings import ROOT, resolve
@@ -74,6 +74,40 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(smoke_run,
     again = command(*arguments, **environment)
     assert again.stdout.count("unchanged, skipped") == len(STAGES), "a finished run is not repeated"
     count("kills", kills)
+
+
+def test_an_export_that_is_killed_again_and_again_ends_as_one_that_is_not(smoke_run, tmp_path, monkeypatch, long_form, count):
+    def exported(place):
+        monkeypatch.setenv("MSS_RESULTS", str(place))
+        return publishing.export("full", "copy")
+
+    places = {name: tmp_path / name for name in ("killed", "whole")}
+    for place in places.values():
+        shutil.copytree(smoke_run[1], place / "full" / "songs", ignore=shutil.ignore_patterns("ablations", "data_study", "*.ckpt"))
+        stored = json.loads((place / "full" / "songs" / "settings.json").read_text()) | dict(ablations=[], data_study=False)
+        (place / "full" / "songs" / "settings.json").write_text(json.dumps(stored))
+    arguments, chance, kills = ["export", "--run", "full", "--to", "copy"], random.Random(0), 0
+    answers = places["killed"] / "copy" / "songs" / "answers"
+    for number in range(20 if long_form else 2):
+        kills += killed_after(chance.uniform(2, 9), True, arguments, dict(MSS_RESULTS=str(places["killed"])))
+        if number == 0:  # what listeners have said of the copy must outlive all of it
+            exported(places["killed"])
+            answers.mkdir()
+            (answers / "ada.json").write_text("mine")
+    folders = {name: exported(place) for name, place in places.items()}
+    contents = {name: {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} for name, folder in folders.items()}
+    assert contents["killed"].pop(Path("songs/answers/ada.json")) == b"mine"
+    assert contents["killed"] == contents["whole"]
+    assert {path.name for path in places["killed"].iterdir()} == {"full", "copy"}
+    count("kills", kills)
+
+
+def test_an_export_killed_between_two_names_loses_nothing(smoke_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
+    (tmp_path / ".older-copy" / "songs").mkdir(parents=True)
+    shutil.copy(smoke_run[1] / "settings.json", tmp_path / ".older-copy" / "songs")
+    assert publishing._destination("copy") == tmp_path / "copy"
+    assert (tmp_path / "copy" / "songs" / "settings.json").exists() and not (tmp_path / ".older-copy").exists()
 
 
 @pytest.fixture(scope="module")
