@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mss_utils {given.command}: {error}; install what it needs with: make setup, or pip install -r requirements.txt", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        logging.disable()  # asyncio and Jupyter would say more of it, in tracebacks
         print(f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
         return 130
 
@@ -78,10 +80,11 @@ def _run(given: argparse.Namespace) -> None:
         return
     run = _open(given)  # before the imports that take seconds: a mistyped setting is answered at once
     from mss_utils.data import check_target
+    from mss_utils.environment import check_device
     from mss_utils.pipeline import run_pipeline
-    from mss_utils.training import check_device
 
-    check_device(run.settings)
+    if not (run.folder / "settings.json").exists():  # models that are trained need no device
+        check_device(run.settings)
     check_target(run.settings)
     run.write_settings()
     run_pipeline(run)
@@ -117,9 +120,8 @@ def _train(given: argparse.Namespace) -> None:
     if given.seed is not None and not 0 <= given.seed < run.settings.seeds:
         raise ValueError(f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run.")
     from mss_utils.data import check_target, open_store
-    from mss_utils.training import check_device, train, train_here
+    from mss_utils.training import train, train_here
 
-    check_device(run.settings)
     check_target(run.settings)
     store = open_store(run.settings)
     seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
@@ -247,7 +249,7 @@ def _stop(*_signal) -> None:
 
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup lets it be ignored
             signal.signal(getattr(signal, name), _stop)
     for stream in (sys.stdout, sys.stderr):  # a song's name may hold what the terminal cannot show
         stream.reconfigure(errors="backslashreplace")

@@ -57,7 +57,7 @@ def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -
     if newest["valid_sdr_db"] > state["best"] or not state["best_step"]:
         better = "ema" if newest["ema_sdr_db"] >= newest["raw_sdr_db"] else "raw"
         state.update(best=newest["valid_sdr_db"], best_step=state["step"], best_weights=better)
-        _write_tensors(folder / "model.safetensors", networks[better].state_dict())
+        write_tensors(folder / "model.safetensors", networks[better].state_dict())
 
 
 def save_checkpoint(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
@@ -68,10 +68,10 @@ def save_checkpoint(folder: Path, networks: dict, optimizer: torch.optim.Optimiz
     about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
     if state["history"]:
         write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
-    _write_tensors(folder / "last.ckpt", tensors, about)
+    write_tensors(folder / "last.ckpt", tensors, about)
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> None:
     """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
     with replacing(path) as part:
         part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
@@ -108,6 +108,9 @@ def _restored(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, ab
             raise ValueError("its tensors are not those of the model")
     groups = optimizer.state_dict()["param_groups"]
     moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(values and values["exp_avg"].shape != parameter.shape for values, parameter in zip(moments.values(), parameters)):
+        raise ValueError("the moments of Adam are not those of the model")
     optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
     for name, network in networks.items():
         network.load_state_dict(weights[name])

@@ -10,6 +10,7 @@ Taught in notebook 01.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -26,13 +27,13 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from mss_utils.data import Store, Track, dataset_root, find_tracks, is_built_in, read_store
+from mss_utils.data import Store, Track, dataset_root, find_tracks, is_built_in, is_decoded, needs_ffmpeg, read_store
 from mss_utils.data.sources import MUSDB_STEMS, SourceTrack
 from mss_utils.files import replacing, write_text
 from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
 
 PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")  # whose versions a run records
-NOT_FOR_RUNS = ("pytest", "pytest-xdist", "hypothesis", "playwright", "dask", "jupyterlab")  # tests, clusters, interactive use
+NOT_FOR_RUNS = ("pytest", "pytest-xdist", "hypothesis", "playwright", "dask", "jupyter", "jupyterlab")  # tests, clusters, interactive use
 MIN_PYTHON = (3, 11)
 MEMORY_GB = 4.0  # a run on the built-in songs has enough with less
 DISK_GB = 4.0  # songs, stems and results of the demo profile
@@ -91,18 +92,39 @@ def _device(settings: Settings) -> Finding:
     found = f"torch {torch.__version__}, "
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        return Finding("device", found + f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} with {memory:.0f} GB")
-    found += f"no CUDA GPU, {os.cpu_count()} CPU cores"
-    if settings.device == "cuda":
-        return Finding("device", found, STOP, "set device=auto, or install the driver and a torch that fit the GPU")
-    slow = settings.profile == "musdb18"
-    return Finding("device", found, WARNING if slow else FINE, "a musdb18 run takes weeks without one: use a GPU machine, or profile musdb7" if slow else "")
+        found += f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} with {memory:.0f} GB"
+    else:
+        found += f"no CUDA GPU, {os.cpu_count()} CPU cores"
+    try:
+        check_device(settings)
+    except ValueError as error:
+        return Finding("device", found, STOP, str(error))
+    if settings.profile == "musdb18" and not torch.cuda.is_available():
+        return Finding("device", found, WARNING, "a musdb18 run takes weeks without a GPU: use a machine with one, or profile musdb7")
+    return Finding("device", found)
+
+
+def check_device(settings: Settings) -> None:
+    """Raise ValueError when the device that the settings name is not here, or fewer of it than they ask for."""
+    there = dict(cpu=max(2, os.cpu_count()), cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+    device = settings.device if settings.device != "auto" else max(there, key=lambda kind: (kind != "cpu") * there[kind])
+    if settings.devices > there[device]:
+        usable = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
+        raise ValueError(f"device={device} and devices={settings.devices}, but this machine has: {usable}. Set device=auto, or devices lower.")
 
 
 def _memory() -> Finding:
-    free = psutil.virtual_memory().available / 2**30
+    free = min(psutil.virtual_memory().available, _container_memory()) / 2**30
     mend = f"close other programs, or set batch_size lower: {MEMORY_GB:g} GB are enough for any profile but musdb18"
     return Finding("memory", f"{free:.1f} GB available", *((FINE,) if free >= MEMORY_GB else (WARNING, mend)))
+
+
+def _container_memory() -> float:
+    """Bytes that are left of what a container or a batch system allows; infinite where nothing is set."""
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if not (limit.exists() and used.exists()) or (allowed := limit.read_text().strip()) == "max":
+        return math.inf
+    return int(allowed) - int(used.read_text())
 
 
 def _disk(what: str, folder: Path, variable: str) -> Finding:
@@ -116,7 +138,7 @@ def _writable(what: str, folder: Path, variable: str) -> Finding:
     try:
         with replacing(folder / ".writable") as probe:
             probe.touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
         return Finding(f"may write {what}", f"no ({error})", STOP, f"set {variable} to a folder of yours")
     return Finding(f"may write {what}", "yes")
@@ -124,7 +146,7 @@ def _writable(what: str, folder: Path, variable: str) -> Finding:
 
 def _nearest(folder: Path) -> Path:
     """The folder, or the first above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(place for place in (folder, *folder.parents) if os.path.exists(place))
 
 
 def _ffmpeg(settings: Settings) -> Finding:
@@ -132,10 +154,10 @@ def _ffmpeg(settings: Settings) -> Finding:
     if not missing:
         return Finding("ffmpeg", shutil.which("ffmpeg"))
     try:
-        needed = _fetched(settings) or any(getattr(track, "is_stem_file", False) for track in _tracks(settings))
+        needed = settings.scorer == "museval" or _fetched(settings) or (not is_decoded(settings) and any(map(needs_ffmpeg, _tracks(settings))))
     except (ValueError, OSError):  # told as the dataset's own finding
         needed = False
-    why = "MUSDB18's stem files need it" if needed else "only MUSDB18's stem files, museval and songs in other formats than WAV and FLAC need it"
+    why = "MUSDB18 and museval need it" if needed else "MUSDB18, museval and songs in other formats than WAV and FLAC need it"
     return Finding("ffmpeg", f"no {' and no '.join(missing)} on the PATH", STOP if needed else WARNING, f"apt-get install ffmpeg ({why})")
 
 
@@ -159,10 +181,8 @@ def _fetched(settings: Settings) -> bool:
 
 
 def _tracks(settings: Settings) -> Sequence[Track | SourceTrack]:
-    """The tracks of the dataset, as they lie there or in a store that was carried here; none of what a run renders itself."""
-    root = None if is_built_in(settings) else dataset_root(settings)
-    if root is None:
-        return []
+    """The tracks of somebody's dataset, as they lie there or in a store that was carried here."""
+    root = dataset_root(settings)
     return read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
 
 

@@ -235,7 +235,7 @@ def references_and(store: Store, job: Job, found: Estimates) -> tuple[np.ndarray
 def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], tuple]) -> Iterator:
     """`function(*arguments(job))` of every job, in order, several at once, see `_workers`; `arguments` runs in this process.
 
-    What a killed process was at is done again here, one job after the other.
+    What a killed process of this machine was at is done again here, one job after the other; Dask sees to its own workers.
     """
     with _workers() as n_at_once:
         for first in range(0, len(jobs), n_at_once):
@@ -253,7 +253,7 @@ def _in_parallel(function: Callable, jobs: list, arguments: Callable[[object], t
 
 @contextmanager
 def _workers() -> Iterator[int]:
-    """How many jobs at once: up to `MAX_SCORERS` processes here, or all workers of the Dask cluster whose scheduler file MSS_DASK names."""
+    """How many jobs at once: up to `MAX_SCORERS` processes here, or twice as many on the Dask cluster whose scheduler file MSS_DASK names."""
     cluster = os.environ.get("MSS_DASK")
     if not cluster:
         yield min(joblib.effective_n_jobs(-1), MAX_SCORERS)
@@ -263,7 +263,7 @@ def _workers() -> Iterator[int]:
     from dask.distributed import Client
 
     with Client(scheduler_file=str(from_root(cluster))), joblib.parallel_config("dask"):
-        yield joblib.effective_n_jobs(-1)
+        yield min(joblib.effective_n_jobs(-1), 2 * MAX_SCORERS)  # all they are given is held here first
 
 
 def _rows(job: Job, found: dict[tuple[str, int], dict]) -> dict[str, pd.DataFrame]:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
+import hashlib
 import os
 import platform
-import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 PART = ".part-"  # how the names of unfinished files and folders begin
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
-NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # disks that cannot be asked to
+NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what disks say that cannot be asked to
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+CLOCKS_DIFFER_S = 60.0  # at the most: that of a network disk and ours
 MAX_NAME = 200  # bytes: of the 255 that a name may have, some are for what is put before and behind it
 FORGOTTEN_S = 24 * 3600.0  # nobody works this long on one part
 
@@ -61,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
         part = path.with_name(_part_name(path.name))
         try:
             yield part
-            _flush(part)
+            flush(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
@@ -87,24 +90,24 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`; the others wait for it. A killed process lets go by itself.
+    """Only one process (and one thread) works in `folder`; the others wait for it. A killed process lets go by itself.
 
     On a disk without locks (a cloud drive, say) it is said that nobody is kept out.
     """
     with disk_errors_told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = (folder / ".lock").open("w")
+    with lock:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
-            lock.acquire()
-        except NotImplementedError:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             print(f"{folder} is on a disk without locks: see to it that only one process works there.", file=sys.stderr, flush=True)
-    try:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -126,27 +129,30 @@ def disk_errors_told(path: Path) -> Iterator[None]:
 
 
 def _concerns(path: Path, refused: Path) -> bool:
-    """Whether a refusal is about writing `path`: the path, what lies above or inside it, or its part; not about something that was read."""
-    beside = refused.parent == path.parent and refused.name.startswith(PART)
-    return path == refused or refused in path.parents or path in refused.parents or beside
+    """Whether a refusal is about writing `path`: about it, a folder above it, or a part; not about something that was read."""
+    return path == refused or refused in path.parents or any(name.startswith(PART) for name in refused.parts)
 
 
-def _flush(part: Path) -> None:
-    with part.open("rb") as file:
-        try:
-            os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in NO_FLUSH:
-                raise
+def flush(path: Path) -> None:
+    """Wait until a file, or every file in a folder, is on the disk itself: what is renamed then is whole whatever happens."""
+    for part in [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]:
+        with part.open("rb") as file:
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FLUSH:
+                    raise
 
 
 def _part_name(name: str) -> str:
     return f"{PART}{_here()}-{os.getpid()}-{threading.get_ident()}-{name}"
 
 
+@lru_cache
 def _here() -> str:
-    """This machine, since process numbers are counted on each, as far as a part's name has room for it."""
-    return re.sub(r"\W", "", platform.node())[:16]
+    """This machine and container, since process numbers are counted in each, in few letters."""
+    namespace = Path("/proc/self/ns/pid")
+    return hashlib.sha256(f"{platform.node()} {os.readlink(namespace) if namespace.exists() else ''}".encode()).hexdigest()[:12]
 
 
 def _remove_forgotten(folder: Path, name: str) -> None:
@@ -159,9 +165,19 @@ def _remove_forgotten(folder: Path, name: str) -> None:
 def _is_forgotten(part: Path) -> bool:
     """Whether the process of a part, on this machine, is no more, or nobody has touched it for a day."""
     machine, process = part.name.removeprefix(PART).split("-")[:2]
-    if machine == _here() and not psutil.pid_exists(int(process)):
-        return True
     try:
-        return time.time() - part.stat().st_mtime > FORGOTTEN_S
+        touched = part.stat().st_mtime
     except FileNotFoundError:  # finished in this moment
+        return False
+    return (machine == _here() and _is_gone(int(process), touched)) or time.time() - touched > FORGOTTEN_S
+
+
+def _is_gone(process: int, touched: float) -> bool:
+    """Whether the process that wrote something at that time has ended; its number may be another's by now."""
+    try:
+        found = psutil.Process(process)
+        return found.status() == psutil.STATUS_ZOMBIE or found.create_time() > touched + CLOCKS_DIFFER_S
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
         return False

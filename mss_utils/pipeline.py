@@ -116,11 +116,17 @@ def _execute(run: Run, name: str, key: str) -> None:
     values = dict(profile=run.settings.profile, run=run.name)
     _check_notebook(name, values)
     with replacing(executed) as part:  # papermill writes to it after every cell
-        failure = _failure_of(name, part, values)
+        try:
+            failure, stopped = _failure_of(name, part, values), None
+        except KeyboardInterrupt as stop:
+            failure, stopped = "", stop
         notebook = read_notebook(part)
-        if not failure:
+        notebook.metadata["papermill"]["output_path"] = str(executed)
+        if not (failure or stopped):
             notebook.metadata["mss_key"] = key
         part.write_text(nbformat.writes(notebook), encoding="utf-8")
+    if stopped:
+        raise stopped
     if failure:
         raise StageError(f"Notebook {name} failed{failure}\nThe executed copy is {executed}; the same command goes on from here.")
 
@@ -140,9 +146,10 @@ def _failure_of(name: str, executed: Path, values: dict) -> str:
             ": its kernel was killed or died.\nMost often that is memory: close other programs (python -m mss_utils check tells how "
             "much there is), or set batch_size or segment_s lower in a new run."
         )
-    code = [(number, cell) for number, cell in enumerate(read_notebook(executed).cells, 1) if cell.cell_type == "code" and cell.source.strip()]
-    if skipped := [number for number, cell in code if cell.execution_count is None]:
-        return f": it stopped after cell {skipped[0] - 1} of {len(code)}.\nA cell ended the kernel's work, as sys.exit() does; let it raise an error instead."
+    cells = read_notebook(executed).cells
+    skipped = [number for number, cell in enumerate(cells) if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
+    if skipped:
+        return f": it stopped after cell {skipped[0]} of {len(cells)}.\nA cell ended the kernel's work, as sys.exit() does; let it raise an error instead."
     return ""
 
 

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mss_utils import analysis, evaluation, figures, listening
 from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.verdicts import NEGLIGIBLE_DB
+from mss_utils.checkpoints import write_tensors
 from mss_utils.data import Store, is_built_in, open_store
 from mss_utils.environment import data_kind
 from mss_utils.evaluation import estimate_of, score
-from mss_utils.files import replacing, safe_name, working_folder, write_text
+from mss_utils.files import one_at_a_time, replacing, safe_name, working_folder, write_text
 from mss_utils.metrics import ROUNDING_DB, TRACK_METRICS
 from mss_utils.models import build_model
 from mss_utils.pipeline import REPORT, STAGES, lay_out, lay_out_sources, read_notebook, typeset
@@ -96,7 +97,7 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
     known = {target for run in runs for target in targets_of(run)}
     if unknown := [target for target in (*complete, *heard) if target not in known]:
         raise ValueError(f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
-    with working_folder(folder.parent) as part:
+    with one_at_a_time(folder.parent), working_folder(folder.parent) as part:
         root, weights = part / folder.name, kept_weights(runs, complete)
         for run in runs:
             copy = Run(f"{name}/{run.folder.name}", run.settings, root / run.folder.name)
@@ -186,7 +187,7 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
         halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in load_file(kept).items()}
         if too_large := [key for key, tensor in halves.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{kept}: {too_large[0]} does not fit into half precision; this model cannot be exported.")
-        save_file(halves, folder / kept.relative_to(run.folder))
+        write_tensors(folder / kept.relative_to(run.folder), halves)
 
 
 def _page_for(run: Run, name: str, targets: list[str]) -> str:

@@ -5,7 +5,6 @@ Taught in notebook 02.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import shutil
@@ -24,7 +23,7 @@ from scipy.signal import firwin, resample_poly
 from tqdm.auto import tqdm
 
 from mss_utils.data.sources import RATES
-from mss_utils.files import MAX_NAME, working_folder
+from mss_utils.files import MAX_NAME, flush, working_folder
 
 CONTEXT_S = 0.1  # heard on both sides of a chunk for its sake alone: at the ends of a window models pad and resamplers ring
 FADE = 0.25  # share of a chunk over which it fades in, and again out
@@ -176,6 +175,7 @@ def separate_file(song: Path, model: torch.nn.Module, out: Path, flac: bool = Fa
         if flac:
             parts = _as_flac(source, read, parts[0], min(1.0, 1 / max(peak, 1e-9)))
         for part, path in zip(parts, paths):
+            flush(part)
             os.replace(part, path)
     return paths
 
@@ -186,8 +186,7 @@ def _libsndfile_told(song: Path, work: Path) -> Iterator[None]:
     try:
         yield
     except soundfile.LibsndfileError as error:
-        if shutil.disk_usage(work).free < BLOCK:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        _check_room(work)
         raise ValueError(f"Cannot finish {song} ({error.error_string.strip(' .')}): the file may be damaged.") from None
 
 
@@ -195,6 +194,11 @@ def _named(stem: str, ending: str) -> str:
     """`stem` and `ending`, the stem cut so that a file may be called so."""
     room = MAX_NAME - len(os.fsencode(ending))
     return (stem if len(os.fsencode(stem)) <= room else os.fsencode(stem)[:room].decode(errors="ignore")) + ending
+
+
+def _check_room(work: Path) -> None:
+    """Raise the OSError that a full disk, or a quota, answers with."""
+    (work / "room").write_bytes(bytes(BLOCK))
 
 
 def bandwidth_note(model: torch.nn.Module, sample_rate: int) -> str:
@@ -307,6 +311,7 @@ def _decoded(song: Path, wav: Path) -> Path:
     if "matches no streams" in done.stderr:
         raise ValueError(f"{song} holds no sound, only other streams; expected a song.")
     if done.returncode:
+        _check_room(wav.parent)
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].rpartition(": ")[2]
         raise ValueError(f"Cannot read {song} (ffmpeg: {reason}); expected a song in any format that ffmpeg reads.")
     if done.stderr:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterable, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mss_utils.files import is_file_name, safe_name, write_text
 
@@ -28,7 +28,13 @@ RESERVED = ("all", "mixture", "residual")  # no stem can be called what a target
 
 def is_stem_name(name: object) -> bool:
     """Whether a stem can be called so: stems become folders, targets and words on pages."""
-    return is_file_name(name) and name not in RESERVED and not set(name) & set('<>&",')
+    return is_file_name(name) and name not in RESERVED and not set(name) & set("<>")
+
+
+def _known_profile(value: str) -> str:
+    if value not in PROFILES:
+        raise ValueError(f"there are: {', '.join(PROFILES)}")
+    return value
 
 
 def _listed(value: object) -> object:
@@ -61,7 +67,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    profile: Literal["smoke", "demo", "musdb7", "musdb18"] = "demo"
+    profile: Annotated[str, AfterValidator(_known_profile)] = "demo"
     data: str | None = Field(None, description="dataset root; empty means the profile's own dataset")
     target: str = Field("piano", description="stem to extract, several with commas between, or 'all'")
     seeds: int = Field(1, ge=1, le=100, description="how many weight initialisations of each model are trained")

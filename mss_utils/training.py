@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.checkpoints import is_trained, keep_best, resume, save_checkpoint
 from mss_utils.data import Store
-from mss_utils.environment import peak_memory_mb, reset_peak_memory
+from mss_utils.environment import check_device, peak_memory_mb, reset_peak_memory
 from mss_utils.files import one_at_a_time, write_text
 from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Batch, Mixer
@@ -99,14 +99,17 @@ def train(
     """Train one model, or load it when the run already holds one that fits settings and data; in evaluation mode.
 
     Writes model.safetensors (the weights with the best validation score), history.csv, last.ckpt, from which the same
-    call goes on after an interruption, and in the end model.json. Of several processes that want the same model one trains it. `on_validation(history)` gets a DataFrame after each
+    call goes on after an interruption, and in the end model.json. Of several calls for the same model one
+    trains it and the others wait (not so under `torchrun`). `on_validation(history)` gets a DataFrame after each
     validation. With `devices` above 1 the training runs in that many processes, as `torchrun` would start them. Raises
     FloatingPointError when the loss is no longer finite, MemoryError with what to try when a batch does not fit,
     ValueError when validation would hear no target or the batch cannot be shared out.
     """
     folder, identity = run.model_folder(target, model_name, seed), identity_of(run.settings, store, target, model_name, seed)
     if run.settings.devices > 1 and not is_trained(folder, identity):
-        _train_in_processes(run, target, model_name, seed, on_validation)
+        check_device(run.settings)
+        with one_at_a_time(folder):
+            _train_in_processes(run, target, model_name, seed, on_validation)
     train_here(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
 
@@ -331,15 +334,6 @@ def collapse(network: torch.nn.Module, batch: Batch) -> str | None:
     return None
 
 
-def check_device(settings: Settings) -> None:
-    """Raise ValueError when the device that the settings name is not here, or fewer of it than they ask for."""
-    there = dict(cpu=max(2, os.cpu_count()), cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
-    device = settings.device if settings.device != "auto" else max(there, key=lambda kind: (kind != "cpu") * there[kind])
-    if settings.devices > there[device]:
-        usable = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
-        raise ValueError(f"device={device} and devices={settings.devices}, but this machine has: {usable}. Set device=auto, or devices lower.")
-
-
 def _fabric(settings: Settings) -> Fabric:
     """One process, or one of those that `torchrun` started; every process takes an equal share of each batch."""
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -354,7 +348,6 @@ def _fabric(settings: Settings) -> Fabric:
 
 def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None) -> None:
     """Have `torchrun` start one process a device on this machine; follow their history from here."""
-    check_device(run.settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.settings.devices}"]
     command += ["-m", "--", "mss_utils", "train", "--profile", run.settings.profile, "--run", run.name]
     command += ["--stem", target, "--model", model_name, "--seed", str(seed)]

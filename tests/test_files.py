@@ -1,6 +1,9 @@
 """Files are written whole or not at all, by one process at a time, and a disk that refuses is told."""
 
+import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -37,11 +40,12 @@ def test_one_at_a_time(tmp_path):
     assert order == ["first", "second"]
 
 
-def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    def no_locks(*_, **__):
-        raise NotImplementedError
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_is_said(error, tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr("mss_utils.files.FileLock.acquire", no_locks)
+    monkeypatch.setattr("fcntl.flock", no_locks)
     with one_at_a_time(tmp_path / "drive"):
         assert "is on a disk without locks" in capsys.readouterr().err
 
@@ -54,16 +58,19 @@ def test_a_refusal_to_read_is_not_taken_for_one_to_write(tmp_path):
 
 
 def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
-    """Parts of a process of this machine that is no more, of one that lives, of another machine, and of yesterday."""
+    """Parts of a process of this machine that is no more, of one whose number another has now, of one that lives, of another machine, of yesterday."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = lambda process: f".part-{files._here()}-{process}-1-a.txt"
+    names = dict(ended=here(ended.pid), reused=here(os.getpid()), elsewhere=".part-elsewhere-1-1-a.txt", yesterday=".part-elsewhere-2-1-a.txt")
+    for name in names.values():
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names["reused"], (time.time() - 3600, time.time() - 3600))
+    os.utime(tmp_path / names["yesterday"], (0, 0))
     with replacing(tmp_path / "a.txt") as part:
-        alive = part.name
         part.touch()
-        others = [alive.replace(str(os.getpid()), "999999999"), alive.replace("-", "-elsewhere", 1)]
-        for name in (*others, f".part-old-1-1-{part.name.rpartition('-')[2]}"):
-            (tmp_path / name).touch()
-        os.utime(tmp_path / ".part-old-1-1-a.txt", (0, 0))
         files._remove_forgotten(tmp_path, "a.txt")
-        assert {path.name for path in tmp_path.glob(".part-*")} == {alive, others[1]}
+        assert {path.name for path in tmp_path.glob(".part-*")} == {part.name, names["elsewhere"]}
 
 
 def test_half_a_file_is_never_left(tmp_path):

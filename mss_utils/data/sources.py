@@ -25,7 +25,7 @@ import soundfile
 import yaml
 
 from mss_utils import demo
-from mss_utils.files import readable, working_folder
+from mss_utils.files import flush, readable, working_folder
 from mss_utils.settings import SPLITS, Settings, cache_folder, from_root, is_stem_name
 
 MIXTURE = "mixture"
@@ -112,6 +112,7 @@ def _download_excerpts(root: Path) -> None:
             raise ConnectionError(
                 f"musdb could not fetch the 7-second excerpts ({error}); pass --data DIR or set MUSDB_PATH to a folder that holds them."
             ) from None
+        flush(part)
         os.replace(part / root.name, root)
 
 
@@ -222,8 +223,6 @@ def _with_validation(tracks: list[SourceTrack], names: set[str]) -> list[SourceT
 def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tuple[str, ...]:
     """The stems, in alphabetical order, that every track has once `groups` are formed; ValueError when they differ."""
     there = set().union(*(source.stems for source in sources))
-    if odd := sorted(stem for stem in there if not is_stem_name(stem)):
-        raise ValueError(f"A stem under {root} cannot be called {odd[0][:100]!r}: it becomes a folder, a target and a word on pages. Rename its files.")
     _check_groups(groups, there)
     by_track = {source: frozenset(group_of(stem, groups) for stem in source.stems) for source in sources}
     (stems, count), *others = Counter(by_track.values()).most_common()
@@ -236,6 +235,9 @@ def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tupl
     if len(stems) < 2:
         only = ", ".join(stems) or "(none)"
         raise ValueError(f"The tracks under {root} have the stem {only} only; expected two or more stems in each.")
+    if odd := sorted(stem for stem in stems if not is_stem_name(stem)):
+        message = f"A stem under {root} cannot be called {odd[0][:100]!r}: it becomes a folder, a target and a word on pages"
+        raise ValueError(f"{message}. Rename its files, or name it by a group.")
     return tuple(sorted(stems))
 
 
@@ -275,7 +277,7 @@ def read_track(source: SourceTrack) -> dict[str, Recording]:
     """
     for file in source.files:
         _check_readable(file)
-    parts = _read_musdb(source) if source.is_stem_file or _is_musdb_hq(source) else {readable(file.stem): _read_file(file) for file in source.files}
+    parts = _read_musdb(source) if needs_ffmpeg(source) else {readable(file.stem): _read_file(file) for file in source.files}
     for name, (audio, rate) in parts.items():
         if not RATES[0] <= rate <= RATES[1]:
             raise ValueError(f"{source.path}: {name} has {rate} samples a second; expected {RATES[0]} to {RATES[1]}: convert or remove the track.")
@@ -301,6 +303,11 @@ def _read_file(file: Path) -> Recording:
     except (soundfile.LibsndfileError, MemoryError) as error:
         kinds, reason = "/".join(AUDIO_SUFFIXES), getattr(error, "error_string", error)
         raise ValueError(f"Cannot read {file} ({reason}); expected a {kinds} file: replace it or remove the track.") from None
+
+
+def needs_ffmpeg(source: SourceTrack) -> bool:
+    """Whether a track goes through musdb, which needs ffmpeg: a stem file, or a folder of MUSDB18-HQ."""
+    return source.is_stem_file or _is_musdb_hq(source)
 
 
 def _is_musdb_hq(source: SourceTrack) -> bool:

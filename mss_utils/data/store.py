@@ -76,7 +76,7 @@ class Track:
 class Index(BaseModel):
     """What index.json holds: of which dataset the store is, and every track that is decoded so far."""
 
-    format: Literal[2]  # to be raised when what a store holds changes: stores of another format are not read
+    format: Literal[FORMAT]  # to be raised when what a store holds changes: stores of another format are not read
     source: str
     sample_rate: int = Field(ge=1)
     channels: int = Field(ge=1)
@@ -203,12 +203,7 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
     it was; of several builders one works and the others wait for it. `groups` are stems added up under a new name.
     Raises what `find_tracks` and `read_track` raise, for all unreadable tracks at once, and OSError for a full disk.
     """
-    sources = find_tracks(root)
-    stems = common_stems(sources, root, groups)
-    head = Index(format=FORMAT, source=readable(root), sample_rate=sample_rate, channels=channels, stems=stems, tracks=())
-    place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
-    folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
-    wanted = {_file_name(source): source for source in sources}
+    folder, wanted, head = _plan(root, sample_rate, channels, groups)
     if not _is_current(folder, wanted, head):
         with one_at_a_time(folder):
             tracks = _current(folder, wanted, head)
@@ -216,6 +211,23 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
             _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
             _clear(folder, {*wanted, "index.json", ".lock"})
     return read_store(folder)
+
+
+def is_decoded(settings: Settings) -> bool:
+    """Whether the store of somebody's dataset is there and needs nothing more to be read; nothing is decoded to find out."""
+    root = dataset_root(settings)
+    return (root / "index.json").exists() or _is_current(*_plan(root, settings.sample_rate, settings.channels, settings.groups))
+
+
+def _plan(root: Path, sample_rate: int, channels: int, groups: Groups) -> tuple[Path, dict[str, SourceTrack], Index]:
+    """Folder of a store, which file each track becomes, and the head of its index."""
+    sources = find_tracks(root)
+    head = Index(
+        format=FORMAT, source=readable(root), sample_rate=sample_rate, channels=channels, stems=common_stems(sources, root, groups), tracks=()
+    )
+    place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
+    folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
+    return folder, {_file_name(source): source for source in sources}, head
 
 
 def _file_name(source: SourceTrack) -> str:

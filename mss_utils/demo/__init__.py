@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
 from mss_utils.demo.playing import SAMPLE_RATE, render
-from mss_utils.files import one_at_a_time, working_folder, write_text
+from mss_utils.files import flush, one_at_a_time, working_folder, write_text
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
@@ -85,14 +85,18 @@ def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, fl
 
 def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
     """Render the songs, in this process or in several, and count songs and seconds."""
-    results = Parallel(max(1, min(n_jobs, len(todo))), return_as="generator_unordered")(delayed(_write_song)(job) for job in todo)
+    if not todo:
+        return
+    results = Parallel(min(n_jobs, len(todo)), return_as="generator_unordered")(delayed(_write_song)(job) for job in todo)
     seconds = 0.0
-    with tqdm(total=len(todo), desc="Built-in songs", unit="song", disable=not progress or not todo) as bar:
-        for duration_s in results:
-            seconds += duration_s
-            bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
-            bar.update()
-    get_reusable_executor().shutdown()  # idle workers would stay for minutes, also when this process is killed
+    try:
+        with tqdm(total=len(todo), desc="Built-in songs", unit="song", disable=not progress) as bar:
+            for duration_s in results:
+                seconds += duration_s
+                bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
+                bar.update()
+    finally:
+        get_reusable_executor().shutdown()  # idle workers would stay for minutes, also when this process is killed
 
 
 def _write_song(job: tuple) -> float:
@@ -108,6 +112,7 @@ def _write_song(job: tuple) -> float:
         (work / "onsets.json").write_text(json.dumps(song.onsets()))
         (work / "song.json").write_text(json.dumps(song.metadata, indent=1))
         target.parent.mkdir(parents=True, exist_ok=True)
+        flush(work)
         work.rename(target)
     return song.duration_s
 
