@@ -121,7 +121,7 @@ def _execute(run: Run, name: str, key: str) -> None:
         except KeyboardInterrupt as stop:
             failure, stopped = "", stop
         notebook = read_notebook(part)
-        notebook.metadata["papermill"]["output_path"] = str(executed)
+        notebook.metadata.setdefault("papermill", {})["output_path"] = str(executed)
         if not (failure or stopped):
             notebook.metadata["mss_key"] = key
         part.write_text(nbformat.writes(notebook), encoding="utf-8")
