@@ -94,7 +94,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
     On a disk without locks (a cloud drive, say) it is said that nobody is kept out.
     """
-    with disk_errors_told(folder):
+    with disk_errors_told(folder / ".lock"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     with lock:
