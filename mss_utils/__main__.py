@@ -11,10 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+INSTALL = "install what it needs with: make setup, or pip install -r requirements.txt"
 try:
     from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, Settings, begun_run, open_run, resolve, runs_in
 except ImportError as missing:
-    sys.exit(f"mss_utils: {missing}; install what it needs with: make setup, or pip install -r requirements.txt")
+    sys.exit(f"mss_utils: {missing}; {INSTALL}")
 
 DEFAULT = "demo"  # profile
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mss_utils {given.command}: {_told(error)}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"mss_utils {given.command}: {error}; install what it needs with: make setup, or pip install -r requirements.txt", file=sys.stderr)
+        print(f"mss_utils {given.command}: {error}; {INSTALL}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         logging.disable()  # asyncio and Jupyter would say more of it, in tracebacks

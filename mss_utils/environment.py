@@ -154,11 +154,15 @@ def _ffmpeg(settings: Settings) -> Finding:
     if not missing:
         return Finding("ffmpeg", shutil.which("ffmpeg"))
     try:
-        needed = settings.scorer == "museval" or _fetched(settings) or (not is_decoded(settings) and any(map(needs_ffmpeg, _tracks(settings))))
+        needed = settings.scorer == "museval" or _fetched(settings) or _decodes_with_ffmpeg(settings)
     except (ValueError, OSError):  # told as the dataset's own finding
         needed = False
     why = "MUSDB18 and museval need it" if needed else "MUSDB18, museval and songs in other formats than WAV and FLAC need it"
     return Finding("ffmpeg", f"no {' and no '.join(missing)} on the PATH", STOP if needed else WARNING, f"apt-get install ffmpeg ({why})")
+
+
+def _decodes_with_ffmpeg(settings: Settings) -> bool:
+    return not is_built_in(settings) and not is_decoded(settings) and any(map(needs_ffmpeg, _tracks(settings)))
 
 
 def _dataset(settings: Settings) -> Finding:

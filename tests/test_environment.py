@@ -71,6 +71,12 @@ def test_what_only_tests_need_and_what_is_merely_old_stops_nothing(monkeypatch, 
     assert need.state == WARNING and "hypothesis>=9999 (" in need.found and "numpy>=9999 (" in need.found
 
 
+def test_nothing_is_rendered_to_be_looked_at(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("mss_utils.demo.render_songs", lambda *_, **__: pytest.fail("rendered"))
+    assert found()["ffmpeg"].state == WARNING
+
+
 def test_nothing_is_fetched_to_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.delenv("MUSDB_PATH", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

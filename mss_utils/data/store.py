@@ -206,7 +206,7 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
     folder, wanted, head = _plan(root, sample_rate, channels, groups)
     if not _is_current(folder, wanted, head):
         with one_at_a_time(folder):
-            tracks = _current(folder, wanted, head)
+            tracks = _current(folder, _index_of(folder), wanted, head)
             _decode_missing(folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS))
             _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
             _clear(folder, {*wanted, "index.json", ".lock"})
@@ -237,12 +237,11 @@ def _file_name(source: SourceTrack) -> str:
 def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> bool:
     """Whether the store is finished and holds the tracks of the dataset, no fewer and no more."""
     index = _index_of(folder)
-    return index is not None and index.complete and len(index.tracks) == len(wanted) == len(_current(folder, wanted, head))
+    return index is not None and index.complete and len(index.tracks) == len(wanted) == len(_current(folder, index, wanted, head))
 
 
-def _current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> dict[str, Track]:
+def _current(folder: Path, index: Index | None, wanted: dict[str, SourceTrack], head: Index) -> dict[str, Track]:
     """The tracks of the index whose samples are there and whose source has not changed since."""
-    index = _index_of(folder)
     if index is None or (index.sample_rate, index.channels, index.stems) != (head.sample_rate, head.channels, head.stems):
         return {}
     fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and _is_whole(folder, track, index)
