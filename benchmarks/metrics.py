@@ -27,15 +27,32 @@ from mss_utils.settings import Settings, resolve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
+    )
     parser.add_argument("--profile", default="demo")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the profile")
-    parser.add_argument("--formats", nargs="+", default=["44100x2", "16000x1"], metavar="RATExCHANNELS", help="a row each")
-    parser.add_argument("--tracks", type=int, default=None, help="this many test tracks only (default: all)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings on top of the profile"
+    )
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=["44100x2", "16000x1"],
+        metavar="RATExCHANNELS",
+        help="a row each",
+    )
+    parser.add_argument(
+        "--tracks", type=int, default=None, help="this many test tracks only (default: all)"
+    )
     given = parser.parse_args()
     rows = []
     for rate, channels in (text.split("x") for text in given.formats):
-        settings = resolve(given.profile, given.data, "", [*given.set, f"sample_rate={rate}", f"channels={channels}"])
+        settings = resolve(
+            given.profile,
+            given.data,
+            "",
+            [*given.set, f"sample_rate={rate}", f"channels={channels}"],
+        )
         rows.append(race(settings, open_store(settings), given.tracks))
     show("BSSEval of all stems", pd.DataFrame(rows))
 
@@ -45,17 +62,34 @@ def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
     tracks = store.split("test")[:n_tracks]
     pairs = [references_and_estimates(settings, store, track) for track in tracks]
     started = time.perf_counter()
-    ours = joblib.Parallel(n_jobs=-1)(joblib.delayed(bss_eval)(*pair, store.sample_rate) for pair in pairs)
+    ours = joblib.Parallel(n_jobs=-1)(
+        joblib.delayed(bss_eval)(*pair, store.sample_rate) for pair in pairs
+    )
     ours_s = time.perf_counter() - started
     started = time.perf_counter()
-    theirs = [Museval(pair[0], store.sample_rate).score(pair[1]) for pair in tqdm(pairs, desc="museval", unit="track")]
+    theirs = [
+        Museval(pair[0], store.sample_rate).score(pair[1])
+        for pair in tqdm(pairs, desc="museval", unit="track")
+    ]
     museval_s = time.perf_counter() - started
     music_s = sum(track.samples for track in tracks) / store.sample_rate
-    row = dict(sample_rate=store.sample_rate, channels=store.channels, stems=len(store.stems), tracks=len(tracks), music_s=music_s)
-    return row | dict(museval_s=museval_s, ours_s=ours_s, times_faster=museval_s / ours_s) | differences(ours, theirs)
+    row = dict(
+        sample_rate=store.sample_rate,
+        channels=store.channels,
+        stems=len(store.stems),
+        tracks=len(tracks),
+        music_s=music_s,
+    )
+    return (
+        row
+        | dict(museval_s=museval_s, ours_s=ours_s, times_faster=museval_s / ours_s)
+        | differences(ours, theirs)
+    )
 
 
-def references_and_estimates(settings: Settings, store: Store, track: Track) -> tuple[np.ndarray, np.ndarray]:
+def references_and_estimates(
+    settings: Settings, store: Store, track: Track
+) -> tuple[np.ndarray, np.ndarray]:
     """All stems and the oracle's estimates of them, both `(stems, samples, channels)`."""
     mixture, stems = store.load(track)
     found = np.stack([oracle("irm", mixture, stem, settings) for stem in stems])
@@ -64,7 +98,9 @@ def references_and_estimates(settings: Settings, store: Store, track: Track) -> 
 
 def differences(ours: list[dict], theirs: list[dict]) -> dict:
     """See `disagreement`."""
-    join = lambda scores: np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
+    join = lambda scores: np.concatenate(
+        [track[metric].ravel() for track in scores for metric in METRICS]
+    )
     names = ("scores", "largest_difference_db", "beyond 1e-4 dB", "unequal_nan")
     return dict(zip(names, disagreement(join(ours), join(theirs))))
 

@@ -29,32 +29,66 @@ from mss_utils.training import train
 
 PLAIN = ("random_mix=False", "gain_db=0", "flip_polarity=False", "speed_semitones=0")
 REST = "groups=bass+other+synth+fx->rest"
-COLUMNS = ["target", "music", "model", "train_tracks", "train_minutes", "steps", "best_step", "valid_sdr", "train_s"]
+COLUMNS = [
+    "target",
+    "music",
+    "model",
+    "train_tracks",
+    "train_minutes",
+    "steps",
+    "best_step",
+    "valid_sdr",
+    "train_s",
+]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder of the excerpts, MUSDB18 stem files in train/ and test/")
-    parser.add_argument("--songs", required=True, help="folder of songs, one folder with one file a stem each")
-    parser.add_argument("--leave-out", nargs="*", default=[], metavar="SONG", help="songs that nothing is trained on, kept to listen to")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="folder of the excerpts, MUSDB18 stem files in train/ and test/",
+    )
+    parser.add_argument(
+        "--songs", required=True, help="folder of songs, one folder with one file a stem each"
+    )
+    parser.add_argument(
+        "--leave-out",
+        nargs="*",
+        default=[],
+        metavar="SONG",
+        help="songs that nothing is trained on, kept to listen to",
+    )
     parser.add_argument("--target", default="vocals")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--model", nargs="+", default=("unet", "demucs_lstm"), choices=MODELS)
     parser.add_argument("--out", type=Path, required=True, help="the table, CSV")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all trainings")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all trainings"
+    )
     given = parser.parse_args()
 
-    excerpts, both = from_root(given.data), with_songs(from_root(given.data), from_root(given.songs), given.leave_out)
+    excerpts, both = (
+        from_root(given.data),
+        with_songs(from_root(given.data), from_root(given.songs), given.leave_out),
+    )
     own = [f"steps={given.steps}", f"valid_every={max(1, given.steps // 12)}", *given.set]
-    of = lambda profile, data, *overrides: resolve(profile, str(data or ""), given.target, [*own, *overrides])
-    same_size = ["unet_tall_channels=64", "ema_decay=0.998"]  # what musdb7 has, so that its models can begin as these
+    of = lambda profile, data, *overrides: resolve(
+        profile, str(data or ""), given.target, [*own, *overrides]
+    )
+    same_size = [
+        "unet_tall_channels=64",
+        "ema_decay=0.998",
+    ]  # what musdb7 has, so that its models can begin as these
     conditions = {
         "built-in songs, to start from": of("demo", None, *same_size),
         "songs as they are": of("musdb7", excerpts, *PLAIN),
         "+ random mixing": of("musdb7", excerpts, "speed_semitones=0"),
         "+ pitch and tempo": of("musdb7", excerpts),
         "+ full songs": of("musdb7", both, REST),
-        "+ pre-training": of("musdb7", excerpts, f"start_from={name_of('built-in songs, to start from')}"),
+        "+ pre-training": of(
+            "musdb7", excerpts, f"start_from={name_of('built-in songs, to start from')}"
+        ),
     }
     rows = []
     for model in given.model:
@@ -69,8 +103,16 @@ def with_songs(excerpts: Path, songs: Path, left_out: list[str]) -> Path:
     root = cache_folder() / "excerpts-and-songs"
     for link in root.glob("*/*"):
         link.unlink()
-    entries = {path.relative_to(excerpts): path for split in ("train", "test") for path in (excerpts / split).glob("*.stem.mp4")}
-    entries |= {Path("train") / path.name: path for path in songs.iterdir() if path.is_dir() and path.name not in left_out}
+    entries = {
+        path.relative_to(excerpts): path
+        for split in ("train", "test")
+        for path in (excerpts / split).glob("*.stem.mp4")
+    }
+    entries |= {
+        Path("train") / path.name: path
+        for path in songs.iterdir()
+        if path.is_dir() and path.name not in left_out
+    }
     for relative, path in entries.items():
         (root / relative).parent.mkdir(parents=True, exist_ok=True)
         (root / relative).symlink_to(os.path.abspath(path))
@@ -84,13 +126,23 @@ def name_of(music: str) -> str:
 
 def row_of(music: str, settings, target: str, model: str) -> dict:
     """Train what is not trained yet; the validation score of the weights that are kept."""
-    run, store = Run(name_of(music), settings, results_folder() / name_of(music)), open_store(settings)
+    run, store = (
+        Run(name_of(music), settings, results_folder() / name_of(music)),
+        open_store(settings),
+    )
     train(run, store, target, model)
     known = json.loads((run.model_folder(target, model) / "model.json").read_text(encoding="utf-8"))
     minutes = sum(track.samples for track in store.split("train")) / store.sample_rate / 60
     return dict(
-        target=target, music=music, model=model, train_tracks=len(store.split("train")), train_minutes=round(minutes, 1), steps=known["steps"],
-        best_step=known["best_step"], valid_sdr=known["valid_sdr"], train_s=known["train_s"],
+        target=target,
+        music=music,
+        model=model,
+        train_tracks=len(store.split("train")),
+        train_minutes=round(minutes, 1),
+        steps=known["steps"],
+        best_step=known["best_step"],
+        valid_sdr=known["valid_sdr"],
+        train_s=known["train_s"],
     )
 
 

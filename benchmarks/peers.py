@@ -51,7 +51,11 @@ WARM_UP_STEPS, MIN_STEPS, MEASURED_S = 2, 3, 12.0
 NO_CLIPPING = 1e9
 SHARES = dict(stage2_step=0.04, stage3_step=0.10, warmup_steps=0.05)  # of all steps
 # The peer that works as a model of ours does: on the spectrogram, or on the waveform.
-NEAREST = dict(unet=("open_unmix",), demucs_lstm=("demucs", "conv_tasnet"), demucs_attention=("demucs", "conv_tasnet"))
+NEAREST = dict(
+    unet=("open_unmix",),
+    demucs_lstm=("demucs", "conv_tasnet"),
+    demucs_attention=("demucs", "conv_tasnet"),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class Bench:
     def table(self, name: str) -> pd.DataFrame:
         """A table that an earlier stage has written; FileNotFoundError when it has not."""
         if not (self.out / f"{name}.csv").exists():
-            raise FileNotFoundError(f"No {name}.csv in {self.out}: run the stages before this one first.")
+            raise FileNotFoundError(
+                f"No {name}.csv in {self.out}: run the stages before this one first."
+            )
         return pd.read_csv(self.out / f"{name}.csv")
 
     def write(self, name: str, table: pd.DataFrame) -> None:
@@ -77,19 +83,49 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
+    )
     parser.add_argument("--profile", default="musdb7")
     parser.add_argument("--target", default="", help="stem to extract (default: the profile's)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings on top of the profile")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="key=value", help="settings on top of the profile"
+    )
     parser.add_argument("--minutes", type=float, default=10, help="training time of each model")
-    parser.add_argument("--choice-minutes", type=float, default=1.5, help="training time of each size of a peer, to choose one")
-    parser.add_argument("--out", default="", metavar="DIR", help="default: results/peers/PROFILE-TARGET")
-    parser.add_argument("--stage", nargs="*", choices=STAGES, default=list(STAGES), help="default: all, in this order")
-    parser.add_argument("--only", nargs="*", choices=(*MODELS, *PEERS), default=[*MODELS, *PEERS], metavar="NAME", help="models to work on")
+    parser.add_argument(
+        "--choice-minutes",
+        type=float,
+        default=1.5,
+        help="training time of each size of a peer, to choose one",
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="default: results/peers/PROFILE-TARGET"
+    )
+    parser.add_argument(
+        "--stage",
+        nargs="*",
+        choices=STAGES,
+        default=list(STAGES),
+        help="default: all, in this order",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        choices=(*MODELS, *PEERS),
+        default=[*MODELS, *PEERS],
+        metavar="NAME",
+        help="models to work on",
+    )
     given = parser.parse_args()
     settings = resolve(given.profile, given.data, given.target, given.set)
-    out = from_root(given.out) if given.out else results_folder() / "peers" / f"{given.profile}-{settings.target}"
-    bench = Bench(settings, open_store(settings), out, given.minutes, given.choice_minutes, tuple(given.only))
+    out = (
+        from_root(given.out)
+        if given.out
+        else results_folder() / "peers" / f"{given.profile}-{settings.target}"
+    )
+    bench = Bench(
+        settings, open_store(settings), out, given.minutes, given.choice_minutes, tuple(given.only)
+    )
     for stage in given.stage:
         STAGES[stage](bench)
 
@@ -110,10 +146,28 @@ class Unmix(nn.Module):
         stft, _ = make_filterbanks(self.n_fft, hop)
         self.encoder = nn.Sequential(stft, ComplexNorm(mono=settings.channels == 1))
         mean, scale = _statistics(store, self.encoder)
-        max_bin = int(bandwidth_to_max_bin(settings.sample_rate, self.n_fft, 16000))  # 16 kHz: its --bandwidth
-        unmix = OpenUnmix(self.n_fft // 2 + 1, settings.channels, hidden_size, input_mean=mean, input_scale=scale, max_bin=max_bin)
+        max_bin = int(
+            bandwidth_to_max_bin(settings.sample_rate, self.n_fft, 16000)
+        )  # 16 kHz: its --bandwidth
+        unmix = OpenUnmix(
+            self.n_fft // 2 + 1,
+            settings.channels,
+            hidden_size,
+            input_mean=mean,
+            input_scale=scale,
+            max_bin=max_bin,
+        )
         # Its documented post-processing: one EM step of the Wiener filter, which for a single target needs the residual.
-        self.separator = Separator({"target": unmix}, 1, False, True, settings.sample_rate, self.n_fft, hop, settings.channels)
+        self.separator = Separator(
+            {"target": unmix},
+            1,
+            False,
+            True,
+            settings.sample_rate,
+            self.n_fft,
+            hop,
+            settings.channels,
+        )
         window = self.separator.stft.window.clone()  # a safetensors file holds no tensor twice
         self.separator.istft.window = nn.Parameter(window, requires_grad=False)
 
@@ -126,7 +180,9 @@ def _statistics(store: Store, encoder: nn.Module) -> tuple[np.ndarray, np.ndarra
     scaler = StandardScaler()
     for track in store.split("train"):
         mixture, _ = store.load(track)
-        magnitudes = encoder(torch.from_numpy(mixture)[None]).mean(dim=1)  # (1, bins, frames), downmixed
+        magnitudes = encoder(torch.from_numpy(mixture)[None]).mean(
+            dim=1
+        )  # (1, bins, frames), downmixed
         scaler.partial_fit(magnitudes[0].T.numpy())
     return scaler.mean_, np.maximum(scaler.scale_, 1e-4 * scaler.scale_.max())
 
@@ -160,7 +216,9 @@ class HybridDemucs(nn.Module):
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
         mono = mixture.mean(dim=1, keepdim=True)
         mean, scale = mono.mean(dim=-1, keepdim=True), mono.std(dim=-1, keepdim=True) + 1e-8
-        estimate = self.network(_at_least(self.network.nfft, (mixture - mean) / scale))[:, 0, :, : mixture.shape[-1]]
+        estimate = self.network(_at_least(self.network.nfft, (mixture - mean) / scale))[
+            :, 0, :, : mixture.shape[-1]
+        ]
         return estimate * scale + mean
 
 
@@ -173,7 +231,9 @@ class TasNet(nn.Module):
     def __init__(self, settings: Settings, store: Store, **size: int):
         super().__init__()
         if settings.channels != 1:
-            raise ValueError(f"torchaudio's Conv-TasNet is mono only, the settings have channels={settings.channels}: leave it out.")
+            raise ValueError(
+                f"torchaudio's Conv-TasNet is mono only, the settings have channels={settings.channels}: leave it out."
+            )
         self.network = ConvTasNet(num_sources=1, msk_activate="relu", **size)
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
@@ -214,8 +274,12 @@ PEERS = dict(
 SIZES = dict(
     open_unmix=dict(documented=dict(hidden_size=512), near=dict(hidden_size=256)),
     demucs=dict(documented=dict(channels=64, depth=6), near=dict(channels=32, depth=5)),
-    hdemucs=dict(documented=dict(channels=48, nfft=2048, depth=6), near=dict(channels=24, nfft=1024, depth=5)),
-    conv_tasnet=dict(documented=dict(enc_kernel_size=16), near=dict(enc_kernel_size=80, msk_num_hidden_feats=256)),
+    hdemucs=dict(
+        documented=dict(channels=48, nfft=2048, depth=6), near=dict(channels=24, nfft=1024, depth=5)
+    ),
+    conv_tasnet=dict(
+        documented=dict(enc_kernel_size=16), near=dict(enc_kernel_size=80, msk_num_hidden_feats=256)
+    ),
 )
 
 
@@ -246,7 +310,10 @@ def speed(bench: Bench) -> None:
     measured = {(row["name"], row["size"]) for row in rows}
     for name, size in candidates(bench.only):
         if (name, size) not in measured:
-            rows.append(dict(name=name, size=size) | measure(bench, recipe(name, size, bench.settings, bench.store)))
+            rows.append(
+                dict(name=name, size=size)
+                | measure(bench, recipe(name, size, bench.settings, bench.store))
+            )
             bench.write("speed", pd.DataFrame(rows))
             print(f"{name} ({size}): {rows[-1]['step_s']:.3f} s a step", flush=True)
 
@@ -257,9 +324,15 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
     model, optimizer = set_up(fabric, candidate)
     average, count = copy_of(network), -WARM_UP_STEPS
-    with closing(Mixer(bench.store, settings, settings.target, SEED).batches(settings.stage3_step, 10**9, fabric.device)) as batches:
+    with closing(
+        Mixer(bench.store, settings, settings.target, SEED).batches(
+            settings.stage3_step, 10**9, fabric.device
+        )
+    ) as batches:
         for batch in batches:
-            descend(fabric, model, optimizer, candidate, batch, candidate.lr).item()  # which waits for the device
+            descend(
+                fabric, model, optimizer, candidate, batch, candidate.lr
+            ).item()  # which waits for the device
             follow(average, network, settings.ema_decay)
             count += 1
             if count <= 0:
@@ -267,14 +340,19 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
             elif count >= MIN_STEPS and time.perf_counter() - started >= MEASURED_S:
                 break
     step_s = (time.perf_counter() - started) / count
-    parameters = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    parameters = sum(
+        parameter.numel() for parameter in network.parameters() if parameter.requires_grad
+    )
     audio_s_per_s = settings.batch_size * settings.segment_s / step_s
     return dict(parameters=parameters, step_s=step_s, audio_s_per_s=audio_s_per_s)
 
 
 def steps_in(minutes: float, bench: Bench, name: str, size: str) -> int:
     """How many steps of a candidate the time is worth, by the seconds in speed.csv; at least one."""
-    return max(1, int(60 * minutes / bench.table("speed").set_index(["name", "size"])["step_s"][name, size]))
+    return max(
+        1,
+        int(60 * minutes / bench.table("speed").set_index(["name", "size"])["step_s"][name, size]),
+    )
 
 
 # --- choose and train
@@ -283,21 +361,42 @@ def steps_in(minutes: float, bench: Bench, name: str, size: str) -> int:
 def choose(bench: Bench) -> None:
     """Train both sizes of each peer for a short time; the better one on the validation tracks is `chosen` in choice.csv."""
     for name, size in candidates(tuple(name for name in bench.only if name in PEERS)):
-        trained(bench, name, size, bench.out / "choice" / f"{name}-{size}", steps_in(bench.choice_minutes, bench, name, size))
+        trained(
+            bench,
+            name,
+            size,
+            bench.out / "choice" / f"{name}-{size}",
+            steps_in(bench.choice_minutes, bench, name, size),
+        )
     rows = []
     for name, size in candidates(tuple(PEERS)):
         path = bench.out / "choice" / f"{name}-{size}" / "model.json"
         if path.exists():
             words = ", ".join(f"{key} {value}" for key, value in SIZES[name][size].items())
-            rows.append(dict(name=name, size=size, settings=words, valid_sdr=json.loads(path.read_text())["valid_sdr"]))
+            rows.append(
+                dict(
+                    name=name,
+                    size=size,
+                    settings=words,
+                    valid_sdr=json.loads(path.read_text())["valid_sdr"],
+                )
+            )
     table = pd.DataFrame(rows, columns=["name", "size", "settings", "valid_sdr"])
-    bench.write("choice", table.assign(chosen=table.index.isin(table.groupby("name")["valid_sdr"].idxmax())))
+    bench.write(
+        "choice", table.assign(chosen=table.index.isin(table.groupby("name")["valid_sdr"].idxmax()))
+    )
 
 
 def train(bench: Bench) -> None:
     """Train what was chosen for the time that everybody has."""
     for name, size in chosen(bench):
-        trained(bench, name, size, bench.out / "models" / name, steps_in(bench.minutes, bench, name, size))
+        trained(
+            bench,
+            name,
+            size,
+            bench.out / "models" / name,
+            steps_in(bench.minutes, bench, name, size),
+        )
 
 
 def chosen(bench: Bench) -> list[tuple[str, str]]:
@@ -314,8 +413,15 @@ def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> Non
     settings, model = schedule(bench.settings, steps), name if name in MODELS else f"{name}-{size}"
     identity = identity_of(settings, bench.store, settings.target, model, SEED)
     if not is_trained(folder, identity):
-        state = fit(settings, bench.store, identity, folder, recipe(name, size, settings, bench.store))
-        done = dict(steps=state["step"], best_step=state["best_step"], valid_sdr=state["best"], train_s=state["train_s"])
+        state = fit(
+            settings, bench.store, identity, folder, recipe(name, size, settings, bench.store)
+        )
+        done = dict(
+            steps=state["step"],
+            best_step=state["best_step"],
+            valid_sdr=state["best"],
+            train_s=state["train_s"],
+        )
         write_text(folder / "model.json", json.dumps(identity | done, indent=2) + "\n")
 
 
@@ -330,11 +436,21 @@ def schedule(settings: Settings, steps: int) -> Settings:
 
 def score(bench: Bench) -> None:
     """Separate the test tracks with whatever is trained; write tracks.csv, paired.csv and table.csv and print the table."""
-    networks = {name: load(bench, name, size) for name, size in chosen(bench) if (bench.out / "models" / name / "model.json").exists()}
+    networks = {
+        name: load(bench, name, size)
+        for name, size in chosen(bench)
+        if (bench.out / "models" / name / "model.json").exists()
+    }
+
     def estimates_of(track: Track) -> Estimates:
         mixture, _ = bench.store.load(track)
-        found = {name: separate(network, mixture, bench.store.sample_rate) for name, network in networks.items()}
-        return {(name, SEED): estimate[None] for name, estimate in ({MIXTURE: mixture} | found).items()}
+        found = {
+            name: separate(network, mixture, bench.store.sample_rate)
+            for name, network in networks.items()
+        }
+        return {
+            (name, SEED): estimate[None] for name, estimate in ({MIXTURE: mixture} | found).items()
+        }
 
     tracks = test_scores(bench.settings, bench.store, estimates_of, n_referee=0)["tracks"]
     bench.write("tracks", tracks)
@@ -349,7 +465,11 @@ def load(bench: Bench, name: str, size: str) -> nn.Module:
     """A trained network with its best weights and what `separate` asks of it."""
     network = recipe(name, size, bench.settings, bench.store).network
     network.load_state_dict(load_file(bench.out / "models" / name / "model.safetensors"))
-    network.sample_rate, network.channels, network.segment_s = bench.store.sample_rate, bench.store.channels, bench.settings.segment_s
+    network.sample_rate, network.channels, network.segment_s = (
+        bench.store.sample_rate,
+        bench.store.channels,
+        bench.settings.segment_s,
+    )
     return network.eval()
 
 
@@ -363,13 +483,30 @@ def paired(tracks: pd.DataFrame) -> pd.DataFrame:
         for peer in (name for name in peers if name == best or name in NEAREST[ours]):
             difference = (scores[ours] - scores[peer]).dropna()
             low, high = median_interval(difference.to_numpy())
-            row = dict(ours=ours, peer=peer, best=peer == best, nearest=peer in NEAREST[ours], median_difference=difference.median())
+            row = dict(
+                ours=ours,
+                peer=peer,
+                best=peer == best,
+                nearest=peer in NEAREST[ours],
+                median_difference=difference.median(),
+            )
             rows.append(row | dict(ci_low=low, ci_high=high, tracks=len(difference)))
-    columns = ["ours", "peer", "best", "nearest", "median_difference", "ci_low", "ci_high", "tracks"]
+    columns = [
+        "ours",
+        "peer",
+        "best",
+        "nearest",
+        "median_difference",
+        "ci_low",
+        "ci_high",
+        "tracks",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def tabulate(bench: Bench, networks: dict[str, nn.Module], tracks: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+def tabulate(
+    bench: Bench, networks: dict[str, nn.Module], tracks: pd.DataFrame, differences: pd.DataFrame
+) -> pd.DataFrame:
     """One row a model: size, cost, scores, and in words how ours differ from the peers."""
     medians = tracks.groupby("model")[["utterance_SDR", "SDR"]].median()
     speeds = bench.table("speed").set_index(["name", "size"])
@@ -377,17 +514,30 @@ def tabulate(bench: Bench, networks: dict[str, nn.Module], tracks: pd.DataFrame,
     for name, size in ((name, size) for name, size in chosen(bench) if name in networks):
         known = json.loads((bench.out / "models" / name / "model.json").read_text())
         measured = speeds.loc[(name, size)]
-        row = dict(model=name, size=size, parameters=int(measured["parameters"]), steps=known["steps"])
-        row |= dict(audio_s_per_s=measured["audio_s_per_s"], inference_rtf=real_time_factor(networks[name], bench.store))
+        row = dict(
+            model=name, size=size, parameters=int(measured["parameters"]), steps=known["steps"]
+        )
+        row |= dict(
+            audio_s_per_s=measured["audio_s_per_s"],
+            inference_rtf=real_time_factor(networks[name], bench.store),
+        )
         row |= medians.loc[name].to_dict() | dict(valid_sdr=known["valid_sdr"])
         own = differences[differences["ours"] == name]
-        rows.append(row | {f"minus_{which}_peer": in_words(own[own[which]]) for which in ("best", "nearest")})
+        rows.append(
+            row
+            | {f"minus_{which}_peer": in_words(own[own[which]]) for which in ("best", "nearest")}
+        )
     columns = "model size parameters steps audio_s_per_s inference_rtf utterance_SDR SDR valid_sdr minus_best_peer minus_nearest_peer"
-    return pd.DataFrame(rows, columns=columns.split()).astype(dict(parameters="Int64", steps="Int64"))
+    return pd.DataFrame(rows, columns=columns.split()).astype(
+        dict(parameters="Int64", steps="Int64")
+    )
 
 
 def in_words(differences: pd.DataFrame) -> str:
-    return "; ".join(f"{row.peer} {row.median_difference:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]" for row in differences.itertuples())
+    return "; ".join(
+        f"{row.peer} {row.median_difference:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
+        for row in differences.itertuples()
+    )
 
 
 STAGES = dict(speed=speed, choose=choose, train=train, score=score)

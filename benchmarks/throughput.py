@@ -47,7 +47,9 @@ PARTS = ("decoding", "loading", "steps", "memory")
 SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading
 BATCH_S = 8 * 16
 BATCH_MB = BATCH_S * len(MUSDB_STEMS) * 2 * 2 * 44100 / 1e6  # as int16
-GIVING_BACK = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")  # glibc keeps nothing that was freed
+GIVING_BACK = dict(
+    MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"
+)  # glibc keeps nothing that was freed
 FREE_SHARE = 0.6  # of the free memory; a step that is expected to need more is not tried
 
 
@@ -59,7 +61,9 @@ def main() -> None:
         return
     settings = resolve(given.profile, given.data, "", given.set)
     if "decoding" in given.part and not given.musdb:
-        print("Decoding is left out: name a MUSDB18 folder of stem files with --musdb or MUSDB_PATH.")
+        print(
+            "Decoding is left out: name a MUSDB18 folder of stem files with --musdb or MUSDB_PATH."
+        )
     elif "decoding" in given.part:
         with fresh_cache() as folder:
             show("Decoding", decoding(from_root(given.musdb), given.tracks, folder))
@@ -69,25 +73,66 @@ def main() -> None:
     if "steps" in given.part:
         show(f"A training step, {in_words(settings)}", steps(settings, given.steps))
     if "memory" in given.part:
-        show_memory(settings, given.batch_sizes, given.segments, given.rates, from_root(given.figure))
+        show_memory(
+            settings, given.batch_sizes, given.segments, given.rates, from_root(given.figure)
+        )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument(
+        "--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)"
+    )
     stem_files = os.environ.get("MUSDB_PATH", "")
-    parser.add_argument("--musdb", default=stem_files, metavar="DIR", help="decoding: stem files (default: MUSDB_PATH)")
-    parser.add_argument("--tracks", type=int, default=0, help="decoding: this many tracks only (default: all)")
-    parser.add_argument("--batches", type=int, default=40, help="loading: batches that each loader hands over")
+    parser.add_argument(
+        "--musdb",
+        default=stem_files,
+        metavar="DIR",
+        help="decoding: stem files (default: MUSDB_PATH)",
+    )
+    parser.add_argument(
+        "--tracks", type=int, default=0, help="decoding: this many tracks only (default: all)"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=40, help="loading: batches that each loader hands over"
+    )
     parser.add_argument("--profile", default="demo", help="steps, memory: whose settings")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="steps, memory: settings of one's own")
-    parser.add_argument("--data", default="", metavar="DIR", help="steps: dataset (default: the profile's own)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="steps, memory: settings of one's own",
+    )
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="steps: dataset (default: the profile's own)"
+    )
     parser.add_argument("--steps", type=int, default=20, help="steps: how many, after a warm-up")
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="N", help="memory: examples")
-    parser.add_argument("--segments", nargs="+", type=float, default=[3, 6, 12], metavar="S", help="memory: seconds")
-    parser.add_argument("--rates", nargs="+", type=int, default=[16000, 22050, 44100], metavar="HZ", help="memory: sample rates")
-    parser.add_argument("--figure", default="results/memory.png", metavar="FILE", help="memory: where to draw it")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what this script asks of itself, see `peak_mb`
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        type=int,
+        default=[1, 2, 4, 8, 16],
+        metavar="N",
+        help="memory: examples",
+    )
+    parser.add_argument(
+        "--segments", nargs="+", type=float, default=[3, 6, 12], metavar="S", help="memory: seconds"
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=int,
+        default=[16000, 22050, 44100],
+        metavar="HZ",
+        help="memory: sample rates",
+    )
+    parser.add_argument(
+        "--figure", default="results/memory.png", metavar="FILE", help="memory: where to draw it"
+    )
+    parser.add_argument(
+        "--measure", nargs=2, help=argparse.SUPPRESS
+    )  # what this script asks of itself, see `peak_mb`
     return parser.parse_args()
 
 
@@ -141,11 +186,28 @@ def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
         for source in sources:
             musdb.MultiTrack(path=str(source.path), name=source.name, stem_id=0).stems
 
-    seconds = [timed(in_order), timed(build_store, subset, 16000, 1), timed(build_store, subset, 16000, 1)]
+    seconds = [
+        timed(in_order),
+        timed(build_store, subset, 16000, 1),
+        timed(build_store, subset, 16000, 1),
+    ]
     store = build_store(subset, 16000, 1)
     music_s = sum(track.samples for track in store.tracks) / store.sample_rate
-    table = pd.DataFrame({"way": ["musdb, one after the other", "stem store, first call", "stem store, second call"], "seconds": seconds})
-    return table.assign(tracks=len(sources), audio_s_per_s=music_s / table["seconds"], times_musdb=seconds[0] / table["seconds"])
+    table = pd.DataFrame(
+        {
+            "way": [
+                "musdb, one after the other",
+                "stem store, first call",
+                "stem store, second call",
+            ],
+            "seconds": seconds,
+        }
+    )
+    return table.assign(
+        tracks=len(sources),
+        audio_s_per_s=music_s / table["seconds"],
+        times_musdb=seconds[0] / table["seconds"],
+    )
 
 
 # --- loading ------------------------------------------------------------------------------------------------------------
@@ -158,7 +220,9 @@ def write_hq(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
         folder = root / split / f"Nobody - Noise {index}"
         folder.mkdir(parents=True)
         stems = rng.integers(-3000, 3000, (len(MUSDB_STEMS), seconds * 44100, 2), dtype=np.int16)
-        for name, audio in zip(("mixture", *MUSDB_STEMS), (stems.sum(axis=0, dtype=np.int16), *stems)):
+        for name, audio in zip(
+            ("mixture", *MUSDB_STEMS), (stems.sum(axis=0, dtype=np.int16), *stems)
+        ):
             soundfile.write(folder / f"{name}.wav", audio, 44100, subtype="PCM_16")
     return root
 
@@ -170,10 +234,17 @@ def loading(root: Path, n_batches: int) -> pd.DataFrame:
     rows = {"training B1 consumes": training_rate(mixer)}
     rows["our loader: int16 segments"] = loader_rate(mixer.draws(0, n_batches))
     rows["our loader, assembled on the CPU"] = loader_rate(mixer.batches(0, n_batches))
-    rows |= {name: loader_rate(itertools.islice(loader, max(2, n_batches // 10))) for name, loader in open_unmix(root)}
+    rows |= {
+        name: loader_rate(itertools.islice(loader, max(2, n_batches // 10)))
+        for name, loader in open_unmix(root)
+    }
     table = pd.DataFrame({"what": rows.keys(), "audio_s_per_s": rows.values()})
     rates = table["audio_s_per_s"]
-    return table.assign(batches_per_s=rates / BATCH_S, mb_per_s=rates / BATCH_S * BATCH_MB, times_training=rates / rates[0])
+    return table.assign(
+        batches_per_s=rates / BATCH_S,
+        mb_per_s=rates / BATCH_S * BATCH_MB,
+        times_training=rates / rates[0],
+    )
 
 
 def loader_rate(batches) -> float:
@@ -201,25 +272,36 @@ def open_unmix(root: Path):
     try:
         from openunmix import data
     except ImportError:
-        print("open-unmix is not installed, so its loaders are left out: pip install --no-deps -r benchmarks/requirements.txt")
+        print(
+            "open-unmix is not installed, so its loaders are left out: pip install --no-deps -r benchmarks/requirements.txt"
+        )
         return
     data.load_info = lambda path: dict(samplerate=44100, duration=soundfile.info(path).duration)
     data.load_audio = _load_audio
     augmentations = data.aug_from_str(["gain", "channelswap"])
-    common = dict(root=str(root), seq_duration=8.0, random_track_mix=True, source_augmentations=augmentations)
+    common = dict(
+        root=str(root), seq_duration=8.0, random_track_mix=True, source_augmentations=augmentations
+    )
     files = dict(target_file="vocals.wav", interferer_files=["bass.wav", "drums.wav", "other.wav"])
     datasets = {
         "open-unmix, MUSDB18-HQ through musdb": data.MUSDBDataset(is_wav=True, **common),
-        "open-unmix, track folders": data.FixedSourcesTrackFolderDataset(random_chunks=True, **files, **common),
+        "open-unmix, track folders": data.FixedSourcesTrackFolderDataset(
+            random_chunks=True, **files, **common
+        ),
     }
     for name, dataset in datasets.items():
         sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**6)
-        yield name, torch.utils.data.DataLoader(dataset, batch_size=16, sampler=sampler, num_workers=2)
+        yield (
+            name,
+            torch.utils.data.DataLoader(dataset, batch_size=16, sampler=sampler, num_workers=2),
+        )
 
 
 def _load_audio(path, start=0.0, dur=None, info=None):
     frames = -1 if dur is None else round(dur * 44100)
-    audio, rate = soundfile.read(path, frames, round(start * 44100), dtype="float32", always_2d=True)
+    audio, rate = soundfile.read(
+        path, frames, round(start * 44100), dtype="float32", always_2d=True
+    )
     return torch.from_numpy(audio.T), rate
 
 
@@ -239,7 +321,9 @@ def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
     table = pd.DataFrame([dict(model=name) | step_parts(name, mixer, n_steps) for name in MODELS])
     step_s = table.drop(columns="model").sum(axis=1)
     audio_s_per_s = settings.batch_size * settings.segment_s / step_s
-    return table.assign(step_s=step_s, audio_s_per_s=audio_s_per_s, computing=1 - table["data_s"] / step_s)
+    return table.assign(
+        step_s=step_s, audio_s_per_s=audio_s_per_s, computing=1 - table["data_s"] / step_s
+    )
 
 
 def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
@@ -302,21 +386,36 @@ def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], 
 # --- memory -------------------------------------------------------------------------------------------------------------
 
 
-def show_memory(settings: Settings, batch_sizes: list[int], segments_s: list[float], rates: list[int], figure: Path) -> None:
+def show_memory(
+    settings: Settings,
+    batch_sizes: list[int],
+    segments_s: list[float],
+    rates: list[int],
+    figure: Path,
+) -> None:
     """Peak memory of a step in MB by batch and segment; B1 and B2 by sample rate and segment, also drawn."""
     grid = variants(settings, batch_size=batch_sizes, segment_s=segments_s)
     table = pd.concat([peaks(name, grid) for name in MODELS])
     shared = f"{settings.profile}, channels {settings.channels}, {settings.precision}"
-    show(f"Peak memory of a step in MB, {shared}, {settings.sample_rate} Hz", by_segment(table, "batch_size"))
+    show(
+        f"Peak memory of a step in MB, {shared}, {settings.sample_rate} Hz",
+        by_segment(table, "batch_size"),
+    )
     grid = variants(settings, segment_s=segments_s, sample_rate=rates)
     table = pd.concat([peaks(name, grid) for name in ("demucs_lstm", "demucs_attention")])
-    show(f"Peak memory of a step in MB, {shared}, batches of {settings.batch_size}", by_segment(table, "sample_rate"))
+    show(
+        f"Peak memory of a step in MB, {shared}, batches of {settings.batch_size}",
+        by_segment(table, "sample_rate"),
+    )
     draw(table, figure)
 
 
 def variants(settings: Settings, **values: list) -> list[Settings]:
     """The settings with every combination of `values`."""
-    return [settings.model_copy(update=dict(zip(values, combination))) for combination in itertools.product(*values.values())]
+    return [
+        settings.model_copy(update=dict(zip(values, combination)))
+        for combination in itertools.product(*values.values())
+    ]
 
 
 def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
@@ -327,10 +426,15 @@ def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
     """
     rows, mb_per_sample = [], 0.0
     for settings in sorted(grid, key=samples_of):
-        fits = mb_per_sample * samples_of(settings) <= FREE_SHARE * free_mb(settings)  # never, once it is NaN
+        fits = mb_per_sample * samples_of(settings) <= FREE_SHARE * free_mb(
+            settings
+        )  # never, once it is NaN
         mb = peak_mb(name, settings) if fits else np.nan
         mb_per_sample = mb / samples_of(settings)
-        rows.append(settings.model_dump(include={"batch_size", "sample_rate", "segment_s"}) | dict(model=name, mb=mb))
+        rows.append(
+            settings.model_dump(include={"batch_size", "sample_rate", "segment_s"})
+            | dict(model=name, mb=mb)
+        )
     return pd.DataFrame(rows)
 
 
@@ -376,7 +480,13 @@ def peak_of_this_process_mb(name: str, settings: Settings) -> float:
     read: `ru_maxrss` would begin with what the calling process had used.
     """
     torch.set_num_threads(1)
-    take_steps(name, resolve("smoke", overrides=f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}"))
+    take_steps(
+        name,
+        resolve(
+            "smoke",
+            overrides=f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}",
+        ),
+    )
     before = resident_mb("VmRSS")
     reset_peak_memory(settings)
     take_steps(name, settings)
@@ -387,7 +497,9 @@ def take_steps(name: str, settings: Settings) -> None:
     """Two training steps on noise in the form of four stems: in the first one AdamW's moments are not there yet."""
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
     step = stepper(fabric, name, settings)
-    stems = torch.randn(settings.batch_size, 4, settings.channels, settings.segment, device=fabric.device)
+    stems = torch.randn(
+        settings.batch_size, 4, settings.channels, settings.segment, device=fabric.device
+    )
     batch = Batch(stems.sum(dim=1), stems[:, 0], stems)
     for _ in range(2):
         step(batch)
@@ -395,7 +507,11 @@ def take_steps(name: str, settings: Settings) -> None:
 
 def by_segment(table: pd.DataFrame, rows: str) -> pd.DataFrame:
     """MB of each model: `rows` downwards, seconds of a segment across."""
-    wide = table.set_index(["model", rows, "segment_s"])["mb"].unstack("segment_s").reindex(table["model"].unique(), level=0)
+    wide = (
+        table.set_index(["model", rows, "segment_s"])["mb"]
+        .unstack("segment_s")
+        .reindex(table["model"].unique(), level=0)
+    )
     return wide.rename(columns="{:g} s".format).reset_index()
 
 
@@ -409,10 +525,23 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     for ax, (model, rows) in zip(axes, table.dropna().groupby("model", sort=False)):
         for rate, line in rows.groupby("sample_rate"):
             gb = line["mb"].to_numpy() / 1024
-            ax.plot(line["segment_s"], gb, color=figures.COLOURS[model], marker=figures.MARKERS[model])
+            ax.plot(
+                line["segment_s"], gb, color=figures.COLOURS[model], marker=figures.MARKERS[model]
+            )
             end = line["segment_s"].iloc[-1], gb[-1]
-            ax.annotate(f"{rate / 1000:g} kHz", end, (6, 0), textcoords="offset points", va="center", fontsize=7.5)
-        ax.set(title=figures.LABELS[model], xlabel="training segment (s)", xticks=sorted(table["segment_s"].unique()))
+            ax.annotate(
+                f"{rate / 1000:g} kHz",
+                end,
+                (6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+            )
+        ax.set(
+            title=figures.LABELS[model],
+            xlabel="training segment (s)",
+            xticks=sorted(table["segment_s"].unique()),
+        )
         ax.set_xlim(0, 1.3 * table["segment_s"].max())
     axes[0].set(ylabel=f"peak memory of a step,\nbatches of {table['batch_size'].iloc[0]} (GB)")
     axes[0].set_ylim(bottom=0)

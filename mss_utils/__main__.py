@@ -13,7 +13,17 @@ from pathlib import Path
 
 INSTALL = "install what it needs with: make setup, or pip install -r requirements.txt"
 try:
-    from mss_utils.settings import MODELS, PROFILES, SPLITS, Run, Settings, begun_run, open_run, resolve, runs_in
+    from mss_utils.settings import (
+        MODELS,
+        PROFILES,
+        SPLITS,
+        Run,
+        Settings,
+        begun_run,
+        open_run,
+        resolve,
+        runs_in,
+    )
 except ImportError as missing:
     sys.exit(f"mss_utils: {missing}; {INSTALL}")
 
@@ -22,7 +32,9 @@ DEFAULT = "demo"  # profile
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run one command; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m mss_utils", description=__doc__.partition(". Errors")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mss_utils", description=__doc__.partition(". Errors")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_train(commands)
@@ -41,7 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         logging.disable()  # asyncio and Jupyter would say more of it, in tracebacks
-        print(f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
+        print(
+            f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -53,10 +68,26 @@ def _told(error: Exception) -> str:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--profile", default="", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT})")
-    parser.add_argument("--data", default="", metavar="DIR", help="dataset root (default: the profile's own)")
-    parser.add_argument("--target", default="", metavar="STEM", help="stem to extract, several with commas between, or 'all'")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help="any other setting")
+    parser.add_argument(
+        "--profile", default="", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT})"
+    )
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
+    )
+    parser.add_argument(
+        "--target",
+        default="",
+        metavar="STEM",
+        help="stem to extract, several with commas between, or 'all'",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        action="extend",
+        help="any other setting",
+    )
 
 
 def _open(given: argparse.Namespace) -> Run:
@@ -71,7 +102,12 @@ def _add_run(commands) -> None:
 
 
 def _add_run_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", default="", metavar="NAME", help="name of the run under results/ (default: the profile)")
+    parser.add_argument(
+        "--run",
+        default="",
+        metavar="NAME",
+        help="name of the run under results/ (default: the profile)",
+    )
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -79,7 +115,9 @@ def _run(given: argparse.Namespace) -> None:
     if runs_in(given.run):
         _run_collection(given)
         return
-    run = _open(given)  # before the imports that take seconds: a mistyped setting is answered at once
+    run = _open(
+        given
+    )  # before the imports that take seconds: a mistyped setting is answered at once
     from mss_utils.data import check_target
     from mss_utils.environment import check_device
     from mss_utils.pipeline import run_pipeline
@@ -94,7 +132,9 @@ def _run(given: argparse.Namespace) -> None:
 def _run_collection(given: argparse.Namespace) -> None:
     if given.profile or given.target or given.set:
         runs = ", ".join(run.name for run in runs_in(given.run))
-        raise ValueError(f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings.")
+        raise ValueError(
+            f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings."
+        )
     if not given.data:
         _report(given)
         return
@@ -102,16 +142,32 @@ def _run_collection(given: argparse.Namespace) -> None:
 
     table = rescore(given.run, given.data)
     print(table.round(4).to_string(index=False))
-    print(f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track")
+    print(
+        f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track"
+    )
 
 
 def _add_train(commands) -> None:
-    parser = commands.add_parser("train", help="train models of a run without notebooks, also under torchrun")
+    parser = commands.add_parser(
+        "train", help="train models of a run without notebooks, also under torchrun"
+    )
     _add_settings(parser)
     _add_run_name(parser)
-    parser.add_argument("--stem", default="", metavar="STEM", help="one of the run's several targets (default: every one)")
-    parser.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three")
-    parser.add_argument("--seed", type=int, default=None, help="one seed, from 0 on (default: every seed of the run)")
+    parser.add_argument(
+        "--stem",
+        default="",
+        metavar="STEM",
+        help="one of the run's several targets (default: every one)",
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        help="one seed, from 0 on (default: every seed of the run)",
+    )
     parser.set_defaults(function=_train)
 
 
@@ -119,14 +175,18 @@ def _train(given: argparse.Namespace) -> None:
     """One model after the other; under `torchrun` this is one of several processes that share every batch."""
     run = _open(given)
     if given.seed is not None and not 0 <= given.seed < run.settings.seeds:
-        raise ValueError(f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run.")
+        raise ValueError(
+            f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run."
+        )
     from mss_utils.data import check_target, open_store
     from mss_utils.training import train, train_here
 
     check_target(run.settings)
     store = open_store(run.settings)
     seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
-    for stem, model, seed in itertools.product(store.targets(given.stem or run.settings.target), given.model, seeds):
+    for stem, model, seed in itertools.product(
+        store.targets(given.stem or run.settings.target), given.model, seeds
+    ):
         (train_here if "WORLD_SIZE" in os.environ else train)(run, store, stem, model, seed)
 
 
@@ -148,11 +208,30 @@ def _report(given: argparse.Namespace) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = commands.add_parser("export", help="make a collection of finished runs small enough to commit")
-    parser.add_argument("--run", required=True, metavar="NAME", help="collection: the folder under results/ that the runs lie in")
+    parser = commands.add_parser(
+        "export", help="make a collection of finished runs small enough to commit"
+    )
+    parser.add_argument(
+        "--run",
+        required=True,
+        metavar="NAME",
+        help="collection: the folder under results/ that the runs lie in",
+    )
     parser.add_argument("--to", required=True, metavar="NAME", help="collection to write")
-    parser.add_argument("--complete", nargs="*", default=[], metavar="STEM", help="targets of which the weights of all models are kept, not of the best alone")
-    parser.add_argument("--listen", nargs="*", default=[], metavar="STEM", help="targets in the listening page of built-in songs (default: all)")
+    parser.add_argument(
+        "--complete",
+        nargs="*",
+        default=[],
+        metavar="STEM",
+        help="targets of which the weights of all models are kept, not of the best alone",
+    )
+    parser.add_argument(
+        "--listen",
+        nargs="*",
+        default=[],
+        metavar="STEM",
+        help="targets in the listening page of built-in songs (default: all)",
+    )
     parser.set_defaults(function=_export)
 
 
@@ -160,15 +239,31 @@ def _export(given: argparse.Namespace) -> None:
     from mss_utils.publishing import export
 
     folder = export(given.run, given.to, given.complete, given.listen)
-    print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
+    print(
+        f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"
+    )
 
 
 def _add_separate(commands) -> None:
     parser = commands.add_parser("separate", help="pull the target out of a song")
     parser.add_argument("song", type=Path, help="in any format that ffmpeg reads, of any length")
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="results/<run>/models/<target>/<model>/seed0")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help="for the two files (default: here)")
-    parser.add_argument("--flac", action="store_true", help="write 24-bit FLAC instead of 32-bit float WAV")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="results/<run>/models/<target>/<model>/seed0",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("."),
+        metavar="DIR",
+        help="for the two files (default: here)",
+    )
+    parser.add_argument(
+        "--flac", action="store_true", help="write 24-bit FLAC instead of 32-bit float WAV"
+    )
     parser.set_defaults(function=_separate)
 
 
@@ -201,13 +296,19 @@ def _check(given: argparse.Namespace) -> None:
     for need in requirements(settings):
         needs.append(need)
         if not given.json:
-            print(f"{need.state:<8} {need.name:<26} {need.found}" + f"\n{'':<35} -> {need.mend}" * bool(need.mend), flush=True)
+            print(
+                f"{need.state:<8} {need.name:<26} {need.found}"
+                + f"\n{'':<35} -> {need.mend}" * bool(need.mend),
+                flush=True,
+            )
     stops = [need.name for need in needs if need.state == STOP]
     found = dict(requirements=list(map(vars, needs)))
     if stops:
         if given.json:
             print(json.dumps(found))
-        raise ValueError(f"{', '.join(stops)} would stop a run; how to mend that is told with each.")
+        raise ValueError(
+            f"{', '.join(stops)} would stop a run; how to mend that is told with each."
+        )
     _check_data(settings, found, given.json)
 
 
@@ -218,9 +319,20 @@ def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
     store = open_store(settings)
     table = audit(store)
     about = dict(
-        dataset=store.source, source_rates=sorted(set(table["source_rate"].tolist())), store=str(store.folder), store_mb=round(store.n_bytes / 1e6),
-        sample_rate=store.sample_rate, channels=store.channels, stems=store.stems, tracks={split: len(store.split(split)) for split in SPLITS},
-        minutes={split: round(sum(track.samples for track in store.split(split)) / store.sample_rate / 60, 1) for split in SPLITS},
+        dataset=store.source,
+        source_rates=sorted(set(table["source_rate"].tolist())),
+        store=str(store.folder),
+        store_mb=round(store.n_bytes / 1e6),
+        sample_rate=store.sample_rate,
+        channels=store.channels,
+        stems=store.stems,
+        tracks={split: len(store.split(split)) for split in SPLITS},
+        minutes={
+            split: round(
+                sum(track.samples for track in store.split(split)) / store.sample_rate / 60, 1
+            )
+            for split in SPLITS
+        },
         warnings=warnings_of(store, settings.segment_s),
     )
     if as_json:
@@ -228,7 +340,11 @@ def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
         return
     print()
     for key, value in about.items():
-        print("\n".join(f"warning      {line}" for line in value) if key == "warnings" else f"{key:<12} {_listed(value)}")
+        print(
+            "\n".join(f"warning      {line}" for line in value)
+            if key == "warnings"
+            else f"{key:<12} {_listed(value)}"
+        )
     print("\nmedian over the tracks:")
     shown = ["duration_s", "level_db", "peak", "silent_share", "residual_db"]
     print(table.groupby(["split", "stem"], sort=False)[shown].median().round(2).to_string())
@@ -250,7 +366,9 @@ def _stop(*_signal) -> None:
 
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):
-        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:  # nohup lets it be ignored
+        if (
+            signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
+        ):  # nohup lets it be ignored
             signal.signal(getattr(signal, name), _stop)
     for stream in (sys.stdout, sys.stderr):  # a song's name may hold what the terminal cannot show
         stream.reconfigure(errors="backslashreplace")

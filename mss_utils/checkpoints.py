@@ -1,6 +1,6 @@
 """What a training leaves on the disk and goes on from: the best weights, and a checkpoint; all safetensors, nothing is unpickled.
 
-    fit --keep_best, save_checkpoint--> model.safetensors, history.csv, last.ckpt --resume--> fit
+fit --keep_best, save_checkpoint--> model.safetensors, history.csv, last.ckpt --resume--> fit
 """
 
 from __future__ import annotations
@@ -20,10 +20,22 @@ from mss_utils.settings import Settings
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NO_EFFECT_ON_WEIGHTS = (
-    "profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers", "scorer", "referee_tracks", "ablations",
+    "profile",
+    "data",
+    "target",
+    "seeds",
+    "device",
+    "devices",
+    "excerpt_s",
+    "loader_workers",
+    "scorer",
+    "referee_tracks",
+    "ablations",
     "data_study",
 )
-NEW = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[])  # state of a training
+NEW = dict(
+    step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[]
+)  # state of a training
 
 
 def is_trained(folder: Path, identity: dict) -> bool:
@@ -33,7 +45,12 @@ def is_trained(folder: Path, identity: dict) -> bool:
         return False
     try:
         return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
-    except (ValueError, KeyError, TypeError, RecursionError):  # no description of a model: last.ckpt knows how far it was trained
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # no description of a model: last.ckpt knows how far it was trained
         return False
 
 
@@ -46,9 +63,13 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _fingerprint(identity: dict) -> dict:
-    complete = Settings().model_dump(mode="json") | identity["settings"]  # a training older than a setting had its default
+    complete = (
+        Settings().model_dump(mode="json") | identity["settings"]
+    )  # a training older than a setting had its default
     settings = {key: value for key, value in complete.items() if key not in NO_EFFECT_ON_WEIGHTS}
-    return {key: identity[key] for key in ("model", "target", "seed", "data")} | {"settings": settings}
+    return {key: identity[key] for key in ("model", "target", "seed", "data")} | {
+        "settings": settings
+    }
 
 
 def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -> None:
@@ -60,21 +81,35 @@ def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -
         write_tensors(folder / "model.safetensors", networks[better].state_dict())
 
 
-def save_checkpoint(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict) -> None:
+def save_checkpoint(
+    folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict
+) -> None:
     """Write the history and, as safetensors, all that is needed to go on; each file is written aside and renamed."""
-    tensors = {f"{weights}/{key}": tensor for weights, network in networks.items() for key, tensor in network.state_dict().items()}
+    tensors = {
+        f"{weights}/{key}": tensor
+        for weights, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
     moments = optimizer.state_dict()["state"]
-    tensors |= {f"adam/{index}/{key}": tensor for index, values in moments.items() for key, tensor in values.items()}
+    tensors |= {
+        f"adam/{index}/{key}": tensor
+        for index, values in moments.items()
+        for key, tensor in values.items()
+    }
     about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
     if state["history"]:
         write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
     write_tensors(folder / "last.ckpt", tensors, about)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None
+) -> None:
     """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
     with replacing(path) as part:
-        part.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, about))
+        part.write_bytes(
+            save({name: tensor.contiguous() for name, tensor in tensors.items()}, about)
+        )
 
 
 def resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
@@ -86,32 +121,56 @@ def resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, ident
     if about.get("identity") == json.dumps(_fingerprint(identity)):
         try:
             return _restored(folder, networks, optimizer, about, tensors)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # torch says RuntimeError where tensors do not fit
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # torch says RuntimeError where tensors do not fit
             reason = " ".join(str(error).split())[:200]
-            warnings.warn(f"{folder / 'last.ckpt'} cannot be gone on from ({reason}): the training begins anew.", stacklevel=2)
+            warnings.warn(
+                f"{folder / 'last.ckpt'} cannot be gone on from ({reason}): the training begins anew.",
+                stacklevel=2,
+            )
     for name in ("model.json", "history.csv"):
         (folder / name).unlink(missing_ok=True)
     return dict(NEW, losses=[], history=[])
 
 
-def _restored(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict) -> dict:
+def _restored(
+    folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict
+) -> dict:
     """The state of a checkpoint, once networks and optimizer have its tensors; raises what a damaged one makes torch and json raise."""
     state = json.loads(about["state"])
-    if {name: type(value) for name, value in dict(state).items()} != {name: type(value) for name, value in NEW.items()}:
+    if {name: type(value) for name, value in dict(state).items()} != {
+        name: type(value) for name, value in NEW.items()
+    }:
         raise ValueError("its state is not that of a training")
     if state["best_step"] and not _has_weights(folder):
         raise ValueError("model.safetensors beside it is not there, or damaged")
-    under = lambda prefix: {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    under = lambda prefix: {
+        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+    }
     weights = {name: under(f"{name}/") for name in networks}
     for name, network in networks.items():
-        if {key: value.shape for key, value in weights[name].items()} != {key: value.shape for key, value in network.state_dict().items()}:
+        if {key: value.shape for key, value in weights[name].items()} != {
+            key: value.shape for key, value in network.state_dict().items()
+        }:
             raise ValueError("its tensors are not those of the model")
     groups = optimizer.state_dict()["param_groups"]
     moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(values and values["exp_avg"].shape != parameter.shape for values, parameter in zip(moments.values(), parameters)):
+    if any(
+        values and values["exp_avg"].shape != parameter.shape
+        for values, parameter in zip(moments.values(), parameters)
+    ):
         raise ValueError("the moments of Adam are not those of the model")
-    optimizer.load_state_dict(dict(state={index: values for index, values in moments.items() if values}, param_groups=groups))
+    optimizer.load_state_dict(
+        dict(
+            state={index: values for index, values in moments.items() if values},
+            param_groups=groups,
+        )
+    )
     for name, network in networks.items():
         network.load_state_dict(weights[name])
     return state

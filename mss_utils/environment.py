@@ -27,13 +27,38 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from mss_utils.data import Store, Track, dataset_root, find_tracks, is_built_in, is_decoded, needs_ffmpeg, read_store
+from mss_utils.data import (
+    Store,
+    Track,
+    dataset_root,
+    find_tracks,
+    is_built_in,
+    is_decoded,
+    needs_ffmpeg,
+    read_store,
+)
 from mss_utils.data.sources import MUSDB_STEMS, SourceTrack
 from mss_utils.files import replacing, write_text
 from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
 
-PACKAGES = ("torch", "torchaudio", "numpy", "musdb", "museval", "lightning-fabric", "papermill")  # whose versions a run records
-NOT_FOR_RUNS = ("pytest", "pytest-xdist", "hypothesis", "playwright", "dask", "jupyter", "jupyterlab")  # tests, clusters, interactive use
+PACKAGES = (
+    "torch",
+    "torchaudio",
+    "numpy",
+    "musdb",
+    "museval",
+    "lightning-fabric",
+    "papermill",
+)  # whose versions a run records
+NOT_FOR_RUNS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "playwright",
+    "dask",
+    "jupyter",
+    "jupyterlab",
+)  # tests, clusters, interactive use
 MIN_PYTHON = (3, 11)
 MEMORY_GB = 4.0  # a run on the built-in songs has enough with less
 DISK_GB = 4.0  # songs, stems and results of the demo profile
@@ -56,7 +81,10 @@ def requirements(settings: Settings) -> Iterator[Finding]:
     yield _packages()
     yield _device(settings)
     yield _memory()
-    for what, folder, variable in (("results", results_folder(), "MSS_RESULTS"), ("songs and stems", cache_folder(), "MSS_CACHE")):
+    for what, folder, variable in (
+        ("results", results_folder(), "MSS_RESULTS"),
+        ("songs and stems", cache_folder(), "MSS_CACHE"),
+    ):
         yield _disk(what, folder, variable)
         yield _writable(what, folder, variable)
     yield _ffmpeg(settings)
@@ -66,19 +94,41 @@ def requirements(settings: Settings) -> Iterator[Finding]:
 def _python() -> Finding:
     enough = sys.version_info >= MIN_PYTHON
     wanted = ".".join(map(str, MIN_PYTHON))
-    return Finding("Python", platform.python_version(), FINE if enough else STOP, "" if enough else f"install Python {wanted} or newer")
+    return Finding(
+        "Python",
+        platform.python_version(),
+        FINE if enough else STOP,
+        "" if enough else f"install Python {wanted} or newer",
+    )
 
 
 def _packages() -> Finding:
     """The packages of requirements.txt, which pip may not have installed, or in another version."""
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()]
-    wanted = {need: _version(need.name) for line in lines if line and not line.startswith("-") for need in [Requirement(line)]}
-    wrong = [need for need, found in wanted.items() if found is None or not need.specifier.contains(found, prereleases=True)]
+    lines = [
+        line.partition("#")[0].strip()
+        for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    ]
+    wanted = {
+        need: _version(need.name)
+        for line in lines
+        if line and not line.startswith("-")
+        for need in [Requirement(line)]
+    }
+    wrong = [
+        need
+        for need, found in wanted.items()
+        if found is None or not need.specifier.contains(found, prereleases=True)
+    ]
     if not wrong:
         return Finding("packages", f"all {len(wanted)} of requirements.txt")
     stops = any(wanted[need] is None and need.name not in NOT_FOR_RUNS for need in wrong)
     found = ", ".join(f"{need} ({wanted[need] or 'none'})" for need in wrong)
-    return Finding("packages", f"not as wanted: {found}", STOP if stops else WARNING, "pip install -r requirements.txt, or make setup")
+    return Finding(
+        "packages",
+        f"not as wanted: {found}",
+        STOP if stops else WARNING,
+        "pip install -r requirements.txt, or make setup",
+    )
 
 
 def _version(package: str) -> str | None:
@@ -92,7 +142,9 @@ def _device(settings: Settings) -> Finding:
     found = f"torch {torch.__version__}, "
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        found += f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} with {memory:.0f} GB"
+        found += (
+            f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()} with {memory:.0f} GB"
+        )
     else:
         found += f"no CUDA GPU, {os.cpu_count()} CPU cores"
     try:
@@ -100,23 +152,40 @@ def _device(settings: Settings) -> Finding:
     except ValueError as error:
         return Finding("device", found, STOP, str(error))
     if settings.profile == "musdb18" and not torch.cuda.is_available():
-        return Finding("device", found, WARNING, "a musdb18 run takes weeks without a GPU: use a machine with one, or profile musdb7")
+        return Finding(
+            "device",
+            found,
+            WARNING,
+            "a musdb18 run takes weeks without a GPU: use a machine with one, or profile musdb7",
+        )
     return Finding("device", found)
 
 
 def check_device(settings: Settings) -> None:
     """Raise ValueError when the device that the settings name is not here, or fewer of it than they ask for."""
-    there = dict(cpu=max(2, os.cpu_count()), cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
-    device = settings.device if settings.device != "auto" else max(there, key=lambda kind: (kind != "cpu") * there[kind])
+    there = dict(
+        cpu=max(2, os.cpu_count()),
+        cuda=torch.cuda.device_count(),
+        mps=int(torch.backends.mps.is_available()),
+    )
+    device = (
+        settings.device
+        if settings.device != "auto"
+        else max(there, key=lambda kind: (kind != "cpu") * there[kind])
+    )
     if settings.devices > there[device]:
         usable = ", ".join(f"{kind} ({count})" for kind, count in there.items() if count)
-        raise ValueError(f"device={device} and devices={settings.devices}, but this machine has: {usable}. Set device=auto, or devices lower.")
+        raise ValueError(
+            f"device={device} and devices={settings.devices}, but this machine has: {usable}. Set device=auto, or devices lower."
+        )
 
 
 def _memory() -> Finding:
     free = min(psutil.virtual_memory().available, _container_memory()) / 2**30
     mend = f"close other programs, or set batch_size lower: {MEMORY_GB:g} GB are enough for any profile but musdb18"
-    return Finding("memory", f"{free:.1f} GB available", *((FINE,) if free >= MEMORY_GB else (WARNING, mend)))
+    return Finding(
+        "memory", f"{free:.1f} GB available", *((FINE,) if free >= MEMORY_GB else (WARNING, mend))
+    )
 
 
 def _container_memory() -> float:
@@ -130,7 +199,11 @@ def _container_memory() -> float:
 def _disk(what: str, folder: Path, variable: str) -> Finding:
     free = shutil.disk_usage(_nearest(folder)).free / 2**30
     mend = f"free space there, or set {variable} to a larger disk: the demo takes {DISK_GB:g} GB, MUSDB18 6 to 32 GB"
-    return Finding(f"disk for {what}", f"{free:.1f} GB free at {folder}", *((FINE,) if free >= DISK_GB else (WARNING, mend)))
+    return Finding(
+        f"disk for {what}",
+        f"{free:.1f} GB free at {folder}",
+        *((FINE,) if free >= DISK_GB else (WARNING, mend)),
+    )
 
 
 def _writable(what: str, folder: Path, variable: str) -> Finding:
@@ -140,7 +213,9 @@ def _writable(what: str, folder: Path, variable: str) -> Finding:
             probe.touch()
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
-        return Finding(f"may write {what}", f"no ({error})", STOP, f"set {variable} to a folder of yours")
+        return Finding(
+            f"may write {what}", f"no ({error})", STOP, f"set {variable} to a folder of yours"
+        )
     return Finding(f"may write {what}", "yes")
 
 
@@ -154,15 +229,30 @@ def _ffmpeg(settings: Settings) -> Finding:
     if not missing:
         return Finding("ffmpeg", shutil.which("ffmpeg"))
     try:
-        needed = settings.scorer == "museval" or _fetched(settings) or _decodes_with_ffmpeg(settings)
+        needed = (
+            settings.scorer == "museval" or _fetched(settings) or _decodes_with_ffmpeg(settings)
+        )
     except (ValueError, OSError):  # told as the dataset's own finding
         needed = False
-    why = "MUSDB18 and museval need it" if needed else "MUSDB18, museval and songs in other formats than WAV and FLAC need it"
-    return Finding("ffmpeg", f"no {' and no '.join(missing)} on the PATH", STOP if needed else WARNING, f"apt-get install ffmpeg ({why})")
+    why = (
+        "MUSDB18 and museval need it"
+        if needed
+        else "MUSDB18, museval and songs in other formats than WAV and FLAC need it"
+    )
+    return Finding(
+        "ffmpeg",
+        f"no {' and no '.join(missing)} on the PATH",
+        STOP if needed else WARNING,
+        f"apt-get install ffmpeg ({why})",
+    )
 
 
 def _decodes_with_ffmpeg(settings: Settings) -> bool:
-    return not is_built_in(settings) and not is_decoded(settings) and any(map(needs_ffmpeg, _tracks(settings)))
+    return (
+        not is_built_in(settings)
+        and not is_decoded(settings)
+        and any(map(needs_ffmpeg, _tracks(settings)))
+    )
 
 
 def _dataset(settings: Settings) -> Finding:
@@ -170,12 +260,17 @@ def _dataset(settings: Settings) -> Finding:
         count = settings.n_train_songs + settings.n_valid_songs + settings.n_test_songs
         return Finding("dataset", f"{count} built-in songs, rendered on the spot")
     if _fetched(settings):
-        return Finding("dataset", "the 7-second excerpts of MUSDB18, which musdb fetches where they are not there (140 MB)")
+        return Finding(
+            "dataset",
+            "the 7-second excerpts of MUSDB18, which musdb fetches where they are not there (140 MB)",
+        )
     try:
         tracks = _tracks(settings)
     except (ValueError, OSError) as error:
         return Finding("dataset", str(error), STOP, "pass --data DIR, or set MUSDB_PATH")
-    counts = ", ".join(f"{split} {sum(track.split == split for track in tracks)}" for split in SPLITS)
+    counts = ", ".join(
+        f"{split} {sum(track.split == split for track in tracks)}" for split in SPLITS
+    )
     return Finding("dataset", f"{dataset_root(settings)}: {counts}")
 
 
@@ -198,9 +293,17 @@ def record_environment(run: Run, store: Store) -> dict:
     run.write_settings()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found = dict(
-        python=platform.python_version(), **{package.replace("-", "_"): version(package) for package in PACKAGES},
-        platform=platform.platform(), cpu=_cpu_name(), cores=os.cpu_count(), gpu=gpu, git_commit=_git_commit(),
-        seeds=list(range(run.settings.seeds)), data_hash=store.sha, date=date.today().isoformat(), dataset=describe(store),
+        python=platform.python_version(),
+        **{package.replace("-", "_"): version(package) for package in PACKAGES},
+        platform=platform.platform(),
+        cpu=_cpu_name(),
+        cores=os.cpu_count(),
+        gpu=gpu,
+        git_commit=_git_commit(),
+        seeds=list(range(run.settings.seeds)),
+        data_hash=store.sha,
+        date=date.today().isoformat(),
+        dataset=describe(store),
         sample_rate=store.sample_rate,
     )
     write_text(run.folder / "environment.json", json.dumps(found, indent=2) + "\n")
@@ -210,7 +313,10 @@ def record_environment(run: Run, store: Store) -> dict:
 def describe(store: Store) -> dict:
     """Name, stems, and tracks and hours per split of a store."""
     splits = {split: store.split(split) for split in SPLITS}
-    hours = {split: sum(track.samples for track in tracks) / store.sample_rate / 3600 for split, tracks in splits.items()}
+    hours = {
+        split: sum(track.samples for track in tracks) / store.sample_rate / 3600
+        for split, tracks in splits.items()
+    }
     tracks = {split: len(tracks) for split, tracks in splits.items()}
     return dict(name=Path(store.source).name, stems=list(store.stems), tracks=tracks, hours=hours)
 
@@ -240,7 +346,10 @@ def _git_commit() -> str | None:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 # --- how much memory a training takes ---------------------------------------------------------------------------------

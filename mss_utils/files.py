@@ -25,7 +25,9 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 NO_FLUSH = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what disks say that cannot be asked to
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 CLOCKS_DIFFER_S = 60.0  # at the most: that of a network disk and ours
-MAX_NAME = 200  # bytes: of the 255 that a name may have, some are for what is put before and behind it
+MAX_NAME = (
+    200  # bytes: of the 255 that a name may have, some are for what is put before and behind it
+)
 FORGOTTEN_S = 24 * 3600.0  # nobody works this long on one part
 
 
@@ -37,7 +39,13 @@ def safe_name(name: str) -> str:
 
 def is_file_name(name: object) -> bool:
     """Whether `name` can be a file's, or part of it, and stays where it is put: one part of a path, not a way out of its folder."""
-    return isinstance(name, str) and Path(name).name == name and name not in ("", "..") and "\0" not in name and len(os.fsencode(name)) <= MAX_NAME
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name not in ("", "..")
+        and "\0" not in name
+        and len(os.fsencode(name)) <= MAX_NAME
+    )
 
 
 def readable(name: str | Path) -> str:
@@ -101,12 +109,20 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"Another process is working in {folder}; waiting for it.", file=sys.stderr, flush=True)
+            print(
+                f"Another process is working in {folder}; waiting for it.",
+                file=sys.stderr,
+                flush=True,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-            print(f"{folder} is on a disk without locks: see to it that only one process works there.", file=sys.stderr, flush=True)
+            print(
+                f"{folder} is on a disk without locks: see to it that only one process works there.",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
 
 
@@ -117,9 +133,15 @@ def disk_errors_told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
-            found, mend = f"No room left to write {path}", "free space there, or choose a folder on a larger disk"
+            found, mend = (
+                f"No room left to write {path}",
+                "free space there, or choose a folder on a larger disk",
+            )
         elif error.errno in REFUSED and _concerns(path, Path(error.filename or "")):
-            found, mend = f"{path} cannot be written", "make its folder writable, or choose another one"
+            found, mend = (
+                f"{path} cannot be written",
+                "make its folder writable, or choose another one",
+            )
         else:
             raise
         raise OSError(
@@ -130,12 +152,18 @@ def disk_errors_told(path: Path) -> Iterator[None]:
 
 def _concerns(path: Path, refused: Path) -> bool:
     """Whether a refusal is about writing `path`: about it, a folder above it, or a part; not about something that was read."""
-    return path == refused or refused in path.parents or any(name.startswith(PART) for name in refused.parts)
+    return (
+        path == refused
+        or refused in path.parents
+        or any(name.startswith(PART) for name in refused.parts)
+    )
 
 
 def flush(path: Path) -> None:
     """Wait until a file, or every file in a folder, is on the disk itself: what is renamed then is whole whatever happens."""
-    for part in [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]:
+    for part in (
+        [path] if path.is_file() else [inside for inside in path.rglob("*") if inside.is_file()]
+    ):
         with part.open("rb") as file:
             try:
                 os.fsync(file.fileno())
@@ -152,14 +180,18 @@ def _part_name(name: str) -> str:
 def _here() -> str:
     """This machine and container, since process numbers are counted in each, in few letters."""
     namespace = Path("/proc/self/ns/pid")
-    return hashlib.sha256(f"{platform.node()} {os.readlink(namespace) if namespace.exists() else ''}".encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        f"{platform.node()} {os.readlink(namespace) if namespace.exists() else ''}".encode()
+    ).hexdigest()[:12]
 
 
 def _remove_forgotten(folder: Path, name: str) -> None:
     """Remove the parts of `name` that killed processes left in `folder`."""
     for left in folder.glob(f"{PART}*-{glob.escape(name)}"):
         if _is_forgotten(left):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(
+                missing_ok=True
+            )
 
 
 def _is_forgotten(part: Path) -> bool:
@@ -169,14 +201,19 @@ def _is_forgotten(part: Path) -> bool:
         touched = part.stat().st_mtime
     except FileNotFoundError:  # finished in this moment
         return False
-    return (machine == _here() and _is_gone(int(process), touched)) or time.time() - touched > FORGOTTEN_S
+    return (
+        machine == _here() and _is_gone(int(process), touched)
+    ) or time.time() - touched > FORGOTTEN_S
 
 
 def _is_gone(process: int, touched: float) -> bool:
     """Whether the process that wrote something at that time has ended; its number may be another's by now."""
     try:
         found = psutil.Process(process)
-        return found.status() == psutil.STATUS_ZOMBIE or found.create_time() > touched + CLOCKS_DIFFER_S
+        return (
+            found.status() == psutil.STATUS_ZOMBIE
+            or found.create_time() > touched + CLOCKS_DIFFER_S
+        )
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

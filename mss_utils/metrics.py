@@ -29,9 +29,13 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.linalg import lapack, toeplitz
 
 TAPS = 512  # length of the distortion filters in BSSEval
-FFT_SIZE = 8192  # of the correlations: large beside TAPS, small enough to stay in the processor's cache
+FFT_SIZE = (
+    8192  # of the correlations: large beside TAPS, small enough to stay in the processor's cache
+)
 METRICS = ("SDR", "ISR", "SIR", "SAR")
-ROUNDING_DB = 80.0  # above this a score says no more than that it is large: it is the size of rounding noise
+ROUNDING_DB = (
+    80.0  # above this a score says no more than that it is large: it is the size of rounding noise
+)
 
 
 def bss_eval(references, estimates, sample_rate, window_s=1.0, hop_s=1.0):
@@ -78,12 +82,16 @@ class BSSEval:
         self.shape = references.shape
         self.window, self.hop = _frame_sizes(self.shape[1], sample_rate, window_s, hop_s)
         self.silent = _silent_frames(references, self.window, self.hop).any(axis=0)  # (frames,)
-        self.references = np.ascontiguousarray(references.swapaxes(1, 2))  # (stems, channels, samples)
+        self.references = np.ascontiguousarray(
+            references.swapaxes(1, 2)
+        )  # (stems, channels, samples)
         rows = self.references.reshape(-1, self.shape[1])  # (stems * channels, samples)
         correlations = _correlate(rows, rows)
         # The slow part, shared by all estimates: one factorisation for all stems together, one for each stem alone.
         self.project_on_all = _least_squares(correlations, _twins(rows))
-        self.project_on_own = [_least_squares(correlations[own, own], _twins(rows[own])) for own in self._stem_rows()]
+        self.project_on_own = [
+            _least_squares(correlations[own, own], _twins(rows[own])) for own in self._stem_rows()
+        ]
 
     def score(self, estimates, stems=None):
         """SDR, ISR, SIR and SAR in dB, each (stems, frames), of estimates (stems, samples, channels).
@@ -102,7 +110,9 @@ class BSSEval:
             own, every = self._filters(estimates, stems)
             for frame in np.flatnonzero(~silent):
                 part = np.s_[..., frame * self.hop : frame * self.hop + self.window]
-                scores[:, :, frame] = _frame_scores(self.references[part], estimates[part], stems, own, every)
+                scores[:, :, frame] = _frame_scores(
+                    self.references[part], estimates[part], stems, own, every
+                )
         return dict(zip(METRICS, scores))
 
     def _filters(self, estimates, stems):
@@ -111,11 +121,16 @@ class BSSEval:
         Returns own (channels of the reference, stems, channels, bins) and every (all rows, stems, channels, bins).
         """
         _, n_channels, n_samples = estimates.shape
-        products = _correlate(self.references.reshape(-1, n_samples), estimates.reshape(-1, n_samples))
+        products = _correlate(
+            self.references.reshape(-1, n_samples), estimates.reshape(-1, n_samples)
+        )
         every = self.project_on_all(products)  # (rows, estimate rows, taps)
         rows = self._stem_rows()
         # Each estimate on its own reference: with estimates of all stems, the blocks on the diagonal.
-        own = [self.project_on_own[stem](products[rows[stem], rows[place]]) for place, stem in enumerate(stems)]
+        own = [
+            self.project_on_own[stem](products[rows[stem], rows[place]])
+            for place, stem in enumerate(stems)
+        ]
         own = np.stack(own, axis=1)  # (channels, stems, channels, taps)
         every = every.reshape(-1, len(stems), n_channels, TAPS)
         n_fft = _frame_fft_size(self.window)
@@ -152,13 +167,19 @@ class Museval:
         _check_same_shape((len(stems), *self.references.shape[1:]), estimates.shape)
         everything = self.references.copy()
         everything[stems] = estimates
-        silent = _silent_frames(np.concatenate([self.references, everything]), self.window, self.hop)  # (signals, frames)
+        silent = _silent_frames(
+            np.concatenate([self.references, everything]), self.window, self.hop
+        )  # (signals, frames)
         scores = np.full((len(METRICS), len(self.references), silent.shape[1]), np.nan)
         if not silent.all(axis=1).any():
             try:
-                scores = referee(self.references, everything, window=self.window, hop=self.hop)[: len(METRICS)]
+                scores = referee(self.references, everything, window=self.window, hop=self.hop)[
+                    : len(METRICS)
+                ]
             except AttributeError as error:
-                if error.name != "linalg":  # numpy.linalg.linalg, where museval looks for the error of a singular matrix
+                if (
+                    error.name != "linalg"
+                ):  # numpy.linalg.linalg, where museval looks for the error of a singular matrix
                     raise
         return {metric: values[stems] for metric, values in zip(METRICS, scores)}
 
@@ -171,7 +192,9 @@ def museval_works() -> bool:
 SCORERS = {"bss_eval": BSSEval, "museval": Museval}
 
 
-def score_track(references, estimates: Mapping[Hashable, np.ndarray], sample_rate, scorer="bss_eval") -> dict[Hashable, dict]:
+def score_track(
+    references, estimates: Mapping[Hashable, np.ndarray], sample_rate, scorer="bss_eval"
+) -> dict[Hashable, dict]:
     """All scores of several estimates of one track, by the rules below for what BSSEval has no score for.
 
     references, and each of the estimates: (stems, samples, channels). Returns for each of the estimates a dict of SDR, ISR,
@@ -206,8 +229,15 @@ def score_track(references, estimates: Mapping[Hashable, np.ndarray], sample_rat
         if scored:
             few = prepared.score(signals[scored], [heard.index(stem) for stem in scored])
             scores[:, scored] = np.stack([few[metric] for metric in METRICS])
-        whole = {metric: np.array(list(map(score, references, signals))) for metric, score in WHOLE_TRACK.items()}
-        found[name] = dict(zip(METRICS, scores)) | whole | dict(silent=(silent, _silent_frames(signals, *frames)))
+        whole = {
+            metric: np.array(list(map(score, references, signals)))
+            for metric, score in WHOLE_TRACK.items()
+        }
+        found[name] = (
+            dict(zip(METRICS, scores))
+            | whole
+            | dict(silent=(silent, _silent_frames(signals, *frames)))
+        )
     return found
 
 
@@ -285,7 +315,9 @@ def _least_squares(correlations, twin):
     function from the products of references and estimates, (rows, estimates, TAPS), to filters of the same shape.
     """
     kept = np.flatnonzero(~twin)
-    gram = np.block([[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept])
+    gram = np.block(
+        [[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept]
+    )
     diagonal, eps = np.s_[:: len(gram) + 1], np.finfo(float).eps
     gram.flat[diagonal] += eps  # as museval does
     # LU like museval, although Cholesky would take half the time: stems that were coded lossily have empty bands, and
@@ -298,7 +330,9 @@ def _least_squares(correlations, twin):
     def solve(products):
         right = products[kept].swapaxes(1, 2).reshape(len(gram), -1)  # (rows * taps, estimates)
         filters = np.zeros_like(products)
-        filters[kept] = lapack.dgetrs(lu, pivots, right)[0].reshape(len(kept), TAPS, -1).swapaxes(1, 2)
+        filters[kept] = (
+            lapack.dgetrs(lu, pivots, right)[0].reshape(len(kept), TAPS, -1).swapaxes(1, 2)
+        )
         return filters
 
     return solve
@@ -316,12 +350,14 @@ def _frame_scores(references, estimates, stems, own_filters, every_filter):
     s, references = s[stems], references[stems]
     own = sum(h * s[:, c, None] for c, h in enumerate(own_filters))  # P_s e
     true = np.sum(references**2, axis=(1, 2))
-    return np.stack([
-        _db(true, np.sum((estimates - references) ** 2, axis=(1, 2))),
-        _db(true, _energy(own - s, n_fft)),
-        _db(_energy(own, n_fft), _energy(every - own, n_fft)),
-        _db(_energy(every, n_fft), _energy(e - every, n_fft)),
-    ])
+    return np.stack(
+        [
+            _db(true, np.sum((estimates - references) ** 2, axis=(1, 2))),
+            _db(true, _energy(own - s, n_fft)),
+            _db(_energy(own, n_fft), _energy(every - own, n_fft)),
+            _db(_energy(every, n_fft), _energy(e - every, n_fft)),
+        ]
+    )
 
 
 def _frame_fft_size(window):

@@ -35,13 +35,17 @@ class Draw:
     All but `segments` are `(batch, stems)`. A stem that an example leaves out has gain 0.
     """
 
-    segments: torch.Tensor  # int16 (batch, stems, channels, samples); longer than a segment where the speed may change
+    segments: (
+        torch.Tensor
+    )  # int16 (batch, stems, channels, samples); longer than a segment where the speed may change
     gains: torch.Tensor  # float32: from int16 to full scale, gain and polarity in one factor
     semitones: torch.Tensor  # int64: how much higher, and so faster
 
     def share(self, index: int, count: int) -> Draw:
         """Every `count`-th example from `index` on: what one of several processes takes of a batch."""
-        return replace(self, **{name: tensor[index::count].contiguous() for name, tensor in vars(self).items()})
+        return replace(
+            self, **{name: tensor[index::count].contiguous() for name, tensor in vars(self).items()}
+        )
 
     def pinned(self) -> Draw:
         """The same in page-locked memory, from which a GPU copies while it computes."""
@@ -49,7 +53,10 @@ class Draw:
 
     def to(self, device: torch.device | str) -> Draw:
         """The same on `device`."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return replace(
+            self,
+            **{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -70,20 +77,30 @@ class Mixer:
     def __init__(self, store: Store, settings: Settings, target: str, seed: int = 0):
         self.store, self.settings, self.seed = store, settings, seed
         self.target = store.stem_index(target)
-        self.samples = math.ceil(settings.segment * speed_of(settings.speed_semitones))  # to read: playing faster uses up more
+        self.samples = math.ceil(
+            settings.segment * speed_of(settings.speed_semitones)
+        )  # to read: playing faster uses up more
         tracks = share_of(store.split("train"), settings.train_share)
         self.tracks = [track for track in tracks if track.samples >= self.samples]
         if not self.tracks:
             longest = max(track.samples for track in tracks) / store.sample_rate
             wanted = f"segment_s={settings.segment_s} s"
-            raise ValueError(f"No training track lasts {wanted}; the longest has {longest:.1f} s: set segment_s lower.")
+            raise ValueError(
+                f"No training track lasts {wanted}; the longest has {longest:.1f} s: set segment_s lower."
+            )
         self._audio = [store.raw(track) for track in self.tracks]
 
     def batch(self, step: int, device: torch.device | str = "cpu") -> Batch:
         """The batch of training step `step`, always the same for the same seed and step."""
         return self.assemble(self.draw(step), device)
 
-    def batches(self, first: int, last: int, device: torch.device | str = "cpu", share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    def batches(
+        self,
+        first: int,
+        last: int,
+        device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
+    ) -> Iterator[Batch]:
         """The batches of steps `first` up to, not including, `last`, read ahead and assembled on `device`.
 
         `share` is (index, count): of `count` processes that train together, each takes its examples of every batch.
@@ -91,7 +108,9 @@ class Mixer:
         for draw in self.draws(first, last, torch.device(device).type == "cuda", share):
             yield self.assemble(draw, device)
 
-    def draws(self, first: int, last: int, pinned: bool = False, share: tuple[int, int] = (0, 1)) -> Iterator[Draw]:
+    def draws(
+        self, first: int, last: int, pinned: bool = False, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[Draw]:
         """The draws of steps `first` up to, not including, `last`; `loader_workers` threads read ahead of the caller."""
 
         def read(step: int) -> Draw:
@@ -100,7 +119,9 @@ class Mixer:
 
         steps = iter(range(first, last))
         with ThreadPoolExecutor(self.settings.loader_workers) as pool:
-            coming = deque(pool.submit(read, step) for step in islice(steps, self.settings.loader_workers + 1))
+            coming = deque(
+                pool.submit(read, step) for step in islice(steps, self.settings.loader_workers + 1)
+            )
             while coming:
                 draw = coming.popleft().result()
                 coming.extend(pool.submit(read, step) for step in islice(steps, 1))
@@ -130,12 +151,16 @@ class Mixer:
                 semitones[example, stem] = together if coherent else self._draw_semitones(rng)
         return Draw(*map(torch.from_numpy, (segments, gains, semitones)))
 
-    def _draw_places(self, rng: np.random.Generator, step: int, coherent: bool) -> dict[int, tuple[int, int]]:
+    def _draw_places(
+        self, rng: np.random.Generator, step: int, coherent: bool
+    ) -> dict[int, tuple[int, int]]:
         """Song and position for every stem of one example; those that the curriculum leaves out are missing."""
         silent = rng.random() < self.settings.silent_share
         place = self._draw_target(rng)
         others = self._draw_distractors(rng, step)
-        return ({} if silent else {self.target: place}) | {stem: place if coherent else self._draw_place(rng) for stem in others}
+        return ({} if silent else {self.target: place}) | {
+            stem: place if coherent else self._draw_place(rng) for stem in others
+        }
 
     def _draw_distractors(self, rng: np.random.Generator, step: int) -> list[int]:
         others = [stem for stem in range(len(self.store.stems)) if stem != self.target]
@@ -166,7 +191,9 @@ class Mixer:
         return self._audio[song][1 + stem, :, start : start + self.samples]
 
     def _is_silent(self, song: int, stem: int, start: int) -> bool:
-        return self.tracks[song].scale * rms(self._cut(song, stem, start)) <= 10 ** (SILENCE_DB / 20)
+        return self.tracks[song].scale * rms(self._cut(song, stem, start)) <= 10 ** (
+            SILENCE_DB / 20
+        )
 
     # --- assembling, on the device
 
@@ -176,9 +203,17 @@ class Mixer:
         Speed changes pitch and tempo together and keeps attacks sharp. Source: T. Ko et al., "Audio augmentation for speech
         recognition", Interspeech 2015.
         """
-        semitones, draw = draw.semitones, draw.to(device)  # a GPU would have to be waited for to know which speeds there are
-        stems = draw.segments.float().mul_(draw.gains[..., None, None])  # (batch, stems, channels, samples)
-        whole, stems = stems, stems[..., : self.settings.segment]  # more was read where the speed may change
+        semitones, draw = (
+            draw.semitones,
+            draw.to(device),
+        )  # a GPU would have to be waited for to know which speeds there are
+        stems = draw.segments.float().mul_(
+            draw.gains[..., None, None]
+        )  # (batch, stems, channels, samples)
+        whole, stems = (
+            stems,
+            stems[..., : self.settings.segment],
+        )  # more was read where the speed may change
         for n in semitones.unique().tolist() if self.settings.speed_semitones else []:
             at = (semitones == n).nonzero(as_tuple=True)  # example, stem
             stems[at] = _at_speed(whole[at], speed_of(n), self.settings.segment)
@@ -199,4 +234,6 @@ def speed_of(semitones: int) -> Fraction:
 
 def _at_speed(audio: torch.Tensor, speed: Fraction, samples: int) -> torch.Tensor:
     """`samples` of `(..., longer)`, played `speed` times as fast: pitch and tempo change together, as on a tape."""
-    return torchaudio.functional.resample(audio[..., : math.ceil(samples * speed)], speed.numerator, speed.denominator)[..., :samples]
+    return torchaudio.functional.resample(
+        audio[..., : math.ceil(samples * speed)], speed.numerator, speed.denominator
+    )[..., :samples]

@@ -40,11 +40,26 @@ PRODUCTS = {
     "02_baseline_unet": ("models/*/unet/seed0/model.json",),
     "03_b1_lstm": ("models/*/demucs_lstm/seed0/model.json",),
     "04_b2_attention": ("models/*/demucs_attention/seed0/model.json",),
-    "05_evaluation": tuple(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
+    "05_evaluation": tuple(
+        f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
+    ),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
 # What lies in a run's folder and no report reads.
-NOT_READ = ("*.ckpt", "*.safetensors", "*.mp3", "*.ipynb", "*.pdf", "*.html", "*.png", ".*", "songs", "answers", "ablations", "data_study")
+NOT_READ = (
+    "*.ckpt",
+    "*.safetensors",
+    "*.mp3",
+    "*.ipynb",
+    "*.pdf",
+    "*.html",
+    "*.png",
+    ".*",
+    "songs",
+    "answers",
+    "ablations",
+    "data_study",
+)
 
 
 class StageError(ChildProcessError):
@@ -80,12 +95,19 @@ def _run_stages(run: Run) -> None:
         seconds = _timed(_execute, run, name, key)
         print(f"{name:<18} {seconds:7.1f} s", flush=True)
     seconds = _timed(build_report, run)
-    print(f"{'report':<18} {seconds:7.1f} s\n{'total':<18} {time.perf_counter() - started:7.1f} s -> {run.folder / 'report.pdf'}", flush=True)
+    print(
+        f"{'report':<18} {seconds:7.1f} s\n{'total':<18} {time.perf_counter() - started:7.1f} s -> {run.folder / 'report.pdf'}",
+        flush=True,
+    )
 
 
 def stage_key(run: Run, name: str) -> str:
     """Hash of everything a stage reads: its notebook, the package, the run's settings, and the stages before it."""
-    parts = [run.settings.model_dump_json(), (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"), _package_hash()]
+    parts = [
+        run.settings.model_dump_json(),
+        (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"),
+        _package_hash(),
+    ]
     parts += [stage_key(run, before) for before in STAGES[name]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -93,7 +115,9 @@ def stage_key(run: Run, name: str) -> str:
 def is_finished(run: Run, name: str, key: str) -> bool:
     """Whether the executed copy of a stage carries `key` and everything the stage makes is still there."""
     executed = run.folder / "notebooks" / f"{name}.ipynb"
-    if not executed.exists() or not all(any(run.folder.glob(pattern)) for pattern in PRODUCTS[name]):
+    if not executed.exists() or not all(
+        any(run.folder.glob(pattern)) for pattern in PRODUCTS[name]
+    ):
         return False
     try:
         return read_notebook(executed).metadata.get("mss_key") == key
@@ -105,9 +129,18 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     """The notebook in a file; ValueError that names it where there is none in it."""
     try:
         return nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError, nbformat.ValidationError) as error:
+    except (
+        ValueError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        RecursionError,
+        nbformat.ValidationError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path} is no notebook ({reason}): fetch it again, or delete it if it is the copy of a run.") from None
+        raise ValueError(
+            f"{path} is no notebook ({reason}): fetch it again, or delete it if it is the copy of a run."
+        ) from None
 
 
 def _execute(run: Run, name: str, key: str) -> None:
@@ -128,15 +161,25 @@ def _execute(run: Run, name: str, key: str) -> None:
     if stopped:
         raise stopped
     if failure:
-        raise StageError(f"Notebook {name} failed{failure}\nThe executed copy is {executed}; the same command goes on from here.")
+        raise StageError(
+            f"Notebook {name} failed{failure}\nThe executed copy is {executed}; the same command goes on from here."
+        )
 
 
 def _failure_of(name: str, executed: Path, values: dict) -> str:
     """Run a notebook to `executed`; in which cell it failed and why, or nothing."""
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / f"{name}.ipynb", executed, values, kernel_name="python3", kernel_manager_class=OwnKernel, cwd=NOTEBOOKS, log_output=False,
-            progress_bar=dict(desc=name, bar_format="{desc:<18} {bar:20} cell {n_fmt}/{total_fmt} {elapsed}"),
+            NOTEBOOKS / f"{name}.ipynb",
+            executed,
+            values,
+            kernel_name="python3",
+            kernel_manager_class=OwnKernel,
+            cwd=NOTEBOOKS,
+            log_output=False,
+            progress_bar=dict(
+                desc=name, bar_format="{desc:<18} {bar:20} cell {n_fmt}/{total_fmt} {elapsed}"
+            ),
         )
     except papermill.PapermillExecutionError as error:
         reason = " ".join(str(error.evalue).split())
@@ -147,7 +190,11 @@ def _failure_of(name: str, executed: Path, values: dict) -> str:
             "much there is), or set batch_size or segment_s lower in a new run."
         )
     cells = read_notebook(executed).cells
-    skipped = [number for number, cell in enumerate(cells) if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None]
+    skipped = [
+        number
+        for number, cell in enumerate(cells)
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
+    ]
     if skipped:
         return f": it stopped after cell {skipped[0]} of {len(cells)}.\nA cell ended the kernel's work, as sys.exit() does; let it raise an error instead."
     return ""
@@ -159,14 +206,20 @@ def _check_notebook(name: str, values: dict) -> None:
     try:
         declared = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
     except ValueError as error:
-        raise ValueError(f"Notebook {name} cannot be run ({error}): open it in Jupyter, choose a Python 3 kernel, and save it.") from None
+        raise ValueError(
+            f"Notebook {name} cannot be run ({error}): open it in Jupyter, choose a Python 3 kernel, and save it."
+        ) from None
     unknown = [value for value in values if value not in declared]
     if unknown:
-        raise ValueError(f"Notebook {name} has no parameter {unknown[0]!r}; it declares: {', '.join(declared) or 'none'}.")
+        raise ValueError(
+            f"Notebook {name} has no parameter {unknown[0]!r}; it declares: {', '.join(declared) or 'none'}."
+        )
 
 
 def _package_hash() -> str:
-    files = sorted(file for kind in ("py", "js", "css") for file in (ROOT / "mss_utils").rglob(f"*.{kind}"))
+    files = sorted(
+        file for kind in ("py", "js", "css") for file in (ROOT / "mss_utils").rglob(f"*.{kind}")
+    )
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
@@ -182,9 +235,14 @@ def build_report(run: Run) -> Path:
     Typst reads only below one root: sources and results are copied side by side into a temporary folder. Raises FileNotFoundError
     naming what is missing when the run has not been evaluated, ValueError as `typeset` does.
     """
-    for needed in ("settings.json", *(product for products in PRODUCTS.values() for product in products)):
+    for needed in (
+        "settings.json",
+        *(product for products in PRODUCTS.values() for product in products),
+    ):
         if not any(run.folder.glob(needed)):
-            raise FileNotFoundError(f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name}).")
+            raise FileNotFoundError(
+                f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name})."
+            )
     listening.ratings_of(run)  # answers may have come in since the notebooks ran
     pdf = run.folder / "report.pdf"
     with tempfile.TemporaryDirectory() as root:
@@ -203,11 +261,18 @@ def lay_out_sources(root: Path) -> None:
 def lay_out(run: Run, copy: Path, **about: object) -> None:
     """Copy what a report reads of a run to the folder `copy`: tables, figures, histories, all settings, and `about.json`."""
     shutil.copytree(run.folder, copy, ignore=shutil.ignore_patterns(*NOT_READ))
-    write_text(copy / "settings.json", run.settings.model_dump_json(indent=2))  # a run of an older version has not all of them
+    write_text(
+        copy / "settings.json", run.settings.model_dump_json(indent=2)
+    )  # a run of an older version has not all of them
     try:
-        kind = data_kind(run.settings, json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"])
+        kind = data_kind(
+            run.settings,
+            json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"],
+        )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{run.folder / 'environment.json'} does not tell the dataset ({error!r}): run {run.name!r} again.") from None
+        raise ValueError(
+            f"{run.folder / 'environment.json'} does not tell the dataset ({error!r}): run {run.name!r} again."
+        ) from None
     write_text(copy / "about.json", json.dumps(about | dict(kind=kind)))
 
 
@@ -217,4 +282,6 @@ def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:
         return typst.compile(root / "report" / source, root=root, format=kind, sys_inputs=inputs)
     except typst.TypstError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again.") from None
+        raise ValueError(
+            f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again."
+        ) from None

@@ -38,10 +38,18 @@ from mss_utils.statistics import MIN_SEEDS
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
 TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 # Of the collection itself, where they are there: a table, and what whoever made the runs has to say of them.
-OWN_FILES = {"more_music.csv": "target,music,model\n", "remarks.txt": ""}  # with what an absent one holds
+OWN_FILES = {
+    "more_music.csv": "target,music,model\n",
+    "remarks.txt": "",
+}  # with what an absent one holds
 RULES = dict(  # numbers of the method that the report tells
-    negligible_db=NEGLIGIBLE_DB, min_seeds=MIN_SEEDS, far_s=repetition.FAR_S, burst_db=-repetition.BURST_DB, apart_s=transients.APART_S,
-    attack_s=transients.ATTACK_S, before_s=transients.BEFORE_S,
+    negligible_db=NEGLIGIBLE_DB,
+    min_seeds=MIN_SEEDS,
+    far_s=repetition.FAR_S,
+    burst_db=-repetition.BURST_DB,
+    apart_s=transients.APART_S,
+    attack_s=transients.ATTACK_S,
+    before_s=transients.BEFORE_S,
 )
 MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
 MAX_TABLE = 60_000  # characters; a longer table is packed
@@ -55,14 +63,18 @@ def collected(name: str) -> list[Run]:
     runs = runs_in(name)
     if not runs:
         place = results_folder() / name
-        raise ValueError(f"No collection {name!r}: expected runs under {place}, each finished by: python -m mss_utils run --run {name}/<run>.")
+        raise ValueError(
+            f"No collection {name!r}: expected runs under {place}, each finished by: python -m mss_utils run --run {name}/<run>."
+        )
     return sorted(runs, key=lambda run: (is_built_in(run.settings), run.name))
 
 
 def music_of(run: Run) -> str:
     """What a figure calls the data of a run."""
     dataset = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"]
-    return dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18").get(data_kind(run.settings, dataset), run.folder.name)
+    return dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18").get(
+        data_kind(run.settings, dataset), run.folder.name
+    )
 
 
 def is_study(run: Run) -> bool:
@@ -74,14 +86,18 @@ def targets_of(run: Run) -> list[str]:
     """The targets of a run that has been evaluated."""
     summary = table_of(run, "summary")
     if "target" not in summary:
-        raise ValueError(f"{run.table('summary')} has the columns {', '.join(summary)}; expected target among them: run {run.name!r} again.")
+        raise ValueError(
+            f"{run.table('summary')} has the columns {', '.join(summary)}; expected target among them: run {run.name!r} again."
+        )
     return summary["target"].unique().tolist()
 
 
 # --- exporting ----------------------------------------------------------------------------------------------------------
 
 
-def export(source: str, name: str, complete: Collection[str] = (), heard: Collection[str] = ()) -> Path:
+def export(
+    source: str, name: str, complete: Collection[str] = (), heard: Collection[str] = ()
+) -> Path:
     """Copy the collection `source` to `results/<name>/`, small enough to commit, and return that folder.
 
     Kept are settings, environment, tables (six digits a number), notebooks without heavy outputs, training histories,
@@ -96,14 +112,24 @@ def export(source: str, name: str, complete: Collection[str] = (), heard: Collec
         _check_finished(run)
     known = {target for run in runs for target in targets_of(run)}
     if unknown := [target for target in (*complete, *heard) if target not in known]:
-        raise ValueError(f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}."
+        )
     with one_at_a_time(folder.parent), working_folder(folder.parent) as part:
         root, weights = part / folder.name, kept_weights(runs, complete)
         for run in runs:
             copy = Run(f"{name}/{run.folder.name}", run.settings, root / run.folder.name)
-            _export_run(run, copy.folder, [(target, model) for owner, target, model in weights if owner == run])
+            _export_run(
+                run,
+                copy.folder,
+                [(target, model) for owner, target, model in weights if owner == run],
+            )
             if is_built_in(run.settings) and not is_study(run):
-                page = _page_for(run, copy.name, [target for target in targets_of(run) if target in heard or not heard])
+                page = _page_for(
+                    run,
+                    copy.name,
+                    [target for target in targets_of(run) if target in heard or not heard],
+                )
                 write_text(copy.folder / "listening.html", page)
             if (answers := folder / run.folder.name / "answers").is_dir():
                 shutil.copytree(answers, copy.folder / "answers", dirs_exist_ok=True)
@@ -126,7 +152,9 @@ def _destination(name: str) -> Path:
     """The folder of an export, which may take the place of an older one but of nothing else."""
     folder = results_folder() / name
     if safe_name(name) != name:
-        raise ValueError(f"A collection's name may hold letters, digits, '.', '_' and '-', not {name!r}.")
+        raise ValueError(
+            f"A collection's name may hold letters, digits, '.', '_' and '-', not {name!r}."
+        )
     if _older(folder).exists():  # an export was killed in that moment
         shutil.rmtree(_older(folder)) if folder.exists() else _older(folder).rename(folder)
     if folder.exists() and not runs_in(name):
@@ -145,13 +173,17 @@ def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tu
             if target not in seen:
                 seen.add(target)
                 best = max(MODELS, key=lambda model: described(run, target, model)["valid_sdr"])
-                kept += [(run, target, model) for model in MODELS if target in complete or model == best]
+                kept += [
+                    (run, target, model) for model in MODELS if target in complete or model == best
+                ]
     return kept
 
 
 def described(run: Run, target: str, model: str, seed: int = 0) -> dict:
     """model.json of a trained model."""
-    return json.loads((run.model_folder(target, model, seed) / "model.json").read_text(encoding="utf-8"))
+    return json.loads(
+        (run.model_folder(target, model, seed) / "model.json").read_text(encoding="utf-8")
+    )
 
 
 def table_of(run: Run, name: str) -> pd.DataFrame:
@@ -165,9 +197,13 @@ def table_of(run: Run, name: str) -> pd.DataFrame:
 
 def _check_finished(run: Run) -> None:
     needed = [run.folder / "environment.json", *map(run.table, TABLES)]
-    if missing := [path for path in needed if not path.exists() and not path.with_suffix(".csv.gz").exists()]:
+    if missing := [
+        path for path in needed if not path.exists() and not path.with_suffix(".csv.gz").exists()
+    ]:
         profile = run.settings.profile
-        raise FileNotFoundError(f"Run {run.name!r} lacks {missing[0]}: finish it first (make report PROFILE={profile} RUN={run.name}).")
+        raise FileNotFoundError(
+            f"Run {run.name!r} lacks {missing[0]}: finish it first (make report PROFILE={profile} RUN={run.name})."
+        )
 
 
 def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
@@ -178,15 +214,23 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
     for name in STAGES:
         executed = run.folder / "notebooks" / f"{name}.ipynb"
         if executed.exists():
-            write_text(folder / "notebooks" / executed.name, nbformat.writes(lightened(read_notebook(executed))))
+            write_text(
+                folder / "notebooks" / executed.name,
+                nbformat.writes(lightened(read_notebook(executed))),
+            )
     for path in sorted(run.folder.glob("models/*/*/seed*/*")):
         if path.name in ("model.json", "history.csv"):
             write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
     for target, model in weights:
         kept = run.model_folder(target, model) / "model.safetensors"
-        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in load_file(kept).items()}
+        halves = {
+            key: tensor.half() if tensor.is_floating_point() else tensor
+            for key, tensor in load_file(kept).items()
+        }
         if too_large := [key for key, tensor in halves.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{kept}: {too_large[0]} does not fit into half precision; this model cannot be exported.")
+            raise ValueError(
+                f"{kept}: {too_large[0]} does not fit into half precision; this model cannot be exported."
+            )
         write_tensors(folder / kept.relative_to(run.folder), halves)
 
 
@@ -194,7 +238,9 @@ def _page_for(run: Run, name: str, targets: list[str]) -> str:
     """A listening page of a run whose answers are about its copy, `name`, of which not all weights are kept that would identify its models."""
     store, tracks = open_store(run.settings), table_of(run, "tracks")
     found = {target: listening.excerpts(run, store, target, tracks) for target in targets}
-    return listening.recoded(listening.listening_page(run, store, tracks, found, name, None), COMPRESSION)
+    return listening.recoded(
+        listening.listening_page(run, store, tracks, found, name, None), COMPRESSION
+    )
 
 
 def _write_table(table: pd.DataFrame, destination: Path) -> None:
@@ -237,12 +283,24 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
     own = Run(name, runs[0].settings, results_folder() / name)
     parts = [(run, target) for run in runs for target in targets_of(run)]
     tracks_and_summary = lambda run: (table_of(run, "tracks"), table_of(run, "summary"))
-    figures.save_vector(figures.overview({(music_of(run), target): tracks_and_summary(run) for run, target in parts}), own, "overview")
+    figures.save_vector(
+        figures.overview(
+            {(music_of(run), target): tracks_and_summary(run) for run, target in parts}
+        ),
+        own,
+        "overview",
+    )
     figures.save_vector(figures.pipeline(), own, "pipeline")
     for model in MODELS[:2]:  # B2 is drawn as B1, but for one box
-        figures.save_vector(figures.architecture(build_model(model, own.settings), own.settings), own, f"architecture_{model}")
+        figures.save_vector(
+            figures.architecture(build_model(model, own.settings), own.settings),
+            own,
+            f"architecture_{model}",
+        )
     chosen = dict(
-        training=parts[0], phase=parts[0], repeat=max(parts, key=lambda part: part[0].settings.segment_s),
+        training=parts[0],
+        phase=parts[0],
+        repeat=max(parts, key=lambda part: part[0].settings.segment_s),
         attack=next((part for part in parts if part[1] == "piano"), parts[-1]),
     )
     for figure, (run, target) in chosen.items():
@@ -253,8 +311,13 @@ def draw(name: str, runs: list[Run]) -> dict[str, tuple[str, str]]:
 def _axes_of(figure: str, run: Run, target: str):
     table = partial(table_of, run)
     if figure == "training":
-        paths = {model: sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv")) for model in MODELS}
-        return figures.training_curves({model: list(map(pd.read_csv, found)) for model, found in paths.items()})
+        paths = {
+            model: sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv"))
+            for model in MODELS
+        }
+        return figures.training_curves(
+            {model: list(map(pd.read_csv, found)) for model, found in paths.items()}
+        )
     if figure == "phase":
         return figures.phase(table("phase"), target)
     if figure == "repeat":
@@ -296,20 +359,34 @@ def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
         lay_out(run, copy, music=music_of(run), study=is_study(run))
         for packed in copy.glob("tables/*.csv.gz"):
             packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
-        write_text(copy / "profile.json", resolve(run.settings.profile).model_dump_json(indent=2))  # what differs is told
+        write_text(
+            copy / "profile.json", resolve(run.settings.profile).model_dump_json(indent=2)
+        )  # what differs is told
     write_text(root / "runs" / "rules.json", json.dumps(RULES))
     shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
     write_text(root / "runs" / "shown.json", json.dumps(shown))
     for file, nothing in OWN_FILES.items():
         own = results_folder() / name / file
-        write_text(root / "runs" / file, own.read_text(encoding="utf-8", errors="replace") if own.exists() else nothing)
+        write_text(
+            root / "runs" / file,
+            own.read_text(encoding="utf-8", errors="replace") if own.exists() else nothing,
+        )
 
 
 def with_players(page: bytes, runs: Iterable[Run]) -> bytes:
     """The HTML report with the listening pages of the runs that have one in the place that is marked for them."""
-    found = [run.folder / "listening.html" for run in runs if (run.folder / "listening.html").exists()]
-    frames = [listening.frame(path.read_text(encoding="utf-8"), f"players: {path.parent.name}", height=900).data for path in found]
-    return page.replace(PLAYERS_MARK, "".join(frames).encode() or b"<p>This collection has no listening page.</p>")
+    found = [
+        run.folder / "listening.html" for run in runs if (run.folder / "listening.html").exists()
+    ]
+    frames = [
+        listening.frame(
+            path.read_text(encoding="utf-8"), f"players: {path.parent.name}", height=900
+        ).data
+        for path in found
+    ]
+    return page.replace(
+        PLAYERS_MARK, "".join(frames).encode() or b"<p>This collection has no listening page.</p>"
+    )
 
 
 # --- scoring again ------------------------------------------------------------------------------------------------------
@@ -325,25 +402,50 @@ def rescore(name: str, data: str) -> pd.DataFrame:
     """
     runs = [run for run in collected(name) if kept_models(run)]
     if not runs:
-        raise ValueError(f"No weights in {results_folder() / name}; expected models/<target>/<model>/seed0/model.safetensors in one of its runs.")
-    stores = [_test_store(run, data) for run in runs]  # whatever is wrong with the data is said before anything is separated
+        raise ValueError(
+            f"No weights in {results_folder() / name}; expected models/<target>/<model>/seed0/model.safetensors in one of its runs."
+        )
+    stores = [
+        _test_store(run, data) for run in runs
+    ]  # whatever is wrong with the data is said before anything is separated
     again = [
-        pd.concat([score_again(run, store, target, models) for target, models in kept_models(run).items()], ignore_index=True)
+        pd.concat(
+            [
+                score_again(run, store, target, models)
+                for target, models in kept_models(run).items()
+            ],
+            ignore_index=True,
+        )
         for run, store in zip(runs, stores)
     ]
-    table = pd.DataFrame([row for run, tracks in zip(runs, again) for row in _moved(run, table_of(run, "tracks"), tracks)])
+    table = pd.DataFrame(
+        [
+            row
+            for run, tracks in zip(runs, again)
+            for row in _moved(run, table_of(run, "tracks"), tracks)
+        ]
+    )
     for run, tracks in zip(runs, again):
-        write_text(results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
+        write_text(
+            results_folder() / f"{name}-rescored" / run.folder.name / "tables" / "tracks.csv",
+            tracks.to_csv(index=False),
+        )
     write_text(results_folder() / f"{name}-rescored" / "differences.csv", table.to_csv(index=False))
     return table
 
 
 def _test_store(run: Run, data: str) -> Store:
     """The test tracks of a run; of built-in songs no more is rendered than a store needs."""
-    few = dict(n_train_songs=1, n_valid_songs=1) if is_built_in(run.settings) else dict(data=str(from_root(data)))
+    few = (
+        dict(n_train_songs=1, n_valid_songs=1)
+        if is_built_in(run.settings)
+        else dict(data=str(from_root(data)))
+    )
     store = open_store(run.settings.model_copy(update=few))
     wanted = set(table_of(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
-    found = {(track.name, max(1, track.samples // store.sample_rate)) for track in store.split("test")}
+    found = {
+        (track.name, max(1, track.samples // store.sample_rate)) for track in store.split("test")
+    }
     if wanted != found:
         odd, seconds = sorted(wanted ^ found)[0]
         raise ValueError(
@@ -355,7 +457,14 @@ def _test_store(run: Run, data: str) -> Store:
 
 def kept_models(run: Run) -> dict[str, list[str]]:
     """The models of a run whose weights are there (first seeds), by target; targets without any are left out."""
-    there = {target: [model for model in MODELS if (run.model_folder(target, model) / "model.safetensors").exists()] for target in targets_of(run)}
+    there = {
+        target: [
+            model
+            for model in MODELS
+            if (run.model_folder(target, model) / "model.safetensors").exists()
+        ]
+        for target in targets_of(run)
+    }
     return {target: models for target, models in there.items() if models}
 
 
@@ -364,21 +473,33 @@ def score_again(run: Run, store: Store, target: str, models: list[str]) -> pd.Da
 
     def estimates_of(track) -> evaluation.Estimates:
         mixture, _ = store.load(track)
-        return {(model, 0): estimate_of(run, store, mixture, target, model)[None] for model in models}
+        return {
+            (model, 0): estimate_of(run, store, mixture, target, model)[None] for model in models
+        }
 
-    return score(run.settings.model_copy(update=dict(target=target)), store, estimates_of, n_referee=0)["tracks"]
+    return score(
+        run.settings.model_copy(update=dict(target=target)), store, estimates_of, n_referee=0
+    )["tracks"]
 
 
 def _moved(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterable[dict]:
     """How far the scores of each rescored model are from those in the table, first seeds."""
     first = committed[committed["seed"] == 0]
     for (target, model), rows in again.groupby(["target", "model"], sort=False):
-        before = first[(first["target"] == target) & (first["model"] == model)].set_index("track")[list(TRACK_METRICS)]
+        before = first[(first["target"] == target) & (first["model"] == model)].set_index("track")[
+            list(TRACK_METRICS)
+        ]
         after = rows.set_index("track")[list(TRACK_METRICS)].reindex(before.index)
         if (lost := (before.isna() != after.isna()).any(axis=1)).any():
-            raise ValueError(f"{lost.idxmax()!r} has a score of {model} on {target} in one of the two tables only: {run.name} was scored on other audio.")
+            raise ValueError(
+                f"{lost.idxmax()!r} has a score of {model} on {target} in one of the two tables only: {run.name} was scored on other audio."
+            )
         median = lambda table: table.clip(upper=ROUNDING_DB).median()
         yield dict(
-            run=run.folder.name, target=target, model=model, tracks=len(rows), largest_track_db=(before - after).abs().max().max(),
+            run=run.folder.name,
+            target=target,
+            model=model,
+            tracks=len(rows),
+            largest_track_db=(before - after).abs().max().max(),
             largest_median_db=(median(before) - median(after)).abs().max(),
         )

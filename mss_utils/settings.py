@@ -14,16 +14,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Iterable, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mss_utils.files import is_file_name, safe_name, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}  # what prose calls the models
+LETTERS = {
+    "unet": "A",
+    "demucs_lstm": "B1",
+    "demucs_attention": "B2",
+}  # what prose calls the models
 MODELS = tuple(LETTERS)
 WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
-RESERVED = ("all", "mixture", "residual")  # no stem can be called what a target, or what is no stem, is called
+RESERVED = (
+    "all",
+    "mixture",
+    "residual",
+)  # no stem can be called what a target, or what is no stem, is called
 
 
 def is_stem_name(name: object) -> bool:
@@ -57,7 +73,9 @@ def _groups(value: object) -> object:
         if not (arrow and group.strip() and all(stem.strip() for stem in members.split("+"))):
             raise ValueError(f"a group is written stem+stem->name, not {text!r}")
         if not is_stem_name(group.strip()):
-            raise ValueError(f"a group becomes a stem and a folder, and cannot be called {_short(group.strip())}")
+            raise ValueError(
+                f"a group becomes a stem and a folder, and cannot be called {_short(group.strip())}"
+            )
         groups[group.strip()] = tuple(stem.strip() for stem in members.split("+"))
     return groups
 
@@ -68,9 +86,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     profile: Annotated[str, AfterValidator(_known_profile)] = "demo"
-    data: str | None = Field(None, description="dataset root; empty means the profile's own dataset")
-    target: str = Field("piano", description="stem to extract, several with commas between, or 'all'")
-    seeds: int = Field(1, ge=1, le=100, description="how many weight initialisations of each model are trained")
+    data: str | None = Field(
+        None, description="dataset root; empty means the profile's own dataset"
+    )
+    target: str = Field(
+        "piano", description="stem to extract, several with commas between, or 'all'"
+    )
+    seeds: int = Field(
+        1, ge=1, le=100, description="how many weight initialisations of each model are trained"
+    )
 
     # data
     sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_number)] = 16000
@@ -85,17 +109,38 @@ class Settings(BaseModel):
     song_max_s: float = Field(90.0, ge=4, le=3600, description="built-in songs only")
 
     # mixing
-    train_share: float = Field(1.0, gt=0, le=1, description="share of the training tracks that are used, the first ones of a fixed shuffle")
+    train_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the training tracks that are used, the first ones of a fixed shuffle",
+    )
     segment_s: float = Field(3.0, ge=0.1, le=600)
     batch_size: int = Field(4, ge=1, le=65_536)
     random_mix: bool = Field(True, description="stems of one example come from different songs")
-    coherent_share: float = Field(0.5, ge=0, le=1, description="share of examples that keep one song's stems together")
-    gain_db: float = Field(3.0, ge=0, le=60, description="each stem is scaled by a random gain in +-gain_db")
+    coherent_share: float = Field(
+        0.5, ge=0, le=1, description="share of examples that keep one song's stems together"
+    )
+    gain_db: float = Field(
+        3.0, ge=0, le=60, description="each stem is scaled by a random gain in +-gain_db"
+    )
     flip_polarity: bool = True
     swap_channels: bool = Field(True, description="stereo only")
-    silent_share: float = Field(0.02, ge=0, le=1, description="share of examples whose target is silent; in all others it sounds")
-    speed_semitones: int = Field(0, ge=0, le=12, description="stems are played higher and faster, or lower and slower, by up to so many")
-    loader_workers: int = Field(2, ge=1, le=64, description="threads that read training segments ahead")
+    silent_share: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        description="share of examples whose target is silent; in all others it sounds",
+    )
+    speed_semitones: int = Field(
+        0,
+        ge=0,
+        le=12,
+        description="stems are played higher and faster, or lower and slower, by up to so many",
+    )
+    loader_workers: int = Field(
+        2, ge=1, le=64, description="threads that read training segments ahead"
+    )
     curriculum: bool = Field(True, description="two sources, then three, then all")
     stage2_step: int = Field(50, ge=0, le=10**9, description="from this step on: three sources")
     stage3_step: int = Field(150, ge=0, le=10**9, description="from this step on: all sources")
@@ -105,53 +150,103 @@ class Settings(BaseModel):
     hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1, le=1024)
     unet_depth: int = Field(5, ge=2, le=10)
-    unet_tall_channels: int = Field(256, ge=1, le=16_384, description="of the path that sees all bins of a frame at once")
-    demucs_channels: int = Field(256, ge=2, le=16_384, description="filters of the first layer; channels double from layer to layer")
-    demucs_max_channels: int = Field(256, ge=1, le=16_384, description="up to this many, the width of the bottleneck")
-    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (64, 4, 4)
+    unet_tall_channels: int = Field(
+        256, ge=1, le=16_384, description="of the path that sees all bins of a frame at once"
+    )
+    demucs_channels: int = Field(
+        256,
+        ge=2,
+        le=16_384,
+        description="filters of the first layer; channels double from layer to layer",
+    )
+    demucs_max_channels: int = Field(
+        256, ge=1, le=16_384, description="up to this many, the width of the bottleneck"
+    )
+    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_listed), Field(min_length=1)] = (
+        64,
+        4,
+        4,
+    )
     attention_heads: int = Field(8, ge=1)
 
     # training
-    start_from: str = Field("", description="run whose trained models of the same name, target and seed these begin as; empty: random weights")
+    start_from: str = Field(
+        "",
+        description="run whose trained models of the same name, target and seed these begin as; empty: random weights",
+    )
     steps: int = Field(1350, ge=1, le=10**9)
     unet_lr: float = Field(2e-3, gt=0, le=10)
     demucs_lr: float = Field(2e-3, gt=0, le=10)
     warmup_steps: int = Field(100, ge=0, le=10**9)
     weight_decay: float = Field(1e-2, ge=0, le=10)
     grad_clip: float = Field(5.0, gt=0)
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the running average of the weights, validated beside the raw ones")
+    ema_decay: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="of the running average of the weights, validated beside the raw ones",
+    )
     valid_every: int = Field(225, ge=1, le=10**9)
-    valid_s: float = Field(20.0, ge=0.1, le=3600, description="seconds of each validation track that are scored while training")
+    valid_s: float = Field(
+        20.0,
+        ge=0.1,
+        le=3600,
+        description="seconds of each validation track that are scored while training",
+    )
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: int = Field(1, ge=1, le=1_024, description="GPUs of this machine that share every batch")
+    devices: int = Field(
+        1, ge=1, le=1_024, description="GPUs of this machine that share every batch"
+    )
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
     # evaluation
-    scorer: Literal["bss_eval", "museval"] = Field("bss_eval", description="museval gives the same scores, many times slower")
-    referee_tracks: int = Field(2, ge=0, le=10_000, description="so many test tracks, the shortest, are scored by museval too, and compared")
+    scorer: Literal["bss_eval", "museval"] = Field(
+        "bss_eval", description="museval gives the same scores, many times slower"
+    )
+    referee_tracks: int = Field(
+        2,
+        ge=0,
+        le=10_000,
+        description="so many test tracks, the shortest, are scored by museval too, and compared",
+    )
     ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_listed)] = Field(
-        (), description="models that are also trained without random mixing and without curriculum, as many steps"
+        (),
+        description="models that are also trained without random mixing and without curriculum, as many steps",
     )
 
     # analysis
-    data_study: bool = Field(False, description="train B1 and B2 with 10 and 30 % of the training tracks too: which of them needs more?")
+    data_study: bool = Field(
+        False,
+        description="train B1 and B2 with 10 and 30 % of the training tracks too: which of them needs more?",
+    )
 
     # listening
-    excerpt_s: float = Field(10.0, ge=0.1, le=600, description="length of the excerpts one can listen to")
+    excerpt_s: float = Field(
+        10.0, ge=0.1, le=600, description="length of the excerpts one can listen to"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
         """What no model could be built or trained with is said before anything is rendered or decoded."""
-        width = min(self.demucs_channels * 2 ** (len(self.demucs_strides) - 1), self.demucs_max_channels)
+        width = min(
+            self.demucs_channels * 2 ** (len(self.demucs_strides) - 1), self.demucs_max_channels
+        )
         wrong = {
             "song_min_s is above song_max_s": self.song_min_s > self.song_max_s,
             "hop is above half of n_fft, so windows would leave gaps": self.hop > self.n_fft // 2,
-            f"n_fft is no multiple of {2 ** (self.unet_depth + 1)}, which unet_depth={self.unet_depth} halves it by": self.n_fft % 2 ** (self.unet_depth + 1),
-            "demucs_strides are not all even numbers from 2 to 1024": any(n % 2 or not 2 <= n <= 1024 for n in self.demucs_strides),
-            f"demucs_channels is no multiple of {2 * self.channels}, sine and cosine for every channel": self.demucs_channels % (2 * self.channels),
-            "demucs_max_channels is below demucs_channels": self.demucs_max_channels < self.demucs_channels,
-            f"attention_heads does not divide {width}, the width of the bottleneck": width % self.attention_heads,
-            f"segment_s={self.segment_s:g} is shorter than one step of the bottleneck": self.segment < math.prod(self.demucs_strides),
+            f"n_fft is no multiple of {2 ** (self.unet_depth + 1)}, which unet_depth={self.unet_depth} halves it by": self.n_fft
+            % 2 ** (self.unet_depth + 1),
+            "demucs_strides are not all even numbers from 2 to 1024": any(
+                n % 2 or not 2 <= n <= 1024 for n in self.demucs_strides
+            ),
+            f"demucs_channels is no multiple of {2 * self.channels}, sine and cosine for every channel": self.demucs_channels
+            % (2 * self.channels),
+            "demucs_max_channels is below demucs_channels": self.demucs_max_channels
+            < self.demucs_channels,
+            f"attention_heads does not divide {width}, the width of the bottleneck": width
+            % self.attention_heads,
+            f"segment_s={self.segment_s:g} is shorter than one step of the bottleneck": self.segment
+            < math.prod(self.demucs_strides),
         }
         if found := [reason for reason, holds in wrong.items() if holds]:
             raise ValueError(found[0])
@@ -167,16 +262,55 @@ class Settings(BaseModel):
 # `musdb18` for the full dataset on a GPU.
 PROFILES: dict[str, dict] = {
     "smoke": dict(
-        n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0, segment_s=2.0, batch_size=2,
-        stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3, unet_tall_channels=16, demucs_channels=16,
-        demucs_max_channels=16, attention_heads=2, steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0,
-        ablations=("unet",), referee_tracks=1, data_study=True,
+        n_train_songs=3,
+        n_valid_songs=1,
+        n_test_songs=3,
+        song_min_s=8.0,
+        song_max_s=12.0,
+        segment_s=2.0,
+        batch_size=2,
+        stage2_step=3,
+        stage3_step=6,
+        unet_channels=4,
+        unet_depth=3,
+        unet_tall_channels=16,
+        demucs_channels=16,
+        demucs_max_channels=16,
+        attention_heads=2,
+        steps=12,
+        warmup_steps=2,
+        valid_every=6,
+        valid_s=5.0,
+        excerpt_s=3.0,
+        ablations=("unet",),
+        referee_tracks=1,
+        data_study=True,
     ),
     "demo": dict(),
-    "musdb7": dict(target="vocals", speed_semitones=2, unet_tall_channels=64, steps=4000, ema_decay=0.998, valid_s=7.0, excerpt_s=6.0),
+    "musdb7": dict(
+        target="vocals",
+        speed_semitones=2,
+        unet_tall_channels=64,
+        steps=4000,
+        ema_decay=0.998,
+        valid_s=7.0,
+        excerpt_s=6.0,
+    ),
     "musdb18": dict(
-        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16, unet_channels=32, unet_tall_channels=512,
-        demucs_channels=512, demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000, warmup_steps=1000, valid_every=2000,
+        target="vocals",
+        sample_rate=22050,
+        channels=2,
+        segment_s=6.0,
+        batch_size=16,
+        unet_channels=32,
+        unet_tall_channels=512,
+        demucs_channels=512,
+        demucs_max_channels=768,
+        steps=60000,
+        stage2_step=2000,
+        stage3_step=6000,
+        warmup_steps=1000,
+        valid_every=2000,
         valid_s=60.0,
     ),
 }
@@ -212,7 +346,9 @@ class Run:
         return self.folder / "audio" / safe_name(track) / target
 
 
-def resolve(profile: str = "demo", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Settings:
+def resolve(
+    profile: str = "demo", data: str = "", target: str = "", overrides: str | Iterable[str] = ()
+) -> Settings:
     """The profile's settings with what is given on top; empty arguments mean "as the profile has it".
 
     `overrides` are `key=value` strings, or one string of them with spaces between. Raises ValueError for an unknown
@@ -220,10 +356,19 @@ def resolve(profile: str = "demo", data: str = "", target: str = "", overrides: 
     """
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; there are: {', '.join(PROFILES)}.")
-    return _validated({"profile": profile, **PROFILES[profile], **_given(data, target, overrides)}, f"profile {profile}")
+    return _validated(
+        {"profile": profile, **PROFILES[profile], **_given(data, target, overrides)},
+        f"profile {profile}",
+    )
 
 
-def open_run(profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: str | Iterable[str] = ()) -> Run:
+def open_run(
+    profile: str = "demo",
+    run: str = "",
+    data: str = "",
+    target: str = "",
+    overrides: str | Iterable[str] = (),
+) -> Run:
     """Return the run called `run` (default: the profile's name), with its stored settings if it has been begun.
 
     Nothing is written yet, see `Run.write_settings`. Raises ValueError as `resolve` does, for an argument that
@@ -233,9 +378,13 @@ def open_run(profile: str = "demo", run: str = "", data: str = "", target: str =
     name = run or profile
     folder = _folder_of(name)
     if runs := runs_in(name):
-        raise ValueError(f"{name!r} is a collection of runs ({', '.join(run.name for run in runs)}): name one of them, or choose another name.")
+        raise ValueError(
+            f"{name!r} is a collection of runs ({', '.join(run.name for run in runs)}): name one of them, or choose another name."
+        )
     if (folder / "settings.json").exists():
-        settings = _stored_settings(folder / "settings.json", {"profile": profile, **_given(data, target, overrides)})
+        settings = _stored_settings(
+            folder / "settings.json", {"profile": profile, **_given(data, target, overrides)}
+        )
     return Run(name, settings, folder)
 
 
@@ -243,14 +392,26 @@ def begun_run(name: str) -> Run:
     """The run called `name` with the settings it has; FileNotFoundError with the names there are where none is called so."""
     folder = _folder_of(name)
     if not (folder / "settings.json").is_file():
-        there = sorted({path.relative_to(results_folder()).parts[0] for path in [*results_folder().glob("*/settings.json"), *results_folder().glob("*/*/settings.json")]})
-        raise FileNotFoundError(f"No run {name!r} under {results_folder()}; there are: {', '.join(there) or 'none'}.")
+        there = sorted(
+            {
+                path.relative_to(results_folder()).parts[0]
+                for path in [
+                    *results_folder().glob("*/settings.json"),
+                    *results_folder().glob("*/*/settings.json"),
+                ]
+            }
+        )
+        raise FileNotFoundError(
+            f"No run {name!r} under {results_folder()}; there are: {', '.join(there) or 'none'}."
+        )
     return Run(name, _stored_settings(folder / "settings.json", {}), folder)
 
 
 def _folder_of(name: str) -> Path:
     if any(safe_name(part) != part for part in name.split("/")):
-        raise ValueError(f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {_short(name)}.")
+        raise ValueError(
+            f"A run name may hold letters, digits, '.', '_' and '-', with '/' before the name of a variant, not {_short(name)}."
+        )
     return results_folder() / name
 
 
@@ -260,8 +421,15 @@ def runs_in(collection: str) -> list[Run]:
     Raises ValueError for what cannot be a name.
     """
     folder = _folder_of(collection) if collection else results_folder()
-    stored = [] if not collection or (folder / "settings.json").exists() else sorted(folder.glob("*/settings.json"))
-    return [Run(f"{collection}/{path.parent.name}", _stored_settings(path, {}), path.parent) for path in stored]
+    stored = (
+        []
+        if not collection or (folder / "settings.json").exists()
+        else sorted(folder.glob("*/settings.json"))
+    )
+    return [
+        Run(f"{collection}/{path.parent.name}", _stored_settings(path, {}), path.parent)
+        for path in stored
+    ]
 
 
 def results_folder() -> Path:
@@ -296,12 +464,18 @@ def _validated(values: dict, where: str) -> Settings:
     """Settings from `values`; pydantic's report is folded into one sentence."""
     unknown = [key for key in values if key not in Settings.model_fields]
     if unknown:
-        raise ValueError(f"Unknown setting {unknown[0]!r}; there are: {', '.join(Settings.model_fields)}.")
+        raise ValueError(
+            f"Unknown setting {unknown[0]!r}; there are: {', '.join(Settings.model_fields)}."
+        )
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        subject = f"Setting {first['loc'][0]!r} of {where} is {_short(first['input'])}" if first["loc"] else f"The settings of {where} do not fit together"
+        subject = (
+            f"Setting {first['loc'][0]!r} of {where} is {_short(first['input'])}"
+            if first["loc"]
+            else f"The settings of {where} do not fit together"
+        )
         raise ValueError(f"{subject}: {first['msg'].removeprefix('Value error, ')}.") from None
 
 
@@ -330,5 +504,7 @@ def _stored_values(path: Path) -> dict:
     except (ValueError, RecursionError) as error:
         values = f"{type(error).__name__}: {error}"
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no settings ({_short(values)}); expected an object of names and values: mend it, or choose another run name.")
+        raise ValueError(
+            f"{path} holds no settings ({_short(values)}); expected an object of names and values: mend it, or choose another run name."
+        )
     return values

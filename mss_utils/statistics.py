@@ -30,15 +30,27 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     Scores above 80 dB count as 80 dB: what is beyond is rounding noise.
     """
     rows = []
-    for (references, target, model), group in tracks.groupby(["references", "target", "model"], sort=False):
+    for (references, target, model), group in tracks.groupby(
+        ["references", "target", "model"], sort=False
+    ):
         for metric in TRACK_METRICS:
             values = by_seed(group, metric)
             low, high = median_interval(values.to_numpy())
             means = values.mean(axis=1)
-            rows.append(dict(
-                references=references, target=target, model=model, metric=metric, median=means.median(), mean=means.mean(),
-                ci_low=low, ci_high=high, tracks=len(values), seeds=group["seed"].nunique(),
-            ))
+            rows.append(
+                dict(
+                    references=references,
+                    target=target,
+                    model=model,
+                    metric=metric,
+                    median=means.median(),
+                    mean=means.mean(),
+                    ci_low=low,
+                    ci_high=high,
+                    tracks=len(values),
+                    seeds=group["seed"].nunique(),
+                )
+            )
     return pd.DataFrame(rows)
 
 
@@ -48,11 +60,28 @@ def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) ->
     Seeds are compared one by one, then averaged on each track; the test is one of tracks, given these trainings. The correction
     covers all `pairs` of one target and metric. Scores above 80 dB count as 80 dB.
     """
-    columns = ["target", "a", "b", "metric", "median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected", "tracks", "seeds"]
+    columns = [
+        "target",
+        "a",
+        "b",
+        "metric",
+        "median_difference",
+        "ci_low",
+        "ci_high",
+        "p_wilcoxon",
+        "p_corrected",
+        "tracks",
+        "seeds",
+    ]
     rows = []
     for target, metric in itertools.product(tracks["target"].unique(), TRACK_METRICS):
-        of = lambda model: by_seed(tracks[(tracks["target"] == target) & (tracks["model"] == model)], metric)
-        family = [dict(target=target, a=a, b=b, metric=metric) | _difference(of(a) - of(b)) for a, b in pairs]
+        of = lambda model: by_seed(
+            tracks[(tracks["target"] == target) & (tracks["model"] == model)], metric
+        )
+        family = [
+            dict(target=target, a=a, b=b, metric=metric) | _difference(of(a) - of(b))
+            for a, b in pairs
+        ]
         for row, corrected in zip(family, holm([row["p_wilcoxon"] for row in family])):
             rows.append(row | dict(p_corrected=corrected))
     return pd.DataFrame(rows, columns=columns)
@@ -60,7 +89,11 @@ def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) ->
 
 def by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A metric with a row a track and a column a seed, at most 80 dB; tracks without any score are left out."""
-    return rows.pivot(index="track", columns="seed", values=metric).dropna(how="all").clip(upper=ROUNDING_DB)
+    return (
+        rows.pivot(index="track", columns="seed", values=metric)
+        .dropna(how="all")
+        .clip(upper=ROUNDING_DB)
+    )
 
 
 def _difference(values: pd.DataFrame) -> dict:
@@ -74,7 +107,13 @@ def median_of(values: pd.DataFrame) -> dict:
     """Median over tracks of `values`, a row a track and a column a seed, with its interval and the counts; tracks without a value are left out."""
     values = values.dropna(how="all")
     low, high = median_interval(values.to_numpy())
-    return dict(median=values.mean(axis=1).median(), ci_low=low, ci_high=high, tracks=len(values), seeds=values.shape[1])
+    return dict(
+        median=values.mean(axis=1).median(),
+        ci_low=low,
+        ci_high=high,
+        tracks=len(values),
+        seeds=values.shape[1],
+    )
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
@@ -149,5 +188,8 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
 
 
 def counts_of(row: pd.Series | Mapping) -> str:
-    """"3 tracks, 1 seed"."""
-    return ", ".join(f"{row[things]} {things if row[things] != 1 else things[:-1]}" for things in ("tracks", "seeds"))
+    """ "3 tracks, 1 seed"."""
+    return ", ".join(
+        f"{row[things]} {things if row[things] != 1 else things[:-1]}"
+        for things in ("tracks", "seeds")
+    )

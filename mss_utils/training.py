@@ -57,7 +57,13 @@ class Recipe:
 def recipe_of(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
     """The recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
     lr = getattr(settings, LEARNING_RATES[model_name])
-    return Recipe(build_model(model_name, settings, seed), separation_loss, lr, settings.weight_decay, settings.grad_clip)
+    return Recipe(
+        build_model(model_name, settings, seed),
+        separation_loss,
+        lr,
+        settings.weight_decay,
+        settings.grad_clip,
+    )
 
 
 def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -70,7 +76,9 @@ def copying_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return snr_loss(model(batch.mixture), batch.mixture, batch.mixture)
 
 
-def snr_loss(estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0) -> torch.Tensor:
+def snr_loss(
+    estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0
+) -> torch.Tensor:
     """Negative signal-to-noise ratio in dB, averaged over the examples of `(batch, channels, samples)`.
 
     Every example counts alike whatever its level. Error and target are measured above a floor of `floor_db` below the
@@ -94,7 +102,12 @@ def learning_rate(step: int, settings: Settings, peak: float) -> float:
 
 
 def train(
-    run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
+    run: Run,
+    store: Store,
+    target: str,
+    model_name: str,
+    seed: int = 0,
+    on_validation: Callable | None = None,
 ) -> torch.nn.Module:
     """Train one model, or load it when the run already holds one that fits settings and data; in evaluation mode.
 
@@ -105,7 +118,10 @@ def train(
     FloatingPointError when the loss is no longer finite, MemoryError with what to try when a batch does not fit,
     ValueError when validation would hear no target or the batch cannot be shared out.
     """
-    folder, identity = run.model_folder(target, model_name, seed), identity_of(run.settings, store, target, model_name, seed)
+    folder, identity = (
+        run.model_folder(target, model_name, seed),
+        identity_of(run.settings, store, target, model_name, seed),
+    )
     if run.settings.devices > 1 and not is_trained(folder, identity):
         check_device(run.settings)
         with one_at_a_time(folder):
@@ -115,10 +131,18 @@ def train(
 
 
 def train_here(
-    run: Run, store: Store, target: str, model_name: str, seed: int = 0, on_validation: Callable | None = None
+    run: Run,
+    store: Store,
+    target: str,
+    model_name: str,
+    seed: int = 0,
+    on_validation: Callable | None = None,
 ) -> None:
     """Train one model, if it is not trained yet, in this process: alone, or as one of those that `torchrun` started; see `train`."""
-    folder, identity = run.model_folder(target, model_name, seed), identity_of(run.settings, store, target, model_name, seed)
+    folder, identity = (
+        run.model_folder(target, model_name, seed),
+        identity_of(run.settings, store, target, model_name, seed),
+    )
     if is_trained(folder, identity):
         return
     _check_validation(store, run.settings, target)
@@ -133,41 +157,68 @@ def train_here(
         reset_peak_memory(run.settings)
         state = fit(run.settings, store, identity, folder, recipe, on_validation)
         if int(os.environ.get("RANK", 0)) == 0:  # one process writes
-            write_text(folder / "model.json", json.dumps(identity | _outcome(run.settings, model_name, state), indent=2) + "\n")
+            write_text(
+                folder / "model.json",
+                json.dumps(identity | _outcome(run.settings, model_name, state), indent=2) + "\n",
+            )
 
 
 def _outcome(settings: Settings, model_name: str, state: dict) -> dict:
     """What model.json says of a training beside its identity."""
     return dict(
-        parameters=count_parameters(build_model(model_name, settings)), steps=state["step"], best_step=state["best_step"],
-        best_weights=state["best_weights"], valid_sdr=state["best"], train_s=state["train_s"],
-        peak_memory_mb=peak_memory_mb(settings), processes=int(os.environ.get("WORLD_SIZE", 1)),
+        parameters=count_parameters(build_model(model_name, settings)),
+        steps=state["step"],
+        best_step=state["best_step"],
+        best_weights=state["best_weights"],
+        valid_sdr=state["best"],
+        train_s=state["train_s"],
+        peak_memory_mb=peak_memory_mb(settings),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),
     )
 
 
 def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
     """What a training is of: everything that its weights depend on, and where it came from."""
-    return dict(model=model_name, target=target, seed=seed, data=store.sha, settings=settings.model_dump(mode="json"))
+    return dict(
+        model=model_name,
+        target=target,
+        seed=seed,
+        data=store.sha,
+        settings=settings.model_dump(mode="json"),
+    )
 
 
-def start(network: torch.nn.Module, settings: Settings, target: str, model_name: str, seed: int) -> None:
+def start(
+    network: torch.nn.Module, settings: Settings, target: str, model_name: str, seed: int
+) -> None:
     """Give `network` the weights that the run `start_from` has for the same model; ValueError where that is of another rate or size."""
-    folder = Run(settings.start_from, settings, results_folder() / settings.start_from).model_folder(target, model_name, seed)
+    folder = Run(
+        settings.start_from, settings, results_folder() / settings.start_from
+    ).model_folder(target, model_name, seed)
     first = load_model(folder)
     if first.sample_rate != settings.sample_rate:
-        raise ValueError(f"{folder} has learnt from audio at {first.sample_rate} Hz, this run has {settings.sample_rate}: start from one of the same rate.")
+        raise ValueError(
+            f"{folder} has learnt from audio at {first.sample_rate} Hz, this run has {settings.sample_rate}: start from one of the same rate."
+        )
     try:
         network.load_state_dict(first.state_dict())
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{folder} cannot be started from ({reason}): it needs the same channels, n_fft and sizes of the models.") from None
+        raise ValueError(
+            f"{folder} cannot be started from ({reason}): it needs the same channels, n_fft and sizes of the models."
+        ) from None
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------------
 
 
 def fit(
-    settings: Settings, store: Store, identity: dict, folder: Path, recipe: Recipe, on_validation: Callable | None = None
+    settings: Settings,
+    store: Store,
+    identity: dict,
+    folder: Path,
+    recipe: Recipe,
+    on_validation: Callable | None = None,
 ) -> dict:
     """The loop: draw, forward, backward, step, average; validate and save now and then. Returns the final state.
 
@@ -188,10 +239,15 @@ def fit(
             loss = descend(fabric, model, optimizer, recipe, batch, rate)
             follow(average, recipe.network, settings.ema_decay)
             state["step"] += 1
-            validating = state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
+            validating = (
+                state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
+            )
             watch.step(loss, recipe.network, batch, look=validating)
             if validating and fabric.is_global_zero:  # the other processes wait at their next step
-                scores = {weights: validate(network, store, settings, identity["target"]) for weights, network in networks.items()}
+                scores = {
+                    weights: validate(network, store, settings, identity["target"])
+                    for weights, network in networks.items()
+                }
                 _record(state, settings, scores, rate)
                 keep_best(folder, networks, state)
             if (validating or watch.save_is_due()) and fabric.is_global_zero:
@@ -202,7 +258,9 @@ def fit(
     return state
 
 
-def descend(fabric: Fabric, model: torch.nn.Module, optimizer, recipe: Recipe, batch: Batch, rate: float) -> torch.Tensor:
+def descend(
+    fabric: Fabric, model: torch.nn.Module, optimizer, recipe: Recipe, batch: Batch, rate: float
+) -> torch.Tensor:
     """One step downhill: forward, loss, backward, clip, update. Returns the loss, which stays on the device."""
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -218,7 +276,9 @@ def descend(fabric: Fabric, model: torch.nn.Module, optimizer, recipe: Recipe, b
 def set_up(fabric: Fabric, recipe: Recipe) -> tuple:
     """The network and the optimizer of a recipe as `fabric` wraps them; the network is moved to the device of `fabric`."""
     network = recipe.network
-    if fabric.world_size > 1 and fabric.device.type == "cuda":  # statistics of the whole batch, not of one share
+    if (
+        fabric.world_size > 1 and fabric.device.type == "cuda"
+    ):  # statistics of the whole batch, not of one share
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     adam = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
     return fabric.setup(network, adam)
@@ -239,7 +299,11 @@ def follow(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> 
 
     torch's own AveragedModel would make a GPU wait at every step.
     """
-    pairs = [pair for pair in zip(average.state_dict().values(), network.state_dict().values()) if pair[0].is_floating_point()]
+    pairs = [
+        pair
+        for pair in zip(average.state_dict().values(), network.state_dict().values())
+        if pair[0].is_floating_point()
+    ]
     torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 
@@ -251,10 +315,20 @@ class Watch:
     """
 
     def __init__(self, fabric: Fabric, settings: Settings, identity: dict, state: dict):
-        self.settings, self.name, self.state, self.losses, self.warned = settings, identity["model"], state, [], set()
+        self.settings, self.name, self.state, self.losses, self.warned = (
+            settings,
+            identity["model"],
+            state,
+            [],
+            set(),
+        )
         self.speaks = fabric.is_global_zero  # for all processes
         self.bar = tqdm(
-            total=settings.steps, initial=state["step"], desc=f"{self.name} on {identity['target']}", unit="step", mininterval=1,
+            total=settings.steps,
+            initial=state["step"],
+            desc=f"{self.name} on {identity['target']}",
+            unit="step",
+            mininterval=1,
             disable=not self.speaks,
         )
         self.clock = self.last_save = time.perf_counter()
@@ -265,7 +339,9 @@ class Watch:
     def __exit__(self, kind, error, _traceback) -> None:
         """Close the bar; running out of memory is said in terms of settings. Torch has its own error for GPUs only."""
         self.bar.close()
-        if isinstance(error, torch.OutOfMemoryError) or (kind is RuntimeError and "not enough memory" in str(error)):
+        if isinstance(error, torch.OutOfMemoryError) or (
+            kind is RuntimeError and "not enough memory" in str(error)
+        ):
             size, seconds = self.settings.batch_size, self.settings.segment_s
             smaller = f"batch_size={size // 2}, or " if size > 1 else ""
             raise MemoryError(
@@ -278,7 +354,10 @@ class Watch:
         self.losses.append(loss)
         self.bar.update()
         if look or time.perf_counter() - self.clock > LOOK_EVERY_S:
-            losses, self.losses = torch.stack(self.losses).tolist(), []  # on a GPU this waits for all steps before
+            losses, self.losses = (
+                torch.stack(self.losses).tolist(),
+                [],
+            )  # on a GPU this waits for all steps before
             self._check_finite(losses)
             if self.speaks:
                 self._warn_of_collapse(network, batch)
@@ -299,7 +378,9 @@ class Watch:
         for step, loss in enumerate(losses, self.state["step"] - len(losses)):
             if not math.isfinite(loss):
                 setting = LEARNING_RATES.get(self.name, "its learning rate")
-                raise FloatingPointError(f"The loss of {self.name} is {loss} at step {step}: set {setting} lower, or warmup_steps higher.")
+                raise FloatingPointError(
+                    f"The loss of {self.name} is {loss} at step {step}: set {setting} lower, or warmup_steps higher."
+                )
 
     def _warn_of_collapse(self, network: torch.nn.Module, batch: Batch) -> None:
         """Say once when all that the network has learnt is to hand back the mixture, or nothing."""
@@ -309,12 +390,22 @@ class Watch:
             self.warned.add(answer)
             warnings.warn(
                 f"At step {self.state['step']}, {self.name} returns {answer} for every example looked at. If that lasts, "
-                "set its learning rate lower, warmup_steps higher, or begin with another seed.", stacklevel=3,
+                "set its learning rate lower, warmup_steps higher, or begin with another seed.",
+                stacklevel=3,
             )
 
     def _show(self, loss: float) -> None:
-        speed = self.state["step"] * self.settings.batch_size * self.settings.segment_s / self.state["train_s"]
-        scores = {"SDR": f"{self.state['history'][-1]['valid_sdr_db']:.2f} dB"} if self.state["history"] else {}
+        speed = (
+            self.state["step"]
+            * self.settings.batch_size
+            * self.settings.segment_s
+            / self.state["train_s"]
+        )
+        scores = (
+            {"SDR": f"{self.state['history'][-1]['valid_sdr_db']:.2f} dB"}
+            if self.state["history"]
+            else {}
+        )
         self.bar.set_postfix({"loss": f"{loss:.2f}"} | scores | {"audio": f"{speed:.0f} s/s"})
 
 
@@ -324,9 +415,15 @@ def collapse(network: torch.nn.Module, batch: Batch) -> str | None:
     network.eval()
     estimate = network(batch.mixture)
     network.train()
-    level_db = lambda x: 10 * torch.log10(x.square().mean(dim=(1, 2)) / (batch.mixture.square().mean(dim=(1, 2)) + 1e-12) + 1e-12)
+    level_db = lambda x: (
+        10
+        * torch.log10(
+            x.square().mean(dim=(1, 2)) / (batch.mixture.square().mean(dim=(1, 2)) + 1e-12) + 1e-12
+        )
+    )
     for answer, distance, truth in (
-        ("the mixture", estimate - batch.mixture, batch.target - batch.mixture), ("silence", estimate, batch.target),
+        ("the mixture", estimate - batch.mixture, batch.target - batch.mixture),
+        ("silence", estimate, batch.target),
     ):
         wrong = level_db(truth) > COLLAPSE_DB / 2
         if wrong.any() and (level_db(distance)[wrong] < COLLAPSE_DB).all():
@@ -340,16 +437,40 @@ def _fabric(settings: Settings) -> Fabric:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if settings.batch_size % processes:
         size = settings.batch_size
-        raise ValueError(f"{processes} processes cannot share batch_size={size} equally: set it to a multiple of {processes}.")
-    fabric = Fabric(accelerator=settings.device, devices=devices, num_nodes=processes // devices, precision=settings.precision)
+        raise ValueError(
+            f"{processes} processes cannot share batch_size={size} equally: set it to a multiple of {processes}."
+        )
+    fabric = Fabric(
+        accelerator=settings.device,
+        devices=devices,
+        num_nodes=processes // devices,
+        precision=settings.precision,
+    )
     fabric.launch()
     return fabric
 
 
-def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None) -> None:
+def _train_in_processes(
+    run: Run, target: str, model_name: str, seed: int, on_validation: Callable | None
+) -> None:
     """Have `torchrun` start one process a device on this machine; follow their history from here."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={run.settings.devices}"]
-    command += ["-m", "--", "mss_utils", "train", "--profile", run.settings.profile, "--run", run.name]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={run.settings.devices}",
+    ]
+    command += [
+        "-m",
+        "--",
+        "mss_utils",
+        "train",
+        "--profile",
+        run.settings.profile,
+        "--run",
+        run.name,
+    ]
     command += ["--stem", target, "--model", model_name, "--seed", str(seed)]
     run.write_settings()
     path, shown = run.model_folder(target, model_name, seed) / "history.csv", 0
@@ -364,20 +485,32 @@ def _train_in_processes(run: Run, target: str, model_name: str, seed: int, on_va
         finally:
             processes.terminate()  # an interrupted notebook leaves no training behind
     if processes.returncode:
-        raise ChildProcessError(f"Training {model_name} in {run.settings.devices} processes failed; what they printed above says why.")
+        raise ChildProcessError(
+            f"Training {model_name} in {run.settings.devices} processes failed; what they printed above says why."
+        )
 
 
 def _record(state: dict, settings: Settings, scores: dict[str, float], lr: float) -> None:
     """Add a row to the history: the mean loss since the last one, and the validation score of each set of weights."""
     audio_s = state["step"] * settings.batch_size * settings.segment_s
-    state["history"].append(dict(
-        step=state["step"], train_loss_db=float(np.mean(state["losses"])), valid_sdr_db=max(scores.values()),
-        raw_sdr_db=scores["raw"], ema_sdr_db=scores["ema"], lr=lr, train_s=state["train_s"], audio_s_per_s=audio_s / state["train_s"],
-    ))
+    state["history"].append(
+        dict(
+            step=state["step"],
+            train_loss_db=float(np.mean(state["losses"])),
+            valid_sdr_db=max(scores.values()),
+            raw_sdr_db=scores["raw"],
+            ema_sdr_db=scores["ema"],
+            lr=lr,
+            train_s=state["train_s"],
+            audio_s_per_s=audio_s / state["train_s"],
+        )
+    )
     state["losses"] = []
 
 
-def reconstruction_check(model_name: str, store: Store, settings: Settings, n_steps: int = 300, every: int = 25) -> pd.DataFrame:
+def reconstruction_check(
+    model_name: str, store: Store, settings: Settings, n_steps: int = 300, every: int = 25
+) -> pd.DataFrame:
     """Can the network pass a signal through? Train it with the mixture itself as target; SDR in dB on an unseen song.
 
     Returns columns step, sdr_db: one row each `every` steps, scored on up to 10 s of the first validation track.
@@ -390,11 +523,21 @@ def reconstruction_check(model_name: str, store: Store, settings: Settings, n_st
     mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
     network.segment_s, rows = settings.segment_s, []
     batches = mixer.batches(settings.stage3_step, settings.stage3_step + n_steps, fabric.device)
-    for step, batch in enumerate(tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1), 1):
+    for step, batch in enumerate(
+        tqdm(batches, total=n_steps, desc=f"{model_name} reconstructs", unit="step", mininterval=1),
+        1,
+    ):
         rate = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
         descend(fabric, model, optimizer, recipe, batch, rate)
         if step % every == 0 or step == n_steps:
-            rows.append(dict(step=step, sdr_db=utterance_sdr(mixture.T, separate(network, mixture, store.sample_rate).T)))
+            rows.append(
+                dict(
+                    step=step,
+                    sdr_db=utterance_sdr(
+                        mixture.T, separate(network, mixture, store.sample_rate).T
+                    ),
+                )
+            )
     return pd.DataFrame(rows)
 
 
@@ -407,7 +550,9 @@ def validate(model: torch.nn.Module, store: Store, settings: Settings, target: s
     return float(np.nanmedian(scores))
 
 
-def _validation_excerpts(store: Store, settings: Settings) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _validation_excerpts(
+    store: Store, settings: Settings
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Mixture `(channels, samples)` and stems `(stems, channels, samples)` of the middle of each validation track."""
     for track in store.split("valid"):
         length = min(track.samples, round(settings.valid_s * store.sample_rate))

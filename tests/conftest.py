@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, one a core, and threads that wait for a busy core only spin
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side, one a core, and threads that wait for a busy core only spin
 
 import nbformat
 import numpy as np
@@ -28,7 +30,11 @@ SMALL = "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"  # models of
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the long form of the faults: more kills, more cases, longer files, clean environments")
+    parser.addoption(
+        "--long",
+        action="store_true",
+        help="the long form of the faults: more kills, more cases, longer files, clean environments",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +56,19 @@ def pytest_terminal_summary(terminalreporter):
         for name, number in report.user_properties:
             totals[name.removeprefix("count of ")] += number
     if totals:
-        terminalreporter.write_line("survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items())))
+        terminalreporter.write_line(
+            "survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items()))
+        )
 
 
 def pytest_collection_modifyitems(items):
     """The longest file first, then those that do not wait for the smoke run that it makes."""
     waiting = {item.module.__name__ for item in items if "smoke_run" in item.fixturenames}
-    items.sort(key=lambda item: (item.module.__name__ in waiting) - 2 * (item.module.__name__ == "test_kills"))
+    items.sort(
+        key=lambda item: (
+            (item.module.__name__ in waiting) - 2 * (item.module.__name__ == "test_kills")
+        )
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,7 +81,9 @@ def own_folders(tmp_path_factory):
         yield folder
 
 
-def write_dataset(root: Path, n_train=4, n_valid=1, n_test=2, seconds=3.0, rate=16000, channels=1, suffix=".wav") -> Path:
+def write_dataset(
+    root: Path, n_train=4, n_valid=1, n_test=2, seconds=3.0, rate=16000, channels=1, suffix=".wav"
+) -> Path:
     """A folder dataset of noise bursts and tones, every stem at a level of its own."""
     rng = np.random.default_rng(0)
     for split, count in (("train", n_train), ("valid", n_valid), ("test", n_test)):
@@ -124,7 +138,13 @@ def small_run(small_settings, tmp_path, monkeypatch):
 
 def command(*arguments, **environment) -> subprocess.CompletedProcess:
     """`python -m mss_utils ...` as a user runs it."""
-    return subprocess.run([*MSS_UTILS, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
+    return subprocess.run(
+        [*MSS_UTILS, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -137,11 +157,21 @@ def smoke_run(own_folders, tmp_path_factory):
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke_run"
     with one_at_a_time(shared):
         if not (shared / "call.json").exists():
-            done = command("run", "--profile", "smoke", MSS_RESULTS=str(shared / "results"), MSS_CACHE=str(shared / "cache"))
-            (shared / "call.json").write_text(json.dumps(dict(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr)))
+            done = command(
+                "run",
+                "--profile",
+                "smoke",
+                MSS_RESULTS=str(shared / "results"),
+                MSS_CACHE=str(shared / "cache"),
+            )
+            (shared / "call.json").write_text(
+                json.dumps(dict(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr))
+            )
     for folder in ("results", "cache"):
         shutil.copytree(shared / folder, own_folders / folder, dirs_exist_ok=True)
-    return SimpleNamespace(**json.loads((shared / "call.json").read_text())), own_folders / "results" / "smoke"
+    return SimpleNamespace(
+        **json.loads((shared / "call.json").read_text())
+    ), own_folders / "results" / "smoke"
 
 
 def little_run(folder: Path, monkeypatch):
@@ -157,7 +187,10 @@ def little_run(folder: Path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
     monkeypatch.setenv("MSS_RESULTS", str(folder / "results"))
     run = open_run("smoke", "little")
-    write_notebook(notebooks / "one.ipynb", f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')")
+    write_notebook(
+        notebooks / "one.ipynb",
+        f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')",
+    )
     write_notebook(notebooks / "two.ipynb", "1 + 1")
     return run
 

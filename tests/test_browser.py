@@ -18,7 +18,9 @@ from mss_utils.publishing import PLAYERS_MARK, with_players
 from mss_utils.settings import MODELS, Run, Settings
 
 RATE = 16000
-FREQUENCIES = dict(zip(("mixture", "reference", *MODELS, "irm"), (400, 900, 1400, 1900, 2400, 2900)))
+FREQUENCIES = dict(
+    zip(("mixture", "reference", *MODELS, "irm"), (400, 900, 1400, 1900, 2400, 2900))
+)
 LEVELS_DB = dict(zip(FREQUENCIES, (-6, -9, -12, -18, -24, -10)))
 NASTY = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed=1'>"
 FIRST = "document.querySelector('figure.player').player"
@@ -50,7 +52,10 @@ def opened(browser, tmp_path):
         path.write_text(text, encoding="utf-8")
         page = context.new_page()
         page.on("request", lambda request: seen.append(request.url))
-        page.on("console", lambda message: but in message.text or seen.append(f"{message.type}: {message.text}"))
+        page.on(
+            "console",
+            lambda message: but in message.text or seen.append(f"{message.type}: {message.text}"),
+        )
         page.on("pageerror", lambda error: seen.append(str(error)))
         page.goto(path.as_uri())
         seen.remove(path.as_uri())
@@ -77,7 +82,9 @@ def tones():
 
 @pytest.fixture(scope="module")
 def tone_page(tones):
-    return document(figure("tones", tones, RATE) + figure("again", tones, RATE), "tones", ["startPlayers()"])
+    return document(
+        figure("tones", tones, RATE) + figure("again", tones, RATE), "tones", ["startPlayers()"]
+    )
 
 
 def ready(page):
@@ -111,16 +118,22 @@ def test_keys_choose_what_is_heard_and_all_versions_keep_their_level(opened, ton
         page.keyboard.press(str(key))
         assert player("transport.heard") == name
         found[name], pitch = heard_spectrum(page)
-        assert pitch == pytest.approx(FREQUENCIES[name], abs=105), "the sound that goes out is that of the version"
+        assert pitch == pytest.approx(FREQUENCIES[name], abs=105), (
+            "the sound that goes out is that of the version"
+        )
     gains = [found[name] - LEVELS_DB[name] for name in FREQUENCIES]
-    assert np.ptp(gains) < 3, "a quarter of a second of noise is as loud as the rest within a decibel or two"
+    assert np.ptp(gains) < 3, (
+        "a quarter of a second of noise is as loud as the rest within a decibel or two"
+    )
 
 
 def test_versions_have_one_gain_once_decoded(opened, tones, tone_page):
     page = opened(tone_page)
     player = ready(page)
     power = "(buffer) => buffer.getChannelData(0).reduce((sum, value) => sum + value * value, 0) / buffer.length"
-    found = player(f"transport && Object.fromEntries(Object.entries({FIRST}.transport.buffers).map(([name, b]) => [name, ({power})(b)]))")
+    found = player(
+        f"transport && Object.fromEntries(Object.entries({FIRST}.transport.buffers).map(([name, b]) => [name, ({power})(b)]))"
+    )
     gains = [10 * np.log10(found[name] / np.mean(tones[name] ** 2)) for name in tones]
     assert np.ptp(gains) < 0.1, "through mp3 and browser"
 
@@ -130,7 +143,9 @@ def sweep_page():
     """Every version is one sweep from 500 to 3500 Hz in two seconds: its pitch tells the position that is heard."""
     at = np.arange(2 * RATE) / RATE
     sweep = 0.5 * np.sin(2 * np.pi * (500 * at + 750 * at**2))[None].astype(np.float32)
-    return document(figure("sweep", dict.fromkeys(FREQUENCIES, sweep), RATE), "sweep", ["startPlayers()"])
+    return document(
+        figure("sweep", dict.fromkeys(FREQUENCIES, sweep), RATE), "sweep", ["startPlayers()"]
+    )
 
 
 def position_heard(page):
@@ -150,7 +165,9 @@ def position_heard(page):
     return (pitch - 500) / 1500 + wave_s / 2, said
 
 
-def test_what_sounds_is_where_the_player_says_after_starts_seeks_switches_and_loops(opened, sweep_page):
+def test_what_sounds_is_where_the_player_says_after_starts_seeks_switches_and_loops(
+    opened, sweep_page
+):
     page = opened(sweep_page)
     player = ready(page)
     player("seek(0.6)")
@@ -164,21 +181,36 @@ def test_what_sounds_is_where_the_player_says_after_starts_seeks_switches_and_lo
         for _ in range(6):
             heard, said = position_heard(page)
             assert low - 0.01 < said < high + 0.01
-            assert heard == pytest.approx(said, abs=0.04) or min(said - low, high - said) < 0.07, "but for windows with the seam in them"
+            assert heard == pytest.approx(said, abs=0.04) or min(said - low, high - said) < 0.07, (
+                "but for windows with the seam in them"
+            )
     page.keyboard.press(" ")
     held = player("transport.currentTime")
     page.keyboard.press("4")
-    assert player("transport.currentTime") == held and player("transport.paused") and player("transport.heard") == "demucs_lstm"
+    assert (
+        player("transport.currentTime") == held
+        and player("transport.paused")
+        and player("transport.heard") == "demucs_lstm"
+    )
     page.keyboard.press(" ")
     time.sleep(0.3)
     heard, said = position_heard(page)
-    assert heard == pytest.approx(said, abs=0.04) or min(said - low, high - said) < 0.07, "after a pause"
+    assert heard == pytest.approx(said, abs=0.04) or min(said - low, high - said) < 0.07, (
+        "after a pause"
+    )
 
 
 def test_nothing_clicks(opened):
     at = np.arange(2 * RATE) / RATE
     tone = 0.5 * np.sin(2 * np.pi * 100 * at)[None].astype(np.float32)
-    page = opened(document(figure("tone", {"reference": tone, "unet": 0.5 * tone}, RATE), "tone", ["startPlayers()"]), but="ScriptProcessorNode")
+    page = opened(
+        document(
+            figure("tone", {"reference": tone, "unet": 0.5 * tone}, RATE),
+            "tone",
+            ["startPlayers()"],
+        ),
+        but="ScriptProcessorNode",
+    )
     player = ready(page)
     page.keyboard.press(" ")
     steps = page.evaluate("""async () => {
@@ -199,12 +231,16 @@ def test_nothing_clicks(opened):
         }
         return largest;
     }""")
-    assert steps[0] > 0.01 and max(steps[1:]) < 2 * steps[0], "switch, seek, loop and pause are no steeper than the tone"
+    assert steps[0] > 0.01 and max(steps[1:]) < 2 * steps[0], (
+        "switch, seek, loop and pause are no steeper than the tone"
+    )
 
 
 def test_only_one_player_sounds(opened, tone_page):
     page = opened(tone_page)
-    page.wait_for_function("() => document.querySelectorAll('figure.player[data-ready]').length == 2")
+    page.wait_for_function(
+        "() => document.querySelectorAll('figure.player[data-ready]').length == 2"
+    )
     first, second = page.query_selector_all("figure.player")
     first.query_selector(".play").click()
     second.query_selector(".play").click()
@@ -219,7 +255,9 @@ def test_the_residual_is_the_mixture_minus_the_version(opened, tones, tone_page)
     page.keyboard.press("r")
     assert player("transport.heard") == "unet residual"
     gain = gain_with_residuals(tones)
-    samples = np.array(page.evaluate(f"[...{FIRST}.transport.buffers['unet residual'].getChannelData(0)]"))
+    samples = np.array(
+        page.evaluate(f"[...{FIRST}.transport.buffers['unet residual'].getChannelData(0)]")
+    )
     wanted = gain * (tones["mixture"] - tones["unet"])[0]
     assert np.mean((samples - wanted) ** 2) < 0.02 * np.mean(wanted**2)
     page.keyboard.press("1")
@@ -251,10 +289,14 @@ def test_screen_readers_and_keyboards_find_everything(opened, tone_page):
     page = opened(tone_page)
     player = ready(page)
     choices = page.get_by_role("radiogroup").first.get_by_role("radio")
-    assert choices.count() == 6 and page.get_by_role("radio", checked=True).first.inner_text().endswith("mixture")
+    assert choices.count() == 6 and page.get_by_role(
+        "radio", checked=True
+    ).first.inner_text().endswith("mixture")
     choices.nth(0).focus()
     page.keyboard.press("ArrowDown")
-    assert player("version") == "reference" and choices.nth(1).evaluate("(node) => node === document.activeElement")
+    assert player("version") == "reference" and choices.nth(1).evaluate(
+        "(node) => node === document.activeElement"
+    )
     page.keyboard.press("ArrowRight")
     assert player("transport.currentTime") == pytest.approx(1.0)
     assert page.get_by_role("status").first.inner_text() == "reference"
@@ -268,24 +310,43 @@ def test_pictures_show_what_is_heard(opened, tone_page):
     for key, name in ((1, "mixture"), (6, "irm")):
         page.keyboard.press(str(key))
         time.sleep(0.8)
-        shown[name] = [imread(io.BytesIO(page.locator(f"figure .{part}").first.screenshot()))[:, 100:, :3].mean(axis=2) for part in ("wave", "spectrogram")]
-    rows = [spectrogram[8:].mean(axis=1).argmax() / len(spectrogram) for _, spectrogram in shown.values()]
+        shown[name] = [
+            imread(io.BytesIO(page.locator(f"figure .{part}").first.screenshot()))[
+                :, 100:, :3
+            ].mean(axis=2)
+            for part in ("wave", "spectrogram")
+        ]
+    rows = [
+        spectrogram[8:].mean(axis=1).argmax() / len(spectrogram)
+        for _, spectrogram in shown.values()
+    ]
     assert 0.7 < rows[0] < 1 and rows[1] < rows[0] - 0.2, "400 Hz stands low, 2900 Hz higher"
     ink = [np.mean(np.abs(wave - wave[0, 0]) > 0.2) for wave, _ in shown.values()]
     assert ink[1] == pytest.approx(ink[0] * 10 ** (-4 / 20), rel=0.3), "4 dB lower"
 
 
 def test_what_does_not_decode_is_left_as_plain_players(browser, tmp_path, tone_page):
-    (tmp_path / "page.html").write_text(re.sub("base64,[^\"]*", "base64,AAAA", tone_page, count=1))
+    (tmp_path / "page.html").write_text(re.sub('base64,[^"]*', "base64,AAAA", tone_page, count=1))
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())
     page.wait_for_selector("text=cannot play these versions together")
-    assert page.locator("figure").first.locator("audio:visible").count() == 6 and page.locator("figure").first.locator(".bar").count() == 0
+    assert (
+        page.locator("figure").first.locator("audio:visible").count() == 6
+        and page.locator("figure").first.locator(".bar").count() == 0
+    )
     page.close()
 
 
 def test_a_silent_player_far_away_gives_back_its_memory(opened, tones):
-    page = opened(document(figure("near", tones, RATE) + "<div style='height:9000px'></div>" + figure("far", tones, RATE), "two", ["startPlayers()"]))
+    page = opened(
+        document(
+            figure("near", tones, RATE)
+            + "<div style='height:9000px'></div>"
+            + figure("far", tones, RATE),
+            "two",
+            ["startPlayers()"],
+        )
+    )
     ready(page)
     assert page.evaluate("Player.all.map((player) => Boolean(player.transport))") == [True, False]
     page.keyboard.press("3")
@@ -327,10 +388,14 @@ def test_a_phone_shows_everything_without_scrolling_sideways(opened, smoke_run):
 
 
 def test_the_exported_notebook_plays(browser, smoke_run, tmp_path):
-    exported, _ = HTMLExporter().from_filename(str(smoke_run[1] / "notebooks" / "06_listening.ipynb"))
+    exported, _ = HTMLExporter().from_filename(
+        str(smoke_run[1] / "notebooks" / "06_listening.ipynb")
+    )
     path = tmp_path / "06.html"
     path.write_text(exported, encoding="utf-8")
-    with browser.new_context(offline=True) as context:  # formulas and menus of an export come from a network, players must not
+    with browser.new_context(
+        offline=True
+    ) as context:  # formulas and menus of an export come from a network, players must not
         page = context.new_page()
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -342,8 +407,13 @@ def test_the_exported_notebook_plays(browser, smoke_run, tmp_path):
             frame.wait_for_selector("figure.player[data-ready]")
             frame.click("figure.player .play")
             page.keyboard.press("3")
-            assert frame.evaluate(f"[{FIRST}.transport.heard, {FIRST}.transport.paused]") == ["unet", False]
-            shown, needed = frame.evaluate("[window.innerHeight, document.documentElement.scrollHeight]")
+            assert frame.evaluate(f"[{FIRST}.transport.heard, {FIRST}.transport.paused]") == [
+                "unet",
+                False,
+            ]
+            shown, needed = frame.evaluate(
+                "[window.innerHeight, document.documentElement.scrollHeight]"
+            )
             assert shown >= needed - 1, "the frame is as high as what it shows"
         frames[0].wait_for_function(f"() => {FIRST}.transport.paused")
     assert errors == []
@@ -356,7 +426,10 @@ def test_the_exported_notebook_plays(browser, smoke_run, tmp_path):
 def blind_page(tones):
     """Two excerpts of 0.6 seconds, so that a test need not listen for two seconds each."""
     short = {name: audio[:, : round(0.6 * RATE)] for name, audio in tones.items()}
-    found = {rule: cut_excerpt(short, track, "piano", RATE, 0.6) for rule, track in (("best", "one"), ("worst", NASTY))}
+    found = {
+        rule: cut_excerpt(short, track, "piano", RATE, 0.6)
+        for rule, track in (("best", "one"), ("worst", NASTY))
+    }
     listen, pages = excerpts_section("piano", found, RATE, 0)
     return page_of("tones", "abc", ["piano"], listen, pages)
 
@@ -377,11 +450,17 @@ def test_the_blind_test_asks_for_everything_and_hands_out_answers(opened, blind_
     page.click(".start")
     for number in (1, 2):
         assert page.locator(".stage h2").inner_text() == f"Excerpt {number} of 2: piano"
-        assert page.is_disabled(".next") and "Still to hear" in page.inner_text(".stage [role=status].small")
+        assert page.is_disabled(".next") and "Still to hear" in page.inner_text(
+            ".stage [role=status].small"
+        )
         shown = page.locator(".stage").inner_html()
-        assert not any(name in shown for name in ("U-Net", "BiLSTM", "attention</", "low anchor")), "nothing names a version"
+        assert not any(
+            name in shown for name in ("U-Net", "BiLSTM", "attention</", "low anchor")
+        ), "nothing names a version"
         hear_all(page)
-        page.wait_for_function("() => !document.querySelector('.stage [role=status].small').textContent.includes('hear')")
+        page.wait_for_function(
+            "() => !document.querySelector('.stage [role=status].small').textContent.includes('hear')"
+        )
         assert page.is_disabled(".next"), "heard, but not rated"
         for place, slider in enumerate(page.query_selector_all(".rating input")):
             slider.fill(str(10 * place + number))
@@ -394,7 +473,9 @@ def test_the_blind_test_asks_for_everything_and_hands_out_answers(opened, blind_
     assert (answers.run, answers.models, answers.listener) == ("tones", "abc", "An <b>ear</b> 12")
     assert {answer.track for answer in answers.pages} == {"one", NASTY}
     for number, answer in enumerate(answers.pages, 1):
-        assert [answer.ratings[version] for version in answer.order] == [10 * place + number for place in range(5)]
+        assert [answer.ratings[version] for version in answer.order] == [
+            10 * place + number for place in range(5)
+        ]
         assert min(answer.heard_s.values()) >= 0.6 and set(answer.heard_s) == {"open", *RATED}
     assert answers.pages[0].comment == "3 of them hiss", "digits in a comment choose nothing"
     assert page.evaluate("window.harmed") is None
@@ -412,7 +493,9 @@ def test_a_rating_of_fifty_and_a_keyboard_are_enough(opened, blind_page):
     page.keyboard.press("Enter")
     test = "document.getElementById('blind').blindTest"
     assert list(page.evaluate(f"{test}.rated").values()) == [50, 50]
-    assert page.evaluate(f"{test}.player.version === {test}.order[1]"), "what is rated is what is heard"
+    assert page.evaluate(f"{test}.player.version === {test}.order[1]"), (
+        "what is rated is what is heard"
+    )
 
 
 def test_silence_and_short_loops_are_not_heard(opened, blind_page):
@@ -438,7 +521,9 @@ def test_the_anchor_is_as_loud_as_the_mixture_below_its_edge(opened, blind_page)
         const audio = document.querySelector(`#excerpt-0 [data-version=${version}] audio`);
         return [...(await decode(audio, 16000)).getChannelData(0)];
     }))""")
-    assert 10 * np.log10(np.mean(np.square(found[1])) / np.mean(np.square(found[0]))) == pytest.approx(0, abs=0.2)
+    assert 10 * np.log10(
+        np.mean(np.square(found[1])) / np.mean(np.square(found[0]))
+    ) == pytest.approx(0, abs=0.2)
 
 
 def test_the_order_is_drawn_anew(opened, blind_page):
@@ -453,11 +538,15 @@ def test_the_order_is_drawn_anew(opened, blind_page):
     assert len(set(shown)) > 4, "of 120 orders"
     orders = page.evaluate("Array.from({ length: 300 }, () => shuffled([0, 1, 2, 3, 4]))")
     first = np.bincount([order[0] for order in orders], minlength=5)
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and first.min() > 30, "each is first about 60 times"
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and first.min() > 30, (
+        "each is first about 60 times"
+    )
 
 
 def test_a_name_never_runs(opened, tones):
-    page = opened(players({NASTY: {NASTY: tones["unet"]}}, RATE, {NASTY: {NASTY: {NASTY: NASTY}}}).data)
+    page = opened(
+        players({NASTY: {NASTY: tones["unet"]}}, RATE, {NASTY: {NASTY: {NASTY: NASTY}}}).data
+    )
     frame = next(frame for frame in page.frames if frame.parent_frame)
     frame.wait_for_selector("figure.player[data-ready]")
     assert page.evaluate("window.harmed") is None and frame.evaluate("window.harmed") is None
@@ -465,13 +554,23 @@ def test_a_name_never_runs(opened, tones):
 
 def test_the_players_run_inside_the_html_report(opened, tone_page, tmp_path):
     (tmp_path / "listening.html").write_text(recoded(tone_page, 0.5), encoding="utf-8")
-    page = opened(with_players(b"<!doctype html><html><body>" + PLAYERS_MARK + b"</body></html>", [Run("run", Settings(), tmp_path)]).decode())
+    page = opened(
+        with_players(
+            b"<!doctype html><html><body>" + PLAYERS_MARK + b"</body></html>",
+            [Run("run", Settings(), tmp_path)],
+        ).decode()
+    )
     inside = page.frame_locator("iframe")
     inside.locator("figure.player[data-ready]").first.wait_for()
-    assert page.locator("iframe").bounding_box()["height"] > 300 and page.locator("#players").count() == 0
+    assert (
+        page.locator("iframe").bounding_box()["height"] > 300
+        and page.locator("#players").count() == 0
+    )
     inside.locator("figure.player button", has_text="Play").first.click()
     frame = page.frames[1]
-    for _ in range(100):  # the page's own policy forbids the string that wait_for_function would evaluate again and again
+    for _ in range(
+        100
+    ):  # the page's own policy forbids the string that wait_for_function would evaluate again and again
         if frame.evaluate(f"{FIRST}.transport.currentTime") > 0.1:
             break
         page.wait_for_timeout(50)

@@ -19,12 +19,17 @@ SHORT = (8.0, 12.0)
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Three training songs, one for validation, two for testing."""
-    return demo.render_songs(tmp_path_factory.mktemp("songs"), 3, 1, 2, duration_s=SHORT, n_jobs=1, progress=False)
+    return demo.render_songs(
+        tmp_path_factory.mktemp("songs"), 3, 1, 2, duration_s=SHORT, n_jobs=1, progress=False
+    )
 
 
 def fingerprints(root):
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def songs(root):
@@ -43,7 +48,9 @@ def test_the_same_seed_gives_the_same_bytes_in_any_order(root, tmp_path):
 
 def test_what_a_killed_call_left_is_cleared_away(root, tmp_path):
     half = "import os, sys; from pathlib import Path; from mss_utils.files import working_folder\nwith working_folder(Path(sys.argv[1])) as work: (work / 'bass.flac').write_bytes(b'half'); os._exit(9)"
-    assert subprocess.run([sys.executable, "-c", half, str(tmp_path)], cwd=ROOT).returncode == 9 and list(tmp_path.glob(".part-*"))
+    assert subprocess.run(
+        [sys.executable, "-c", half, str(tmp_path)], cwd=ROOT
+    ).returncode == 9 and list(tmp_path.glob(".part-*"))
     demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"] and len(songs(tmp_path)) == 1
 
@@ -63,7 +70,10 @@ def test_finished_songs_are_kept_and_contradictions_refused(root, tmp_path):
         demo.render_songs(tmp_path, 1, 0, 0, seed=1, duration_s=SHORT, n_jobs=1, progress=False)
 
 
-@pytest.mark.parametrize("arguments, message", [(("dev", 0), "unknown split"), (("train", 0, 0, (20.0, 10.0)), "duration_s")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(("dev", 0), "unknown split"), (("train", 0, 0, (20.0, 10.0)), "duration_s")],
+)
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         demo.compose(*arguments)
@@ -84,14 +94,19 @@ def test_stems_add_up_without_clipping(root):
 def test_musdb_reads_it(root):
     import musdb
 
-    train, valid = (musdb.DB(root=str(root), setup_file="mus.yaml", is_wav=True, subsets="train", split=s) for s in ("train", "valid"))
+    train, valid = (
+        musdb.DB(root=str(root), setup_file="mus.yaml", is_wav=True, subsets="train", split=s)
+        for s in ("train", "valid")
+    )
     test = musdb.DB(root=str(root), setup_file="mus.yaml", is_wav=True, subsets="test")
     assert (len(train), len(valid), len(test)) == (3, 1, 2)
     track = test[0]
     assert track.rate == demo.SAMPLE_RATE and set(demo.STEMS) <= set(track.targets)
     total = sum(track.targets[stem].audio for stem in demo.STEMS)
     assert np.allclose(track.audio, total, atol=1e-6)
-    assert np.allclose(track.targets["piano"].audio, read(root / "test" / track.name, "piano") / 32768, atol=1e-6)
+    assert np.allclose(
+        track.targets["piano"].audio, read(root / "test" / track.name, "piano") / 32768, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("stem", ["drums", "piano"])
@@ -99,21 +114,29 @@ def test_energy_rises_at_the_onsets(root, stem):
     rises = []
     for song in songs(root):
         sound = (read(song, stem) / 32768).mean(1)
-        for onset, before in zip(*(lambda t: (t[1:], t[:-1]))(json.loads((song / "onsets.json").read_text())[stem])):
+        for onset, before in zip(
+            *(lambda t: (t[1:], t[:-1]))(json.loads((song / "onsets.json").read_text())[stem])
+        ):
             at = int(onset * demo.SAMPLE_RATE)
             if onset - before > 0.1 and at + 700 < len(sound):  # chords and rolls aside
-                power = [np.mean(np.diff(sound[a:a + 600]) ** 2) + 1e-10 for a in (at - 620, at)]
+                power = [np.mean(np.diff(sound[a : a + 600]) ** 2) + 1e-10 for a in (at - 620, at)]
                 rises.append(power[1] > power[0])
     assert len(rises) > 40 and np.mean(rises) > 0.85
 
 
 def test_splits_share_no_seed_tempo_or_pair():
     """The plan is what `compose` draws first; over 1,000 training songs nearly every free tempo and pair turns up."""
-    plans = {split: [composing._start(split, i, 0, (45.0, 90.0))[1] for i in range(n)] for split, n in zip(demo.SPLITS, (1000, 12, 20))}
+    plans = {
+        split: [composing._start(split, i, 0, (45.0, 90.0))[1] for i in range(n)]
+        for split, n in zip(demo.SPLITS, (1000, 12, 20))
+    }
     for what in (lambda plan: plan.bpm, lambda plan: (plan.harmony, plan.groove)):
         train, valid, test = ({what(plan) for plan in plans[split]} for split in demo.SPLITS)
         assert not train & valid and not train & test and not valid & test
-    assert len({plan.harmony for plan in plans["test"]}) > 8 and len({plan.groove for plan in plans["test"]}) > 8
+    assert (
+        len({plan.harmony for plan in plans["test"]}) > 8
+        and len({plan.groove for plan in plans["test"]}) > 8
+    )
 
 
 def test_song_facts_are_the_plan_that_was_checked():
@@ -121,7 +144,11 @@ def test_song_facts_are_the_plan_that_was_checked():
     assert len({tuple(song["seed"]) for song in songs}) == len(songs)
     for song in songs:
         plan = composing._start(song["split"], song["index"], 0, SHORT)[1]
-        assert (song["tempo_bpm"], song["harmony"], song["groove"]) == (plan.bpm, plan.harmony, plan.groove)
+        assert (song["tempo_bpm"], song["harmony"], song["groove"]) == (
+            plan.bpm,
+            plan.harmony,
+            plan.groove,
+        )
 
 
 def test_songs_have_a_form_and_every_player():
@@ -147,14 +174,26 @@ def test_the_piano_lies_below_the_mixture():
     assert -9.0 < np.median(found) < -5.0 and np.std(found) > 0.3
 
 
-@pytest.mark.parametrize("program, key", [(0, 48), (0, 72), (2, 60), (34, 40), (52, 62), (24, 55), (51, 66)])
+@pytest.mark.parametrize(
+    "program, key", [(0, 48), (0, 72), (2, 60), (34, 40), (52, 62), (24, 55), (51, 66)]
+)
 def test_keys_are_in_tune(program, key):
     """The strongest comb of six partials lies within a quarter tone of the key, in every zone that is asked for."""
     sound = playing.key_sound(0, program, key, 1.0)[1500:18000]
     spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 1 << 16))
     cents = np.arange(-600, 601, 5)
-    combs = [440 * 2 ** ((key - 69 + c / 100) / 12) * np.arange(1, 7) / demo.SAMPLE_RATE * (1 << 16) for c in cents]
-    strength = [sum(spectrum[k - 3:k + 4].max() for k in np.round(comb).astype(int) if k < len(spectrum) - 4) for comb in combs]
+    combs = [
+        440 * 2 ** ((key - 69 + c / 100) / 12) * np.arange(1, 7) / demo.SAMPLE_RATE * (1 << 16)
+        for c in cents
+    ]
+    strength = [
+        sum(
+            spectrum[k - 3 : k + 4].max()
+            for k in np.round(comb).astype(int)
+            if k < len(spectrum) - 4
+        )
+        for comb in combs
+    ]
     assert abs(cents[int(np.argmax(strength))]) <= 50
 
 

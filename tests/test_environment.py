@@ -15,8 +15,16 @@ from mss_utils.environment import FINE, STOP, WARNING, requirements
 from mss_utils.settings import resolve
 
 NAMES = [
-    "Python", "packages", "device", "memory", "disk for results", "may write results", "disk for songs and stems", "may write songs and stems",
-    "ffmpeg", "dataset",
+    "Python",
+    "packages",
+    "device",
+    "memory",
+    "disk for results",
+    "may write results",
+    "disk for songs and stems",
+    "may write songs and stems",
+    "ffmpeg",
+    "dataset",
 ]
 
 
@@ -27,7 +35,9 @@ def found(settings=None):
 def test_a_machine_that_has_everything_is_fine(museval):
     needs = found()
     assert list(needs) == NAMES
-    assert {need.state for need in needs.values()} <= {FINE, WARNING} and not any(need.mend for need in needs.values() if need.state == FINE)
+    assert {need.state for need in needs.values()} <= {FINE, WARNING} and not any(
+        need.mend for need in needs.values() if need.state == FINE
+    )
 
 
 def _old_python(patch, _):
@@ -35,7 +45,9 @@ def _old_python(patch, _):
 
 
 def _missing_package(patch, folder):
-    (folder / "requirements.txt").write_text("torch>=99  # from the future\nno-such-package\nnumpy\n-e .\n")
+    (folder / "requirements.txt").write_text(
+        "torch>=99  # from the future\nno-such-package\nnumpy\n-e .\n"
+    )
     patch.setattr(environment, "ROOT", folder)
 
 
@@ -49,7 +61,9 @@ def _little_memory(patch, _):
 
 
 def _little_disk(patch, _):
-    patch.setattr(environment.shutil, "disk_usage", lambda _: collections.namedtuple("usage", "free")(2**30))
+    patch.setattr(
+        environment.shutil, "disk_usage", lambda _: collections.namedtuple("usage", "free")(2**30)
+    )
 
 
 LACKING = {
@@ -58,9 +72,24 @@ LACKING = {
     "memory": (_little_memory, {}, WARNING, "batch_size lower"),
     "disk for results": (_little_disk, {}, WARNING, "MSS_RESULTS"),
     "disk for songs and stems": (_little_disk, {}, WARNING, "MSS_CACHE"),
-    "may write results": (lambda patch, _: patch.setenv("MSS_RESULTS", "/proc/nowhere"), {}, STOP, "MSS_RESULTS"),
-    "may write songs and stems": (lambda patch, _: patch.setenv("MSS_CACHE", "/proc/nowhere"), {}, STOP, "MSS_CACHE"),
-    "ffmpeg": (lambda patch, folder: patch.setenv("PATH", str(folder)), {}, WARNING, "apt-get install ffmpeg"),
+    "may write results": (
+        lambda patch, _: patch.setenv("MSS_RESULTS", "/proc/nowhere"),
+        {},
+        STOP,
+        "MSS_RESULTS",
+    ),
+    "may write songs and stems": (
+        lambda patch, _: patch.setenv("MSS_CACHE", "/proc/nowhere"),
+        {},
+        STOP,
+        "MSS_CACHE",
+    ),
+    "ffmpeg": (
+        lambda patch, folder: patch.setenv("PATH", str(folder)),
+        {},
+        WARNING,
+        "apt-get install ffmpeg",
+    ),
     "dataset": (lambda *_: None, dict(data="no/such/folder"), STOP, "--data"),
 }
 
@@ -68,7 +97,11 @@ LACKING = {
 def test_what_only_tests_need_and_what_is_merely_old_stops_nothing(monkeypatch, tmp_path):
     _missing_test_package(monkeypatch, tmp_path)
     need = found()["packages"]
-    assert need.state == WARNING and "hypothesis>=9999 (" in need.found and "numpy>=9999 (" in need.found
+    assert (
+        need.state == WARNING
+        and "hypothesis>=9999 (" in need.found
+        and "numpy>=9999 (" in need.found
+    )
 
 
 def test_nothing_is_rendered_to_be_looked_at(monkeypatch, tmp_path):
@@ -80,7 +113,9 @@ def test_nothing_is_rendered_to_be_looked_at(monkeypatch, tmp_path):
 def test_nothing_is_fetched_to_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.delenv("MUSDB_PATH", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("mss_utils.data.sources._download_excerpts", lambda root: pytest.fail("fetched"))
+    monkeypatch.setattr(
+        "mss_utils.data.sources._download_excerpts", lambda root: pytest.fail("fetched")
+    )
     needs = found(resolve("musdb7"))
     assert needs["ffmpeg"].state == STOP and "which musdb fetches" in needs["dataset"].found
 
@@ -113,11 +148,19 @@ def test_check_says_all_of_it_and_stops_only_for_what_would_stop_a_run(tmp_path,
     root = write_dataset(tmp_path / "data", 3, 1, 2, seconds=0.6)
     assert main(["check", "--data", str(root), "--json"]) == 0
     needs = json.loads(capsys.readouterr().out)["requirements"]
-    assert [need["name"] for need in needs] == NAMES and set(needs[0]) == {"name", "found", "state", "mend"}
+    assert [need["name"] for need in needs] == NAMES and set(needs[0]) == {
+        "name",
+        "found",
+        "state",
+        "mend",
+    }
     assert main(["check", "--data", str(tmp_path / "none")]) == 1
     printed = capsys.readouterr()
     assert all(name in printed.out for name in NAMES) and "-> pass --data DIR" in printed.out
-    assert printed.err == "mss_utils check: dataset would stop a run; how to mend that is told with each.\n"
+    assert (
+        printed.err
+        == "mss_utils check: dataset would stop a run; how to mend that is told with each.\n"
+    )
     assert main(["check", "--data", str(tmp_path / "none"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["requirements"][-1]["state"] == "stop"
 
@@ -126,5 +169,9 @@ def test_a_package_that_is_missing_is_one_sentence(tmp_path):
     """Python finds an empty module in the place of the real one, and so nothing in it."""
     (tmp_path / "pydantic.py").touch()
     done = command("check", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "pip install -r requirements.txt" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Traceback" not in done.stderr
+        and "pip install -r requirements.txt" in done.stderr
+    )
     assert sys.version_info >= environment.MIN_PYTHON

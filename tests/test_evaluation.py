@@ -63,7 +63,11 @@ def test_the_scores_of_a_track_are_those_of_its_estimates(evaluated, store):
     assert list(found) == list(ROWS)
     for name, estimate in found.items():
         rest = mixture if name == "mixture" else mixture - estimate
-        wanted = bss_eval(np.stack([target, mixture - target]).swapaxes(1, 2), np.stack([estimate, rest]).swapaxes(1, 2), 16000)
+        wanted = bss_eval(
+            np.stack([target, mixture - target]).swapaxes(1, 2),
+            np.stack([estimate, rest]).swapaxes(1, 2),
+            16000,
+        )
         rows = tables["frames"].query("track == @track.name and model == @name")
         np.testing.assert_allclose(rows["SAR"], wanted["SAR"][0])
         row = tables["tracks"].query("track == @track.name and model == @name").iloc[0]
@@ -79,7 +83,9 @@ def test_all_targets_are_scored_as_stems(small_settings, store, tmp_path):
             for seed in range(2):
                 train(run, store, target, name, seed)
     tables = evaluate(run, store)
-    assert set(tables["tracks"]["target"]) == set(STEMS) and set(tables["tracks"]["references"]) == {"stems"}
+    assert set(tables["tracks"]["target"]) == set(STEMS) and set(
+        tables["tracks"]["references"]
+    ) == {"stems"}
     assert set(tables["tracks"].query("model == 'unet'")["seed"]) == {0, 1}
     assert set(tables["summary"].query("model == 'unet'")["seeds"]) == {2}
     assert len(tables["cost"]) == len(STEMS) * len(MODELS) * 2
@@ -100,8 +106,18 @@ def track_table(differences, seeds=1):
     rows = []
     for index, difference in enumerate(differences):
         for seed in range(seeds):
-            for model, score in (("unet", 3.0 + index), ("demucs_lstm", 3.0 + index + difference), ("demucs_attention", 3.0 + index)):
-                key = dict(references="target+residual", target="piano", track=f"t{index}", model=model, seed=seed)
+            for model, score in (
+                ("unet", 3.0 + index),
+                ("demucs_lstm", 3.0 + index + difference),
+                ("demucs_attention", 3.0 + index),
+            ):
+                key = dict(
+                    references="target+residual",
+                    target="piano",
+                    track=f"t{index}",
+                    model=model,
+                    seed=seed,
+                )
                 rows.append(key | {metric: score for metric in TRACK_METRICS})
     return pd.DataFrame(rows)
 
@@ -110,19 +126,30 @@ def test_paired_differences_and_their_sentences():
     differences = [0.5, 0.6, 0.7, 0.4, 0.6, 0.8, 0.5, 0.7]
     table = compare(track_table(differences)).query("metric == 'SDR'").set_index(["a", "b"])
     row = table.loc["demucs_lstm", "unet"]
-    assert row["median_difference"] == pytest.approx(0.6) and row["ci_low"] > 0 and row["tracks"] == 8
-    assert row["p_wilcoxon"] == pytest.approx(2 / 2**8) and row["p_corrected"] == pytest.approx(4 / 2**8)
+    assert (
+        row["median_difference"] == pytest.approx(0.6) and row["ci_low"] > 0 and row["tracks"] == 8
+    )
+    assert row["p_wilcoxon"] == pytest.approx(2 / 2**8) and row["p_corrected"] == pytest.approx(
+        4 / 2**8
+    )
     assert math.isnan(table.loc["demucs_attention", "unet"]["p_wilcoxon"])
     rows = table.reset_index()
-    assert sentence(rows.iloc[0]).startswith("B1 is 0.60 dB better than A in SDR for these trained weights [0.")
+    assert sentence(rows.iloc[0]).startswith(
+        "B1 is 0.60 dB better than A in SDR for these trained weights [0."
+    )
     assert sentence(rows.iloc[1]).startswith("The data cannot tell B2 from A in SDR")
     assert sentence(rows.iloc[2]).startswith("B1 is 0.60 dB better than B2")
     assert sentence(rows.iloc[0]).endswith(", 8 tracks, 1 seed.")
-    assert sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07)).endswith("; the corrected Wilcoxon test does not confirm it.")
+    assert sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07)).endswith(
+        "; the corrected Wilcoxon test does not confirm it."
+    )
     three = compare(track_table(differences, seeds=3)).query("metric == 'SDR'").iloc[0]
     assert "trained weights" not in sentence(three) and "3 seeds" in sentence(three)
     one = compare(track_table(differences[:1])).query("metric == 'SDR'").iloc[0]
-    assert sentence(one) == "B1 and A cannot be compared in SDR: 1 track, 1 seed with a score of both, at least 6 tracks are needed."
+    assert (
+        sentence(one)
+        == "B1 and A cannot be compared in SDR: 1 track, 1 seed with a score of both, at least 6 tracks are needed."
+    )
 
 
 def test_summary_of_known_numbers():
@@ -132,15 +159,22 @@ def test_summary_of_known_numbers():
     assert 3.0 <= table["ci_low"] < 6 < table["ci_high"] <= 9
     tracks.loc[tracks["track"] == "t0", "SDR"] = np.inf
     table = summarise(tracks).query("model == 'unet' and metric == 'SDR'").iloc[0]
-    assert table["mean"] == pytest.approx((80 + 4 + 5 + 6 + 7 + 8 + 9) / 7), "above 80 dB a score counts as 80 dB"
+    assert table["mean"] == pytest.approx((80 + 4 + 5 + 6 + 7 + 8 + 9) / 7), (
+        "above 80 dB a score counts as 80 dB"
+    )
     assert (compare(tracks).query("metric == 'SDR'")["median_difference"] == 0).all()
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says():
     rng = np.random.default_rng(1)
-    covered = [low <= 0 <= high for low, high in (median_interval(rng.standard_normal(30)) for _ in range(200))]
+    covered = [
+        low <= 0 <= high
+        for low, high in (median_interval(rng.standard_normal(30)) for _ in range(200))
+    ]
     assert 0.88 < np.mean(covered) <= 1
-    assert all(math.isnan(bound) for bound in median_interval(np.arange(5.0))), "the range of five holds the median 94 times in 100"
+    assert all(math.isnan(bound) for bound in median_interval(np.arange(5.0))), (
+        "the range of five holds the median 94 times in 100"
+    )
 
 
 def test_holm_by_hand():
@@ -152,15 +186,21 @@ def test_seeds_are_not_tracks_but_their_luck_counts():
     rng = np.random.default_rng(0)
     songs, luck = rng.standard_normal((30, 1)), 3 * rng.standard_normal((1, 3))
     width = lambda values: np.subtract(*median_interval(values)[::-1])
-    assert width(np.tile(songs, 3)) == pytest.approx(width(songs)), "copies of a seed are no new tracks"
+    assert width(np.tile(songs, 3)) == pytest.approx(width(songs)), (
+        "copies of a seed are no new tracks"
+    )
     assert width(songs + luck) > 2 * width(songs)
-    assert width((songs + luck)[:, :2]) == pytest.approx(width(songs)), "two seeds say nothing about luck: their mean is taken as it is"
+    assert width((songs + luck)[:, :2]) == pytest.approx(width(songs)), (
+        "two seeds say nothing about luck: their mean is taken as it is"
+    )
 
 
 @pytest.mark.parametrize("luck_db", [0.1, 3.0])
 def test_the_interval_over_seeds_covers_the_truth_as_often_as_it_says(luck_db):
     rng = np.random.default_rng(2)
-    draws = (rng.standard_normal((20, 1)) + luck_db * rng.standard_normal((1, 3)) for _ in range(150))
+    draws = (
+        rng.standard_normal((20, 1)) + luck_db * rng.standard_normal((1, 3)) for _ in range(150)
+    )
     assert 0.88 < np.mean([low <= 0 <= high for low, high in map(median_interval, draws)]) <= 1
 
 
@@ -168,17 +208,26 @@ def test_a_detectable_difference_is_found_four_times_out_of_five():
     rng = np.random.default_rng(3)
     n, first = 40, rng.standard_normal(40)
     low, high = median_interval(first)
-    size = np.mean([detectable(dict(zip(("ci_low", "ci_high"), median_interval(rng.standard_normal(n))))) for _ in range(40)])
+    size = np.mean(
+        [
+            detectable(dict(zip(("ci_low", "ci_high"), median_interval(rng.standard_normal(n)))))
+            for _ in range(40)
+        ]
+    )
     found = [median_interval(rng.standard_normal(n) + size)[0] > 0 for _ in range(300)]
     assert 0.7 < np.mean(found) < 0.92
-    assert detectable(dict(ci_low=low, ci_high=high)) == pytest.approx((high - low) / 2 * 2.8 / 1.96, rel=0.01)
+    assert detectable(dict(ci_low=low, ci_high=high)) == pytest.approx(
+        (high - low) / 2 * 2.8 / 1.96, rel=0.01
+    )
 
 
 # --- oracles --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_wiener_filter_of_one_channel_is_the_power_ratio_mask():
-    spectra = torch.randn(2, 1, 1, 5, 40, dtype=torch.complex64, generator=torch.manual_seed(0))  # target and residual
+    spectra = torch.randn(
+        2, 1, 1, 5, 40, dtype=torch.complex64, generator=torch.manual_seed(0)
+    )  # target and residual
     power = spectra.abs().square()
     expected = power[0] / power.sum(dim=0) * spectra.sum(dim=0)
     assert torch.allclose(wiener(spectra.sum(dim=0), *spectra, bins_at_once=2), expected, atol=1e-3)
@@ -188,13 +237,19 @@ def test_digital_silence_does_not_weaken_the_wiener_filter():
     spectra = torch.randn(2, 1, 1, 5, 40, dtype=torch.complex64, generator=torch.manual_seed(0))
     spectra[0, ..., 10:] = 0  # the target pauses for three quarters
     power = spectra.abs().square()
-    assert torch.allclose(wiener(spectra.sum(dim=0), *spectra), power[0] / power.sum(dim=0) * spectra.sum(dim=0), atol=1e-3)
+    assert torch.allclose(
+        wiener(spectra.sum(dim=0), *spectra),
+        power[0] / power.sum(dim=0) * spectra.sum(dim=0),
+        atol=1e-3,
+    )
 
 
 def test_the_wiener_filter_uses_the_place_in_stereo():
     """Two sources in all bins and frames alike, one left, one right: no mask could tell them apart, the place does."""
     sources = torch.randn(2, 1, 1, 8, 50, dtype=torch.complex64, generator=torch.manual_seed(0))
-    left, right = sources * torch.tensor([[1.0, 0.2], [0.2, 1.0]])[:, None, :, None, None]  # (1, channels, bins, frames)
+    left, right = (
+        sources * torch.tensor([[1.0, 0.2], [0.2, 1.0]])[:, None, :, None, None]
+    )  # (1, channels, bins, frames)
     error = wiener(left + right, left, right) - left
     assert error.abs().square().sum() < 0.02 * left.abs().square().sum()
 
@@ -233,12 +288,25 @@ def test_lost_frames_are_counted_and_explained(gaps):
     store, settings = gaps
     tables = score(settings, store, half_mixture(store), n_referee=0)
     tracks = tables["tracks"].set_index("track")
-    assert tracks["frames"].tolist() == [3, 3, 3, 1] and tracks["usable_frames"].tolist() == [2, 0, 3, 1]
-    assert math.isnan(tracks.loc["test song 1", "SDR"]) and math.isnan(tracks.loc["test song 1", "utterance_SDR"])
-    assert tracks.loc["test song 2", "SDR"] == pytest.approx(6.02, abs=0.01), "nothing but the piano, at half its level"
-    assert np.isfinite(tracks.loc["test song 3", list(TRACK_METRICS)].astype(float)).all(), "0.3 s are one frame"
+    assert tracks["frames"].tolist() == [3, 3, 3, 1] and tracks["usable_frames"].tolist() == [
+        2,
+        0,
+        3,
+        1,
+    ]
+    assert math.isnan(tracks.loc["test song 1", "SDR"]) and math.isnan(
+        tracks.loc["test song 1", "utterance_SDR"]
+    )
+    assert tracks.loc["test song 2", "SDR"] == pytest.approx(6.02, abs=0.01), (
+        "nothing but the piano, at half its level"
+    )
+    assert np.isfinite(tracks.loc["test song 3", list(TRACK_METRICS)].astype(float)).all(), (
+        "0.3 s are one frame"
+    )
     lost = tables["lost_frames"].set_index("track")
-    assert dict(lost["reason"]) == dict.fromkeys(["test song 0", "test song 1"], "silent: reference of piano")
+    assert dict(lost["reason"]) == dict.fromkeys(
+        ["test song 0", "test song 1"], "silent: reference of piano"
+    )
     assert dict(lost["frames"]) == {"test song 0": 1, "test song 1": 3}
     assert set(tables["frames"]["frame"]) == {0, 1, 2}, "a lost frame keeps its row"
     assert tables["referee"].empty and list(tables["referee"].columns) == COLUMNS["referee"].split()
@@ -256,7 +324,9 @@ def test_stems_beside_a_silent_one_are_scored(gaps):
     settings = settings.model_copy(update=dict(target="all", referee_tracks=0))
     tables = score(settings, store, half_mixture(store, len(STEMS)))
     usable = tables["tracks"].pivot(index="track", columns="target", values="usable_frames")
-    assert usable.loc["test song 0"].tolist() == [2] * 4, "where one is silent for a second, museval scores none"
+    assert usable.loc["test song 0"].tolist() == [2] * 4, (
+        "where one is silent for a second, museval scores none"
+    )
     assert usable.loc["test song 1"].to_dict() == dict(bass=3, drums=3, piano=0, vocals=3)
     assert usable.loc["test song 2"].to_dict() == dict(bass=0, drums=0, piano=3, vocals=0)
     reasons = tables["lost_frames"].query("track == 'test song 2' and target == 'bass'")["reason"]
@@ -265,32 +335,55 @@ def test_stems_beside_a_silent_one_are_scored(gaps):
 
 def test_several_targets_are_scored_as_if_each_were_alone(gaps):
     store, settings = gaps
-    of = lambda target, n: score(settings.model_copy(update=dict(target=target)), store, half_mixture(store, n), n_referee=0)
+    of = lambda target, n: score(
+        settings.model_copy(update=dict(target=target)), store, half_mixture(store, n), n_referee=0
+    )
     alone = {target: of(target, 1) for target in ("vocals", "drums")}
     both = of("vocals,drums", 2)
     for name in ("frames", "tracks", "lost_frames"):
         for target, tables in alone.items():
-            pd.testing.assert_frame_equal(both[name].query("target == @target").reset_index(drop=True), tables[name])
-    assert set(both["tracks"]["references"]) == {"target+residual"} and store.targets("vocals,drums,vocals") == ("vocals", "drums")
+            pd.testing.assert_frame_equal(
+                both[name].query("target == @target").reset_index(drop=True), tables[name]
+            )
+    assert set(both["tracks"]["references"]) == {"target+residual"} and store.targets(
+        "vocals,drums,vocals"
+    ) == ("vocals", "drums")
 
 
 def test_a_model_that_says_nothing_has_zero_db(gaps):
     store, settings = gaps
     silence = lambda track: {("silence", 0): np.zeros((1, 1, track.samples), np.float32)}
     tables = score(settings, store, silence, n_referee=0)
-    assert tables["tracks"]["utterance_SDR"].tolist()[0] == 0 and tables["tracks"]["SDR"].isna().all()
+    assert (
+        tables["tracks"]["utterance_SDR"].tolist()[0] == 0 and tables["tracks"]["SDR"].isna().all()
+    )
     lost = tables["lost_frames"].query("track == 'test song 0'").set_index("reason")["frames"]
-    assert lost.to_dict() == {"silent: estimate of piano": 2, "silent: reference of piano": 1}, "the music goes before the model"
+    assert lost.to_dict() == {"silent: estimate of piano": 2, "silent: reference of piano": 1}, (
+        "the music goes before the model"
+    )
 
 
-@pytest.mark.parametrize("broken, message", [
-    (lambda estimate: estimate * np.nan, "unet, seed 0, on 'test song 1': estimates hold .* NaN"),
-    (lambda estimate: estimate[..., 1:], "unet, seed 0, on 'test song 1': the estimate has shape .*Trim or pad"),
-])
-def test_a_broken_estimate_names_model_and_track_and_leaves_nothing(store, small_settings, tmp_path, monkeypatch, broken, message):
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (
+            lambda estimate: estimate * np.nan,
+            "unet, seed 0, on 'test song 1': estimates hold .* NaN",
+        ),
+        (
+            lambda estimate: estimate[..., 1:],
+            "unet, seed 0, on 'test song 1': the estimate has shape .*Trim or pad",
+        ),
+    ],
+)
+def test_a_broken_estimate_names_model_and_track_and_leaves_nothing(
+    store, small_settings, tmp_path, monkeypatch, broken, message
+):
     def estimates_of(run, store, track):
         mixture, _ = store.load(track)
-        return {("unet", 0): broken(mixture[None]) if track.name == "test song 1" else mixture[None]}
+        return {
+            ("unet", 0): broken(mixture[None]) if track.name == "test song 1" else mixture[None]
+        }
 
     monkeypatch.setattr("mss_utils.evaluation.all_estimates", estimates_of)
     with pytest.raises(ValueError, match=message):
@@ -309,7 +402,9 @@ def test_a_killed_scoring_process_costs_no_score(gaps):
     store, settings = gaps
     undisturbed = score(settings, store, half_mixture(store), n_referee=0)
     with pytest.warns(UserWarning, match="was killed"):
-        again = score(settings, replace(store, sample_rate=Fatal(16000)), half_mixture(store), n_referee=0)
+        again = score(
+            settings, replace(store, sample_rate=Fatal(16000)), half_mixture(store), n_referee=0
+        )
     for name in ("frames", "tracks", "lost_frames"):
         pd.testing.assert_frame_equal(again[name], undisturbed[name])
 
@@ -324,8 +419,14 @@ def test_without_ffmpeg_there_is_no_referee(gaps, monkeypatch):
 def test_museval_can_score_instead(gaps, museval):
     store, settings = gaps
     noise = 0.01 * np.random.default_rng(0).standard_normal((1, 1, 48000)).astype(np.float32)
-    noisy = lambda track: {key: estimate + noise[..., : track.samples] for key, estimate in half_mixture(store)(track).items()}
-    fast, slow = (score(settings.model_copy(update=dict(scorer=name)), store, noisy, 0) for name in ("bss_eval", "museval"))
+    noisy = lambda track: {
+        key: estimate + noise[..., : track.samples]
+        for key, estimate in half_mixture(store)(track).items()
+    }
+    fast, slow = (
+        score(settings.model_copy(update=dict(scorer=name)), store, noisy, 0)
+        for name in ("bss_eval", "museval")
+    )
     pd.testing.assert_frame_equal(slow["frames"], fast["frames"], rtol=0, atol=1e-4)
     assert not slow["frames"].equals(fast["frames"]), "rounding differs: two programs were at work"
 
@@ -336,11 +437,23 @@ def test_museval_can_score_instead(gaps, museval):
 def test_an_ablation_is_the_same_training_without_one_thing(evaluated):
     run, tables = evaluated
     table = tables["ablations"]
-    assert set(zip(table["model"], table["ablation"])) == {("unet", "random_mix"), ("unet", "curriculum")}
+    assert set(zip(table["model"], table["ablation"])) == {
+        ("unet", "random_mix"),
+        ("unet", "curriculum"),
+    }
     row = table.query("ablation == 'curriculum' and metric == 'SDR'").iloc[0]
-    assert row["with_it"] == tables["summary"].query("model == 'unet' and metric == 'SDR'")["median"].item()
-    assert row["steps"] == run.settings.steps and row["tracks"] == 2 and row["with_it"] != row["without_it"]
-    kept = resolve("smoke").model_validate_json((run.folder / "ablations" / "curriculum" / "settings.json").read_text())
+    assert (
+        row["with_it"]
+        == tables["summary"].query("model == 'unet' and metric == 'SDR'")["median"].item()
+    )
+    assert (
+        row["steps"] == run.settings.steps
+        and row["tracks"] == 2
+        and row["with_it"] != row["without_it"]
+    )
+    kept = resolve("smoke").model_validate_json(
+        (run.folder / "ablations" / "curriculum" / "settings.json").read_text()
+    )
     assert kept == without_ablations(run.settings, curriculum=False, data_study=False)
 
 
@@ -348,7 +461,11 @@ def test_without_the_setting_no_ablation_is_run(small_settings, store, tmp_path)
     from mss_utils.evaluation import ablate
 
     table = ablate(Run("none", without_ablations(small_settings), tmp_path), store, pd.DataFrame())
-    assert table.empty and list(table.columns) == COLUMNS["ablations"].split() and not list(tmp_path.iterdir())
+    assert (
+        table.empty
+        and list(table.columns) == COLUMNS["ablations"].split()
+        and not list(tmp_path.iterdir())
+    )
 
 
 def test_the_mixture_scores_on_musdb_as_published():
@@ -363,7 +480,16 @@ def test_the_mixture_scores_on_musdb_as_published():
         mixture, *_, vocals = track.stems
         both = {"mixture": np.stack([mixture] * 2), "quarter": np.stack([mixture] * 2) / 4}
         found = score_track(np.stack([vocals, mixture - vocals]), both, track.rate)
-        medians.append({(name, metric): np.nanmedian(scores[metric][0]) for name, scores in found.items() for metric in METRICS})
+        medians.append(
+            {
+                (name, metric): np.nanmedian(scores[metric][0])
+                for name, scores in found.items()
+                for metric in METRICS
+            }
+        )
     medians = pd.DataFrame(medians).median()
     assert -7 < medians["mixture", "SDR"] < -3 and -7 < medians["mixture", "SIR"] < -3
-    assert medians["quarter", "ISR"] == pytest.approx(2.5, abs=0.05) and 0 < medians["quarter", "SDR"] < 2
+    assert (
+        medians["quarter", "ISR"] == pytest.approx(2.5, abs=0.05)
+        and 0 < medians["quarter", "SDR"] < 2
+    )

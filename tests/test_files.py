@@ -17,7 +17,9 @@ def test_safe_names():
     assert safe_name("../a/b:c") == "_a_b_c"
     assert safe_name("Al James - Schoolboy Facination") == "Al James - Schoolboy Facination"
     assert safe_name("...") == "_"
-    assert safe_name("日本語" * 40) == "日本語" * 13 + "日", "a file name may have 255 bytes, not letters"
+    assert safe_name("日本語" * 40) == "日本語" * 13 + "日", (
+        "a file name may have 255 bytes, not letters"
+    )
 
 
 def test_one_at_a_time(tmp_path):
@@ -53,7 +55,10 @@ def test_a_disk_without_locks_is_said(error, tmp_path, monkeypatch, capsys):
 def test_a_refusal_to_read_is_not_taken_for_one_to_write(tmp_path):
     with pytest.raises(PermissionError, match="song.wav"), working_folder(tmp_path / "out"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "song.wav"))
-    with pytest.raises(OSError, match="cannot be written.*make its folder writable"), replacing(tmp_path / "table.csv") as part:
+    with (
+        pytest.raises(OSError, match="cannot be written.*make its folder writable"),
+        replacing(tmp_path / "table.csv") as part,
+    ):
         raise PermissionError(13, "Permission denied", str(part))
 
 
@@ -62,7 +67,12 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     here = lambda process: f".part-{files._here()}-{process}-1-a.txt"
-    names = dict(ended=here(ended.pid), reused=here(os.getpid()), elsewhere=".part-elsewhere-1-1-a.txt", yesterday=".part-elsewhere-2-1-a.txt")
+    names = dict(
+        ended=here(ended.pid),
+        reused=here(os.getpid()),
+        elsewhere=".part-elsewhere-1-1-a.txt",
+        yesterday=".part-elsewhere-2-1-a.txt",
+    )
     for name in names.values():
         (tmp_path / name).touch()
     os.utime(tmp_path / names["reused"], (time.time() - 3600, time.time() - 3600))

@@ -8,7 +8,11 @@ import pytest
 from mss_utils.settings import ROOT
 
 PACKAGE = ROOT / "mss_utils"
-LINE = re.sub(r"\s", "", re.search(r"in the direction data flows: `([^`]+)`", (ROOT / "README.md").read_text()).group(1)).split("→")
+LINE = re.sub(
+    r"\s",
+    "",
+    re.search(r"in the direction data flows: `([^`]+)`", (ROOT / "README.md").read_text()).group(1),
+).split("→")
 
 
 def imported(path):
@@ -19,19 +23,31 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mss_utils."):
             yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):
-            yield from (name.name.split(".")[1] for name in node.names if name.name.startswith("mss_utils."))
+            yield from (
+                name.name.split(".")[1] for name in node.names if name.name.startswith("mss_utils.")
+            )
 
 
 def test_the_line_names_every_module_once():
-    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    modules = {
+        path.stem
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
     assert sorted(LINE) == sorted(modules - {"__init__", "__main__"})
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_no_module_imports_a_later_one(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if own != "__main__":
-        later = [name for name in imported(path) if name in LINE and LINE.index(name) > LINE.index(own)] if own in LINE else []
+        later = (
+            [name for name in imported(path) if name in LINE and LINE.index(name) > LINE.index(own)]
+            if own in LINE
+            else []
+        )
         assert not later
 
 

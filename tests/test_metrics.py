@@ -5,7 +5,17 @@ import os
 import numpy as np
 import pytest
 
-from mss_utils.metrics import METRICS, ROUNDING_DB, BSSEval, Museval, bss_eval, disagreement, score_track, si_sdr, utterance_sdr
+from mss_utils.metrics import (
+    METRICS,
+    ROUNDING_DB,
+    BSSEval,
+    Museval,
+    bss_eval,
+    disagreement,
+    score_track,
+    si_sdr,
+    utterance_sdr,
+)
 
 RATE = 8000
 TOLERANCE_DB = 1e-4
@@ -16,7 +26,9 @@ def music(n_stems, n_channels, seconds=3.3, seed=0):
     rng = np.random.default_rng(seed)
     time = np.arange(int(seconds * RATE)) / RATE
     frequencies = 110 * 2 ** (rng.integers(0, 36, (n_stems, 4, 1)) / 12)
-    tones = np.sin(2 * np.pi * frequencies * time + rng.uniform(0, 6, (n_stems, 4, 1)))  # (stems, tones, samples)
+    tones = np.sin(
+        2 * np.pi * frequencies * time + rng.uniform(0, 6, (n_stems, 4, 1))
+    )  # (stems, tones, samples)
     beats = np.exp(-5 * (time * np.arange(1, n_stems + 1)[:, None] % 1))
     pan = rng.uniform(0.2, 1, (n_stems, 4, n_channels))
     signals = np.einsum("stn,stc,sn->snc", tones, pan, beats)
@@ -42,7 +54,9 @@ def assert_equal_scores(found, expected):
         assert ours.shape == theirs.shape and ours.dtype == np.float64
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=metric)
         exact = theirs < ROUNDING_DB
-        np.testing.assert_allclose(ours[exact], theirs[exact], rtol=0, atol=TOLERANCE_DB, err_msg=metric)
+        np.testing.assert_allclose(
+            ours[exact], theirs[exact], rtol=0, atol=TOLERANCE_DB, err_msg=metric
+        )
         assert (ours[theirs >= ROUNDING_DB] > ROUNDING_DB - 1).all(), metric
 
 
@@ -79,7 +93,9 @@ def test_equals_museval_for_the_mixture_and_a_perfect_estimate(museval):
     mixture = np.stack([references.sum(axis=0)] * 2)
     track = BSSEval(references, RATE)
     for estimates in (mixture, mixture / 4, references):
-        assert_equal_scores(track.score(estimates), museval_scores(museval, references, estimates, RATE))
+        assert_equal_scores(
+            track.score(estimates), museval_scores(museval, references, estimates, RATE)
+        )
 
 
 def test_equals_museval_where_a_band_is_empty(museval):
@@ -88,7 +104,9 @@ def test_equals_museval_where_a_band_is_empty(museval):
     spectrum[:, int(0.7 * spectrum.shape[1]) :] = 0
     references = np.round(np.fft.irfft(spectrum, axis=1) * 2**15) / 2**15
     estimates = separated(references)
-    assert_equal_scores(bss_eval(references, estimates, RATE), museval_scores(museval, references, estimates, RATE))
+    assert_equal_scores(
+        bss_eval(references, estimates, RATE), museval_scores(museval, references, estimates, RATE)
+    )
 
 
 def test_silent_frames_are_nan_where_museval_has_nan(museval):
@@ -96,7 +114,9 @@ def test_silent_frames_are_nan_where_museval_has_nan(museval):
     estimates = separated(references)
     references[0, 1 * RATE : 2 * RATE] = 0
     estimates[1, 2 * RATE : 3 * RATE] = 0
-    references[1, 3 * RATE : 4 * RATE, 1] = -references[1, 3 * RATE : 4 * RATE, 0]  # left = -right counts as silent
+    references[1, 3 * RATE : 4 * RATE, 1] = -references[
+        1, 3 * RATE : 4 * RATE, 0
+    ]  # left = -right counts as silent
     estimates[0, 4 * RATE : 5 * RATE - 1] = 0  # one sample short of silence
     scores = bss_eval(references, estimates, RATE)
     assert_equal_scores(scores, museval_scores(museval, references, estimates, RATE))
@@ -122,11 +142,18 @@ def test_equals_museval_on_musdb(museval):
 def test_the_referee_answers_as_museval_and_where_museval_raises(museval):
     references = music(3, 2)
     estimates = separated(references)
-    assert_equal_scores(Museval(references, RATE).score(estimates), museval_scores(museval, references, estimates, RATE))
+    assert_equal_scores(
+        Museval(references, RATE).score(estimates),
+        museval_scores(museval, references, estimates, RATE),
+    )
     few = Museval(references, RATE).score(estimates[[2, 0]], [2, 0])
-    np.testing.assert_array_equal(few["SAR"], museval_scores(museval, references, estimates, RATE)["SAR"][[2, 0]])
+    np.testing.assert_array_equal(
+        few["SAR"], museval_scores(museval, references, estimates, RATE)["SAR"][[2, 0]]
+    )
     estimates[1] = 0
-    assert all(np.isnan(values).all() for values in Museval(references, RATE).score(estimates).values())
+    assert all(
+        np.isnan(values).all() for values in Museval(references, RATE).score(estimates).values()
+    )
 
 
 def test_where_museval_stops_the_referee_has_no_score(museval, monkeypatch):
@@ -153,7 +180,10 @@ def test_without_ffmpeg_the_referee_says_what_to_do(monkeypatch):
 def test_some_stems_score_as_among_all():
     references = music(3, 1)
     estimates = separated(references)
-    every, some = bss_eval(references, estimates, RATE), BSSEval(references, RATE).score(estimates[[2, 0]], [2, 0])
+    every, some = (
+        bss_eval(references, estimates, RATE),
+        BSSEval(references, RATE).score(estimates[[2, 0]], [2, 0]),
+    )
     for metric in METRICS:
         np.testing.assert_allclose(some[metric], every[metric][[2, 0]], atol=1e-9)
 
@@ -187,10 +217,14 @@ def test_a_quarter_of_the_mixture_has_the_isr_that_gives_it_away():
     references = np.random.default_rng(0).standard_normal((2, 3 * RATE, 1))
     quarter_db = 20 * np.log10(4 / 3)  # |s| / |s - s / 4|
     assert round(quarter_db, 2) == 2.50
-    np.testing.assert_allclose(bss_eval(references, references / 4, RATE)["ISR"], quarter_db, atol=1e-9)
+    np.testing.assert_allclose(
+        bss_eval(references, references / 4, RATE)["ISR"], quarter_db, atol=1e-9
+    )
     mixture = np.stack([references.sum(axis=0)] * 2)
     scores = bss_eval(references, mixture / 4, RATE)
-    np.testing.assert_allclose(scores["ISR"], quarter_db, atol=0.2)  # the two noises correlate a little
+    np.testing.assert_allclose(
+        scores["ISR"], quarter_db, atol=0.2
+    )  # the two noises correlate a little
     assert (scores["SAR"] > 200).all()  # a mixture has interference and no artifacts
 
 
@@ -244,7 +278,9 @@ def test_identical_references_have_scores():
     references = np.repeat(music(1, 1), 2, axis=0)
     scores = bss_eval(references, separated(references), RATE)
     assert all(np.isfinite(values).all() for values in scores.values())
-    assert (scores["SIR"] > ROUNDING_DB).all()  # nothing can interfere that the own reference does not explain
+    assert (
+        scores["SIR"] > ROUNDING_DB
+    ).all()  # nothing can interfere that the own reference does not explain
 
 
 def test_utterance_sdr():
@@ -253,8 +289,12 @@ def test_utterance_sdr():
     assert utterance_sdr(reference, np.zeros_like(reference)) == 0
     assert utterance_sdr(reference, reference) == np.inf
     assert np.isnan(utterance_sdr(np.zeros_like(reference), reference))
-    one_frame = bss_eval(reference[None], separated(reference[None]), RATE, window_s=len(reference) / RATE)
-    assert utterance_sdr(reference, separated(reference[None])[0]) == pytest.approx(one_frame["SDR"].item())
+    one_frame = bss_eval(
+        reference[None], separated(reference[None]), RATE, window_s=len(reference) / RATE
+    )
+    assert utterance_sdr(reference, separated(reference[None])[0]) == pytest.approx(
+        one_frame["SDR"].item()
+    )
 
 
 def test_si_sdr():
@@ -280,7 +320,10 @@ def test_the_scores_of_a_track_are_those_of_its_estimates():
     estimates = {"a": separated(references), "b": separated(references, seed=2)}
     found = score_track(references, estimates, RATE)
     for name, estimate in estimates.items():
-        assert_equal_scores({metric: found[name][metric] for metric in METRICS}, bss_eval(references, estimate, RATE))
+        assert_equal_scores(
+            {metric: found[name][metric] for metric in METRICS},
+            bss_eval(references, estimate, RATE),
+        )
         assert found[name]["utterance_SDR"][1] == utterance_sdr(references[1], estimate[1])
         assert not np.any(found[name]["silent"])
 
@@ -294,7 +337,11 @@ def test_a_stem_that_is_silent_throughout_costs_the_others_nothing():
     for metric in METRICS:
         np.testing.assert_array_equal(found[metric][[0, 2]], alone[metric])
         assert np.isnan(found[metric][1]).all()
-    assert np.isnan(found["utterance_SDR"][1]) and found["silent"][0].all(axis=1).tolist() == [False, True, False]
+    assert np.isnan(found["utterance_SDR"][1]) and found["silent"][0].all(axis=1).tolist() == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_a_silent_estimate_has_an_utterance_sdr_of_zero():
@@ -303,7 +350,11 @@ def test_a_silent_estimate_has_an_utterance_sdr_of_zero():
     usual = score_track(references, {"model": estimates}, RATE)["model"]
     estimates[0] = 0
     found = score_track(references, {"model": estimates}, RATE)["model"]
-    assert found["utterance_SDR"][0] == 0 and np.isnan(found["SI_SDR"][0]) and np.isnan(found["SDR"][0]).all()
+    assert (
+        found["utterance_SDR"][0] == 0
+        and np.isnan(found["SI_SDR"][0])
+        and np.isnan(found["SDR"][0]).all()
+    )
     np.testing.assert_allclose(found["SIR"][1:], usual["SIR"][1:], atol=1e-9)
 
 
@@ -312,10 +363,17 @@ def test_left_minus_right_is_silent_and_a_frame_of_it_is_lost():
     references[0, RATE : 2 * RATE, 1] = -references[0, RATE : 2 * RATE, 0]
     found = score_track(references, {"model": separated(references)}, RATE)["model"]
     assert np.isnan(found["SDR"]).tolist() == [[False, True, False]] * 2
-    assert found["silent"][0].tolist() == [[False, True, False], [False] * 3] and not found["silent"][1].any()
+    assert (
+        found["silent"][0].tolist() == [[False, True, False], [False] * 3]
+        and not found["silent"][1].any()
+    )
     references[0, :, 1] = -references[0, :, 0]
     found = score_track(references, {"model": separated(references)}, RATE)["model"]
-    assert np.isnan(found["SDR"][0]).all() and np.isfinite(found["SDR"][1]).all() and np.isfinite(found["utterance_SDR"]).all()
+    assert (
+        np.isnan(found["SDR"][0]).all()
+        and np.isfinite(found["SDR"][1]).all()
+        and np.isfinite(found["utterance_SDR"]).all()
+    )
 
 
 def test_nothing_sounds():
@@ -324,7 +382,10 @@ def test_nothing_sounds():
 
 
 def test_disagreement_by_hand():
-    ours, theirs = np.array([1.0, 2.0, np.nan, 120.0, 20.0, np.nan]), np.array([1.0, 2.5, np.nan, 150.0, 120.0, 3.0])
+    ours, theirs = (
+        np.array([1.0, 2.0, np.nan, 120.0, 20.0, np.nan]),
+        np.array([1.0, 2.5, np.nan, 150.0, 120.0, 3.0]),
+    )
     assert disagreement(ours, theirs) == (3, 100.0, 2, 1)
     assert np.isnan(disagreement(np.array([np.inf]), np.array([np.inf]))[1])
 
@@ -332,7 +393,9 @@ def test_disagreement_by_hand():
 def test_a_broken_estimate_is_named():
     references = music(2, 1)
     estimates = separated(references)
-    with pytest.raises(ValueError, match=r"the model: the estimates have shape \(2, 26399, 1\).*Trim or pad"):
+    with pytest.raises(
+        ValueError, match=r"the model: the estimates have shape \(2, 26399, 1\).*Trim or pad"
+    ):
         score_track(references, {"the model": estimates[:, 1:]}, RATE)
     estimates[1, 5] = np.nan
     with pytest.raises(ValueError, match="the model: estimates hold 1 NaN.*diverged"):
@@ -347,10 +410,18 @@ def test_wrong_input_is_refused():
     broken = references.copy()
     broken[0, :3] = np.nan
     cases = [
-        (references[..., 0], references, r"references have shape \(2, 8000\); expected \(stems, samples, channels\)"),
+        (
+            references[..., 0],
+            references,
+            r"references have shape \(2, 8000\); expected \(stems, samples, channels\)",
+        ),
         (references, references[..., 0], r"estimates have shape \(2, 8000\).*channel axis"),
         (references[:0], references[:0], r"none of them empty"),
-        (references, references[:, :-1], r"estimates have shape \(2, 7999, 1\).*\(2, 8000, 1\).*Trim or pad"),
+        (
+            references,
+            references[:, :-1],
+            r"estimates have shape \(2, 7999, 1\).*\(2, 8000, 1\).*Trim or pad",
+        ),
         (references, broken, r"estimates hold 3 NaN or infinite samples of 16000.*diverged"),
         (references * np.inf, references, r"references hold 16000 NaN"),
     ]

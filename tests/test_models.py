@@ -43,7 +43,16 @@ def test_the_mask_is_soft_and_covers_every_bin(small_settings):
 def test_the_baseline_has_no_recurrence_and_no_attention():
     kinds = {type(layer).__name__ for layer in build_model("unet", resolve("demo")).modules()}
     own = {"UNet", "TallPath", "STFT", "Level", "Down", "Up"}
-    assert kinds <= own | {"ModuleList", "Sequential", "Conv2d", "ConvTranspose2d", "BatchNorm2d", "LeakyReLU", "ReLU", "GELU"}
+    assert kinds <= own | {
+        "ModuleList",
+        "Sequential",
+        "Conv2d",
+        "ConvTranspose2d",
+        "BatchNorm2d",
+        "LeakyReLU",
+        "ReLU",
+        "GELU",
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,12 +84,16 @@ def test_one_batch_can_be_learnt_by_heart(small_settings, name):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_two_bottlenecks_cost_the_same(profile):
-    sizes = [count_parameters(build_model(name, resolve(profile)).bottleneck) for name in WAVE_MODELS]
+    sizes = [
+        count_parameters(build_model(name, resolve(profile)).bottleneck) for name in WAVE_MODELS
+    ]
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
 
 
 def test_b1_and_b2_start_from_the_same_encoder_and_decoder():
-    lstm, attention = (build_model(name, resolve("demo"), seed=5).state_dict() for name in WAVE_MODELS)
+    lstm, attention = (
+        build_model(name, resolve("demo"), seed=5).state_dict() for name in WAVE_MODELS
+    )
     shared = [key for key in lstm if not key.startswith("bottleneck")]
     assert shared == [key for key in attention if not key.startswith("bottleneck")]
     assert all(torch.equal(lstm[key], attention[key]) for key in shared)
@@ -114,7 +127,9 @@ def changes(network, x, outside):
 
 
 def test_the_receptive_field_of_the_waveform_convolutions(small_settings):
-    model = build_model("demucs_lstm", small_settings).eval().double()  # untrained, the deep layers add next to nothing
+    model = (
+        build_model("demucs_lstm", small_settings).eval().double()
+    )  # untrained, the deep layers add next to nothing
     model.bottleneck = torch.nn.Identity()
     for layer in model.modules():
         if isinstance(layer, torch.nn.GroupNorm):  # its statistics reach everywhere
@@ -154,13 +169,24 @@ def test_loading_says_what_is_missing(tmp_path):
 
 def test_a_pickle_is_no_weights_file(tmp_path, small_settings):
     torch.save(build_model("unet", small_settings).state_dict(), tmp_path / "model.safetensors")
-    description = dict(model="unet", target="piano", settings=small_settings.model_dump(mode="json"))
+    description = dict(
+        model="unet", target="piano", settings=small_settings.model_dump(mode="json")
+    )
     (tmp_path / "model.json").write_text(json.dumps(description))
     with pytest.raises(ValueError, match="model.safetensors"):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "no json", "{\"a\": 1}", "[]", "{\"model\": \"unet\", \"settings\": {\"what\": 1}, \"target\": \"piano\"}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no json",
+        '{"a": 1}',
+        "[]",
+        '{"model": "unet", "settings": {"what": 1}, "target": "piano"}',
+    ],
+)
 def test_a_description_that_is_none_is_one_sentence(text, tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "model.json").write_text(text)
@@ -170,8 +196,14 @@ def test_a_description_that_is_none_is_one_sentence(text, tmp_path):
 
 
 def test_weights_of_another_model_are_one_sentence(small_settings, tmp_path):
-    save_file(build_model("demucs_lstm", small_settings).state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "model.json").write_text(json.dumps(dict(model="unet", target="piano", settings=small_settings.model_dump(mode="json"))))
+    save_file(
+        build_model("demucs_lstm", small_settings).state_dict(), tmp_path / "model.safetensors"
+    )
+    (tmp_path / "model.json").write_text(
+        json.dumps(
+            dict(model="unet", target="piano", settings=small_settings.model_dump(mode="json"))
+        )
+    )
     with pytest.raises(ValueError, match="does not fit the model") as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)

@@ -36,7 +36,9 @@ def test_parameters_are_literals_with_types_and_help(path):
     documented = papermill.inspect_notebook(path)
     more = {"answers"} if path.stem == "06_listening" else set()
     assert set(documented) == {"profile", "run", "data", "target", "overrides"} | more
-    assert all(entry["help"] and entry["inferred_type_name"] == "str" for entry in documented.values())
+    assert all(
+        entry["help"] and entry["inferred_type_name"] == "str" for entry in documented.values()
+    )
 
 
 @by_name

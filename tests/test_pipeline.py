@@ -14,11 +14,21 @@ from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
 from mss_utils.settings import MODELS, ROOT, open_run
 
 CONTRACT = [
-    "settings.json", "environment.json", "report.pdf", "listening.html",
+    "settings.json",
+    "environment.json",
+    "report.pdf",
+    "listening.html",
     *(f"notebooks/{name}.ipynb" for name in STAGES),
-    *(f"models/piano/{model}/seed0/{file}" for model in MODELS for file in ("model.safetensors", "model.json", "history.csv", "last.ckpt")),
+    *(
+        f"models/piano/{model}/seed0/{file}"
+        for model in MODELS
+        for file in ("model.safetensors", "model.json", "history.csv", "last.ckpt")
+    ),
     *(f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)),
-    *(f"ablations/{name}/models/piano/unet/seed0/model.json" for name in ("random_mix", "curriculum")),
+    *(
+        f"ablations/{name}/models/piano/unet/seed0/model.json"
+        for name in ("random_mix", "curriculum")
+    ),
 ]
 
 
@@ -63,8 +73,23 @@ def test_an_argument_that_contradicts_the_run_is_an_error(smoke_run, capsys):
 def test_a_trained_model_separates_a_song(smoke_run, tmp_path, own_folders):
     _, folder = smoke_run
     song = next((own_folders / "cache").glob("songs-*/test/*/mixture.flac"))
-    assert main(["separate", str(song), "--model", str(folder / "models/piano/unet/seed0"), "--out", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"mixture.piano.wav", "mixture.piano.residual.wav"}
+    assert (
+        main(
+            [
+                "separate",
+                str(song),
+                "--model",
+                str(folder / "models/piano/unet/seed0"),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mixture.piano.wav",
+        "mixture.piano.residual.wav",
+    }
 
 
 def test_the_report_can_be_made_again(smoke_run, capsys):
@@ -77,15 +102,33 @@ def test_the_report_can_be_made_again(smoke_run, capsys):
     assert "No run 'nothing'" in said and "smoke" in said
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["run", "--profile", "dmeo"], ["dmeo", "smoke, demo, musdb7, musdb18"]),
-    (["run", "--profile", "smoke", "--run", "x", "--target", "violin"], ["No stem 'violin'", "piano"]),
-    (["run", "--profile", "smoke", "--run", "x", "--target", "piano,violin"], ["No stem 'violin'", "piano"]),
-    (["run", "--profile", "smoke", "--run", "x", "--set", "stepz=1"], ["Unknown setting 'stepz'", "batch_size"]),
-    (["run", "--profile", "smoke", "--run", "x", "--data", "no/such/folder"], ["No dataset folder", "no/such/folder"]),
-    (["run", "--profile", "musdb18", "--run", "x"], ["musdb18 profile needs the dataset", "MUSDB_PATH"]),
-    (["separate", "no.wav", "--model", "nowhere"], ["No model.json in nowhere", "seed0"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run", "--profile", "dmeo"], ["dmeo", "smoke, demo, musdb7, musdb18"]),
+        (
+            ["run", "--profile", "smoke", "--run", "x", "--target", "violin"],
+            ["No stem 'violin'", "piano"],
+        ),
+        (
+            ["run", "--profile", "smoke", "--run", "x", "--target", "piano,violin"],
+            ["No stem 'violin'", "piano"],
+        ),
+        (
+            ["run", "--profile", "smoke", "--run", "x", "--set", "stepz=1"],
+            ["Unknown setting 'stepz'", "batch_size"],
+        ),
+        (
+            ["run", "--profile", "smoke", "--run", "x", "--data", "no/such/folder"],
+            ["No dataset folder", "no/such/folder"],
+        ),
+        (
+            ["run", "--profile", "musdb18", "--run", "x"],
+            ["musdb18 profile needs the dataset", "MUSDB_PATH"],
+        ),
+        (["separate", "no.wav", "--model", "nowhere"], ["No model.json in nowhere", "seed0"]),
+    ],
+)
 def test_mistakes_are_one_sentence(arguments, words, own_folders, monkeypatch, capsys):
     monkeypatch.setenv("MUSDB_PATH", "")
     assert main(arguments) == 1
@@ -98,7 +141,11 @@ def test_mistakes_are_one_sentence(arguments, words, own_folders, monkeypatch, c
 
 def test_a_mistake_in_a_process_of_its_own_is_a_sentence_too():
     done = command("run", "--profile", "dmeo")
-    assert done.returncode == 1 and done.stderr == "mss_utils run: Unknown profile 'dmeo'; there are: smoke, demo, musdb7, musdb18.\n"
+    assert (
+        done.returncode == 1
+        and done.stderr
+        == "mss_utils run: Unknown profile 'dmeo'; there are: smoke, demo, musdb7, musdb18.\n"
+    )
 
 
 def test_check_prints_what_it_found(dataset, capsys):
@@ -148,7 +195,11 @@ def test_a_failed_notebook_stops_the_run_in_three_lines(little):
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     # papermill adds a cell with the parameters it was given after the declared ones
-    assert "Notebook two failed in cell 3" in lines[0] and "KeyError: 'the snare'" in lines[1] and "two.ipynb" in lines[2]
+    assert (
+        "Notebook two failed in cell 3" in lines[0]
+        and "KeyError: 'the snare'" in lines[1]
+        and "two.ipynb" in lines[2]
+    )
     assert (run.folder / "notebooks" / "two.ipynb").exists()
     assert not is_finished(run, "two", stage_key(run, "two"))
     write_notebook(notebooks / "two.ipynb", "1 + 1")
@@ -166,7 +217,9 @@ def test_an_interrupted_notebook_stays_for_reading_and_runs_again(little, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "_failure_of", interrupted)
         pipeline.run_pipeline(run)
-    assert (run.folder / "notebooks" / "one.ipynb").exists() and not is_finished(run, "one", stage_key(run, "one"))
+    assert (run.folder / "notebooks" / "one.ipynb").exists() and not is_finished(
+        run, "one", stage_key(run, "one")
+    )
     pipeline.run_pipeline(run)
     assert (run.folder / "one.txt").read_text() == "ran "
 
@@ -186,9 +239,15 @@ def test_the_report_says_what_a_run_lacks(tmp_path, monkeypatch):
         pipeline.build_report(run)
 
 
-@pytest.mark.skipif(not shutil.which("git") or not (ROOT / ".git").exists(), reason="not a git checkout")
+@pytest.mark.skipif(
+    not shutil.which("git") or not (ROOT / ".git").exists(), reason="not a git checkout"
+)
 def test_the_environment_names_the_commit(smoke_run):
     _, folder = smoke_run
     found = json.loads((folder / "environment.json").read_text())
-    assert len(found["git_commit"]) == 40 and found["dataset"]["tracks"] == {"train": 3, "valid": 1, "test": 3}
+    assert len(found["git_commit"]) == 40 and found["dataset"]["tracks"] == {
+        "train": 3,
+        "valid": 1,
+        "test": 3,
+    }
     assert found["cores"] == os.cpu_count()

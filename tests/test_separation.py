@@ -37,7 +37,9 @@ class Filter(Identity):
     def __init__(self, **attributes):
         super().__init__(**attributes)
         reach = round(0.1 * self.sample_rate)
-        self.register_buffer("kernel", torch.randn(1, 1, 2 * reach + 1, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer(
+            "kernel", torch.randn(1, 1, 2 * reach + 1, generator=torch.Generator().manual_seed(0))
+        )
 
     def forward(self, mixture):
         return torch.nn.functional.conv1d(mixture, self.kernel, padding=self.kernel.shape[-1] // 2)
@@ -83,7 +85,9 @@ def written(path, audio, rate=16000, subtype="FLOAT"):
 
 def result(paths):
     """Target and residual, each `(channels, samples)`, and their rate."""
-    (target, rate), (residual, other) = (soundfile.read(path, dtype="float64", always_2d=True) for path in paths)
+    (target, rate), (residual, other) = (
+        soundfile.read(path, dtype="float64", always_2d=True) for path in paths
+    )
     assert rate == other
     return target.T, residual.T, rate
 
@@ -107,12 +111,21 @@ def test_a_filter_comes_back_whole_for_any_chunk_in_memory_and_from_a_file(chunk
     model = Filter()
     wanted = model(torch.from_numpy(mixture)[None])[0].numpy()
     assert error_db(separate(model, mixture, 16000, chunk_s), wanted) < -80
-    paths = separate_file(written(tmp_path / "song.wav", mixture), model, tmp_path / "out", chunk_s=chunk_s)
+    paths = separate_file(
+        written(tmp_path / "song.wav", mixture), model, tmp_path / "out", chunk_s=chunk_s
+    )
     assert error_db(result(paths)[0], wanted) < -80
 
 
 def test_a_mixture_as_long_as_the_training_segment_is_one_window():
-    for samples, n_windows in ((1, 1), (7999, 1), (8000, 1), (8001, 2), (8000 + 3600, 2), (8000 + 3601, 3)):  # hop: 3/4 of 0.3 s
+    for samples, n_windows in (
+        (1, 1),
+        (7999, 1),
+        (8000, 1),
+        (8001, 2),
+        (8000 + 3600, 2),
+        (8000 + 3601, 3),
+    ):  # hop: 3/4 of 0.3 s
         model = Identity()
         separate(model, noise(1, samples), 16000)
         assert len(model.heard) == n_windows
@@ -143,7 +156,9 @@ def test_the_ends_of_a_window_are_thrown_away():
 
     mixture = noise(1, 40000)
     estimate = separate(Ringing(), mixture, 16000)
-    assert (estimate[:, :1600] == 9).all() and (estimate[:, -1600:] == 9).all()  # nothing better is known of the song's own ends
+    assert (estimate[:, :1600] == 9).all() and (
+        estimate[:, -1600:] == 9
+    ).all()  # nothing better is known of the song's own ends
     np.testing.assert_allclose(estimate[:, 1600:-1600], mixture[:, 1600:-1600], atol=1e-6)
 
 
@@ -155,7 +170,9 @@ def test_a_long_song_is_never_held():
         asked.append((start, stop))
         return np.zeros((2, stop - start), np.float32)
 
-    for block in separated_blocks(Identity(sample_rate=100, channels=2, segment_s=3.0), read, samples, 100):
+    for block in separated_blocks(
+        Identity(sample_rate=100, channels=2, segment_s=3.0), read, samples, 100
+    ):
         assert block.shape[0] == 2 and 0 < block.shape[1] <= 300
         given += block.shape[1]
         assert 0 <= asked[-1][1] - given < 300 and len(asked) <= 1 + given // 100
@@ -164,13 +181,16 @@ def test_a_long_song_is_never_held():
     assert asked == sorted(asked) and asked[0][0] == 0 and asked[-1][1] == samples
 
 
-@pytest.mark.parametrize("mixture, rate, words", [
-    (np.zeros(100), 16000, "shape .100,.*channels, samples"),
-    (np.zeros((1, 0)), 16000, "at least one sample"),
-    (np.zeros((2, 100)), 16000, "channels 2.*trained with 1"),
-    (np.zeros((1, 100)), 44100, "sample_rate 44100.*trained with 16000"),
-    (np.full((1, 100), np.nan), 16000, "NaN"),
-])
+@pytest.mark.parametrize(
+    "mixture, rate, words",
+    [
+        (np.zeros(100), 16000, "shape .100,.*channels, samples"),
+        (np.zeros((1, 0)), 16000, "at least one sample"),
+        (np.zeros((2, 100)), 16000, "channels 2.*trained with 1"),
+        (np.zeros((1, 100)), 44100, "sample_rate 44100.*trained with 16000"),
+        (np.full((1, 100), np.nan), 16000, "NaN"),
+    ],
+)
 def test_a_wrong_mixture_is_named(mixture, rate, words):
     with pytest.raises(ValueError, match=words):
         separate(Identity(), mixture, rate)
@@ -205,29 +225,52 @@ def test_a_song_keeps_its_rate_and_what_the_model_hears_of_it(rate, seconds, tmp
     assert found_rate == rate
     assert error_db(target, song) < -80
     np.testing.assert_allclose(target + residual, song, atol=1e-6)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.piano.residual.wav"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "song.piano.wav",
+        "song.piano.residual.wav",
+    }
 
 
 def test_what_the_model_cannot_hear_stays_in_the_residual(tmp_path):
     time = np.arange(44100) / 44100
-    song = 0.2 * np.sin(2 * np.pi * np.array([[1000.0], [12000.0]]) * time).sum(axis=0, keepdims=True)
-    target, residual, _ = result(separate_file(written(tmp_path / "song.wav", song, 44100), Identity(), tmp_path))
-    assert error_db(target[:, 4000:-4000], 0.2 * np.sin(2 * np.pi * 1000 * time)[None, 4000:-4000]) < -80
-    assert error_db(residual[:, 4000:-4000], 0.2 * np.sin(2 * np.pi * 12000 * time)[None, 4000:-4000]) < -60
+    song = 0.2 * np.sin(2 * np.pi * np.array([[1000.0], [12000.0]]) * time).sum(
+        axis=0, keepdims=True
+    )
+    target, residual, _ = result(
+        separate_file(written(tmp_path / "song.wav", song, 44100), Identity(), tmp_path)
+    )
+    assert (
+        error_db(target[:, 4000:-4000], 0.2 * np.sin(2 * np.pi * 1000 * time)[None, 4000:-4000])
+        < -80
+    )
+    assert (
+        error_db(residual[:, 4000:-4000], 0.2 * np.sin(2 * np.pi * 12000 * time)[None, 4000:-4000])
+        < -60
+    )
     assert bandwidth_note(Identity(), 44100) == (
         "The model hears up to 8 kHz: what the song has above that, up to 22.05 kHz, stays in the residual."
     )
     assert bandwidth_note(Identity(), 16000) == bandwidth_note(Identity(), 8000) == ""
 
 
-@pytest.mark.parametrize("n_heard, channels, shape", [
-    (1, 1, (1, 1)), (1, 2, (2, 1)), (1, 6, (6, 1)),
-    (2, 1, (1, 2)), (2, 2, (1, 2)), (2, 3, (2, 2)), (2, 6, (3, 2)),
-])
+@pytest.mark.parametrize(
+    "n_heard, channels, shape",
+    [
+        (1, 1, (1, 1)),
+        (1, 2, (2, 1)),
+        (1, 6, (6, 1)),
+        (2, 1, (1, 2)),
+        (2, 2, (1, 2)),
+        (2, 3, (2, 2)),
+        (2, 6, (3, 2)),
+    ],
+)
 def test_every_channel_comes_back_in_its_place(n_heard, channels, shape, tmp_path):
     song = noise(channels, 20000)
     model = Identity(channels=n_heard)
-    target, _, _ = result(separate_file(written(tmp_path / "song.wav", song), model, tmp_path / "out"))
+    target, _, _ = result(
+        separate_file(written(tmp_path / "song.wav", song), model, tmp_path / "out")
+    )
     assert {heard[:2] for heard in model.heard} == {shape}
     assert error_db(target, song) < -100
 
@@ -239,7 +282,9 @@ def test_a_mono_song_is_heard_doubled_and_averaged(tmp_path):
             return mixture * torch.tensor([[0.2], [0.6]])
 
     song = noise(1, 3000)
-    target, _, _ = result(separate_file(written(tmp_path / "song.wav", song), Unequal(channels=2), tmp_path / "out"))
+    target, _, _ = result(
+        separate_file(written(tmp_path / "song.wav", song), Unequal(channels=2), tmp_path / "out")
+    )
     assert error_db(target, 0.4 * song) < -100
 
 
@@ -264,7 +309,9 @@ def test_flac_is_lowered_where_it_would_clip(tmp_path, capsys):
     target, residual, _ = result(separate_file(song, Loud(), tmp_path / "quiet", flac=True))
     gain = 1 / np.abs(4 * exact).max()
     assert f"{-20 * np.log10(gain):.2g} dB lower" in capsys.readouterr().out
-    assert error_db(target, gain * 4 * exact) < -100 and error_db(residual, gain * -3 * exact) < -100
+    assert (
+        error_db(target, gain * 4 * exact) < -100 and error_db(residual, gain * -3 * exact) < -100
+    )
     assert np.abs(target + residual - gain * exact).max() < 2**-22
     target, _, _ = result(separate_file(song, Loud(), tmp_path / "float"))
     assert error_db(target, 4 * exact) < -100  # float WAV holds any level
@@ -274,7 +321,9 @@ def test_flac_is_lowered_where_it_would_clip(tmp_path, capsys):
 
 def test_a_file_beyond_what_wav_can_count_is_rf64(tmp_path, monkeypatch):
     song = written(tmp_path / "song.wav", noise(1, 10000))
-    assert {soundfile.info(path).format for path in separate_file(song, Identity(), tmp_path / "out")} == {"WAV"}
+    assert {
+        soundfile.info(path).format for path in separate_file(song, Identity(), tmp_path / "out")
+    } == {"WAV"}
     monkeypatch.setattr(separation, "WAV_BYTES", 39999)
     paths = separate_file(song, Identity(), tmp_path / "out")
     assert {soundfile.info(path).format for path in paths} == {"RF64"}
@@ -282,10 +331,16 @@ def test_a_file_beyond_what_wav_can_count_is_rf64(tmp_path, monkeypatch):
 
 
 @needs_ffmpeg
-@pytest.mark.parametrize("name, options", [
-    ("song.mp3", ["-q:a", "6"]), ("song.m4a", []), ("song.ogg", ["-c:a", "libvorbis"]), ("song.mka", ["-c:a", "pcm_s16le"]),
-    ("12:30 -x.m4a", []),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("song.mp3", ["-q:a", "6"]),
+        ("song.m4a", []),
+        ("song.ogg", ["-c:a", "libvorbis"]),
+        ("song.mka", ["-c:a", "pcm_s16le"]),
+        ("12:30 -x.m4a", []),
+    ],
+)
 def test_any_format_is_read(name, options, tmp_path):
     stereo = band_limited(2, 3 * 44100, 44100, 5000)
     wav = written(tmp_path / "original.wav", stereo / np.abs(stereo).max() / 2, 44100, "PCM_16")
@@ -295,7 +350,9 @@ def test_any_format_is_read(name, options, tmp_path):
     assert rate == 44100 and target.shape[0] == 2 and abs(target.shape[1] / 44100 - 3) < 0.1
     found = (target + residual)[:, : stereo.shape[1]]
     original = soundfile.read(wav)[0].T[:, : found.shape[1]]
-    assert error_db(found, original) < -10  # the codec's own loss; a shift of a few samples would be far above
+    assert (
+        error_db(found, original) < -10
+    )  # the codec's own loss; a shift of a few samples would be far above
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
@@ -315,11 +372,15 @@ def test_an_mp3_of_variable_rate_has_no_seams(tmp_path):
 def test_a_flac_of_unknown_length_and_a_name_libsndfile_stumbles_over_are_read(tmp_path):
     song = noise(2, 40000)
     wav = written(tmp_path / "original.wav", song, 16000, "PCM_24")
-    piped = subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-f", "flac", "-"], capture_output=True, check=True).stdout
+    piped = subprocess.run(
+        ["ffmpeg", "-v", "error", "-i", wav, "-f", "flac", "-"], capture_output=True, check=True
+    ).stdout
     (tmp_path / "piped.flac").write_bytes(piped)
     shutil.copy(wav, tmp_path / "song.raw")
     for name in ("piped.flac", "song.raw"):
-        target, residual, rate = result(separate_file(tmp_path / name, Identity(), tmp_path / "out"))
+        target, residual, rate = result(
+            separate_file(tmp_path / name, Identity(), tmp_path / "out")
+        )
         assert rate == 16000 and np.abs(target + residual - song).max() < 2**-22
 
 
@@ -332,7 +393,10 @@ def test_what_needs_ffmpeg_says_so(tmp_path, monkeypatch):
             separate_file(tmp_path / name, Identity(), tmp_path / "out")
     soundfile.write(tmp_path / "song.flac", noise(2, 10000).T, 44100)
     separate_file(tmp_path / "song.flac", Identity(), tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"song.piano.wav", "song.piano.residual.wav"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "song.piano.wav",
+        "song.piano.residual.wav",
+    }
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -348,8 +412,12 @@ def broken_songs(folder):
     nan[0, 50000] = np.nan
     written(folder / "nan.wav", nan)
     return {
-        "none.wav": "No file .*none.wav; expected", "text.mp3": "text.mp3", "empty.wav": "is empty .0 bytes",
-        "folder.wav": "is a folder", "nothing.wav": "holds no samples", "nan.wav": "holds NaN or infinite samples after [23] s",
+        "none.wav": "No file .*none.wav; expected",
+        "text.mp3": "text.mp3",
+        "empty.wav": "is empty .0 bytes",
+        "folder.wav": "is a folder",
+        "nothing.wav": "holds no samples",
+        "nan.wav": "holds NaN or infinite samples after [23] s",
     }
 
 
@@ -366,7 +434,20 @@ def test_a_text_and_a_picture_are_named(tmp_path):
     (tmp_path / "text.mp3").write_text("not music " * 1000)
     with pytest.raises(ValueError, match=r"Cannot read .*text.mp3 \(ffmpeg: .+\); expected a song"):
         separate_file(tmp_path / "text.mp3", Identity(), tmp_path)
-    subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "color=d=0.1", "-an", tmp_path / "silent.mkv"], check=True)
+    subprocess.run(
+        [
+            "ffmpeg",
+            "-v",
+            "error",
+            "-f",
+            "lavfi",
+            "-i",
+            "color=d=0.1",
+            "-an",
+            tmp_path / "silent.mkv",
+        ],
+        check=True,
+    )
     with pytest.raises(ValueError, match="silent.mkv holds no sound"):
         separate_file(tmp_path / "silent.mkv", Identity(), tmp_path)
 
@@ -374,7 +455,9 @@ def test_a_text_and_a_picture_are_named(tmp_path):
 def test_a_song_cut_off_is_named(tmp_path):
     song = written(tmp_path / "song.flac", noise(1, 100000), subtype="PCM_16")
     whole = song.read_bytes()
-    frame = whole.index(whole[whole.index(b"\xff\xf8") :][:4], 60000)  # where a FLAC frame begins, and nothing is cut in two
+    frame = whole.index(
+        whole[whole.index(b"\xff\xf8") :][:4], 60000
+    )  # where a FLAC frame begins, and nothing is cut in two
     for end in (60000, frame):
         song.write_bytes(whole[:end])
         with pytest.raises(ValueError, match="Cannot finish .*song.flac .*damaged"):
@@ -385,7 +468,9 @@ def test_a_song_cut_off_is_named(tmp_path):
 @pytest.mark.parametrize("flac", [False, True])
 def test_a_separation_that_breaks_off_leaves_what_was_there(flac, tmp_path):
     song = written(tmp_path / "song.wav", noise(1, 64000))
-    before = {path: path.read_bytes() for path in separate_file(song, Identity(), tmp_path / "out", flac)}
+    before = {
+        path: path.read_bytes() for path in separate_file(song, Identity(), tmp_path / "out", flac)
+    }
     with pytest.raises(FloatingPointError, match="third window"):
         separate_file(song, Failing(), tmp_path / "out", flac)
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -404,9 +489,14 @@ def test_the_song_itself_is_never_overwritten(tmp_path):
 def test_a_damaged_song_is_separated_as_far_as_it_goes_and_it_is_said(tmp_path, capsys):
     soundfile.write(tmp_path / "whole.mp3", noise(1, 160000)[0], 16000, format="MP3")
     whole = (tmp_path / "whole.mp3").read_bytes()
-    (tmp_path / "hole.mp3").write_bytes(whole[: len(whole) // 3] + bytes(range(256)) * 40 + whole[len(whole) // 2 :])
+    (tmp_path / "hole.mp3").write_bytes(
+        whole[: len(whole) // 3] + bytes(range(256)) * 40 + whole[len(whole) // 2 :]
+    )
     separate_file(tmp_path / "hole.mp3", Identity(), tmp_path / "out")
-    assert "hole.mp3 is damaged, and what could be read of it is separated (ffmpeg: " in capsys.readouterr().err
+    assert (
+        "hole.mp3 is damaged, and what could be read of it is separated (ffmpeg: "
+        in capsys.readouterr().err
+    )
     separate_file(tmp_path / "whole.mp3", Identity(), tmp_path / "out")
     assert "damaged" not in capsys.readouterr().err
 
@@ -427,18 +517,33 @@ def model_folder(small_settings, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("model")
     weights = build_model("unet", small_settings).state_dict()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-    description = dict(model="unet", target="piano", settings=small_settings.model_dump(mode="json"))
+    save_file(
+        {name: weight.contiguous() for name, weight in weights.items()},
+        folder / "model.safetensors",
+    )
+    description = dict(
+        model="unet", target="piano", settings=small_settings.model_dump(mode="json")
+    )
     (folder / "model.json").write_text(json.dumps(description))
     return folder
 
 
 def test_the_command_prints_the_paths_and_what_is_not_heard(model_folder, tmp_path):
     song = written(tmp_path / "song.wav", noise(2, 44100), 44100, "PCM_16")
-    done = command("separate", str(song), "--model", str(model_folder), "--out", str(tmp_path / "out"), "--flac")
+    done = command(
+        "separate",
+        str(song),
+        "--model",
+        str(model_folder),
+        "--out",
+        str(tmp_path / "out"),
+        "--flac",
+    )
     assert done.returncode == 0, done.stderr
     target, residual, note = done.stdout.splitlines()
-    assert [target, residual] == [str(tmp_path / "out" / f"song.{name}.flac") for name in ("piano", "piano.residual")]
+    assert [target, residual] == [
+        str(tmp_path / "out" / f"song.{name}.flac") for name in ("piano", "piano.residual")
+    ]
     assert note.startswith("The model hears up to 8 kHz")
     found, rest, rate = result([target, residual])
     assert rate == 44100 and np.abs(found + rest - soundfile.read(song)[0].T).max() < 2**-23
@@ -453,7 +558,14 @@ def test_mistakes_at_the_command_are_one_sentence(model_folder, tmp_path, capfd)
         (tmp_path / "empty.wav", model_folder, "is empty"),
         (good, tmp_path / "no model", "No model.json in"),
     ):
-        assert main(["separate", str(song), "--model", str(model), "--out", str(tmp_path / "out")]) == 1
+        assert (
+            main(["separate", str(song), "--model", str(model), "--out", str(tmp_path / "out")])
+            == 1
+        )
         printed = capfd.readouterr()  # also what libraries print past Python
-        assert printed.out == "" and len(printed.err.strip().splitlines()) == 1 and words in printed.err
+        assert (
+            printed.out == ""
+            and len(printed.err.strip().splitlines()) == 1
+            and words in printed.err
+        )
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

@@ -13,27 +13,42 @@ def test_every_profile_resolves(profile):
     assert settings.stage2_step <= settings.stage3_step < settings.steps
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (dict(profile="dmeo"), ["dmeo", "smoke", "demo", "musdb7", "musdb18"]),
-    (dict(overrides="stepz=3"), ["stepz", "steps", "batch_size"]),
-    (dict(overrides="steps=many"), ["steps", "many"]),
-    (dict(overrides="steps"), ["key=value", "steps"]),
-    (dict(overrides="sample_rate=48000"), ["sample_rate", "16000"]),
-    (dict(overrides="steps=0"), ["steps", "greater than or equal to 1"]),
-    (dict(overrides="groups=synth+fx"), ["groups", "a group is written stem+stem->name, not 'synth+fx'"]),
-    (dict(overrides="groups=synth+->other"), ["groups", "stem+stem->name"]),
-    (dict(overrides="groups=synth+fx->../out"), ["groups", "cannot be called '../out'"]),
-    (dict(overrides="groups=synth+fx->all"), ["groups", "cannot be called 'all'"]),
-    (dict(overrides="segment_s=nan"), ["segment_s", "finite"]),
-    (dict(overrides="demucs_strides=4,3"), ["demucs_strides are not all even"]),
-    (dict(overrides="demucs_channels=255 attention_heads=5 demucs_max_channels=255"), ["demucs_channels is no multiple of 2"]),
-    (dict(overrides="demucs_max_channels=128"), ["demucs_max_channels is below demucs_channels"]),
-    (dict(overrides="attention_heads=3"), ["attention_heads does not divide 256"]),
-    (dict(overrides="hop=2000"), ["hop is above half of n_fft"]),
-    (dict(overrides="n_fft=1100"), ["n_fft is no multiple of 64"]),
-    (dict(overrides="segment_s=0.1 demucs_strides=64,64"), ["segment_s=0.1 is shorter than one step"]),
-    (dict(overrides="song_min_s=100"), ["song_min_s is above song_max_s"]),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(profile="dmeo"), ["dmeo", "smoke", "demo", "musdb7", "musdb18"]),
+        (dict(overrides="stepz=3"), ["stepz", "steps", "batch_size"]),
+        (dict(overrides="steps=many"), ["steps", "many"]),
+        (dict(overrides="steps"), ["key=value", "steps"]),
+        (dict(overrides="sample_rate=48000"), ["sample_rate", "16000"]),
+        (dict(overrides="steps=0"), ["steps", "greater than or equal to 1"]),
+        (
+            dict(overrides="groups=synth+fx"),
+            ["groups", "a group is written stem+stem->name, not 'synth+fx'"],
+        ),
+        (dict(overrides="groups=synth+->other"), ["groups", "stem+stem->name"]),
+        (dict(overrides="groups=synth+fx->../out"), ["groups", "cannot be called '../out'"]),
+        (dict(overrides="groups=synth+fx->all"), ["groups", "cannot be called 'all'"]),
+        (dict(overrides="segment_s=nan"), ["segment_s", "finite"]),
+        (dict(overrides="demucs_strides=4,3"), ["demucs_strides are not all even"]),
+        (
+            dict(overrides="demucs_channels=255 attention_heads=5 demucs_max_channels=255"),
+            ["demucs_channels is no multiple of 2"],
+        ),
+        (
+            dict(overrides="demucs_max_channels=128"),
+            ["demucs_max_channels is below demucs_channels"],
+        ),
+        (dict(overrides="attention_heads=3"), ["attention_heads does not divide 256"]),
+        (dict(overrides="hop=2000"), ["hop is above half of n_fft"]),
+        (dict(overrides="n_fft=1100"), ["n_fft is no multiple of 64"]),
+        (
+            dict(overrides="segment_s=0.1 demucs_strides=64,64"),
+            ["segment_s=0.1 is shorter than one step"],
+        ),
+        (dict(overrides="song_min_s=100"), ["song_min_s is above song_max_s"]),
+    ],
+)
 def test_a_wrong_setting_is_one_sentence(arguments, words):
     with pytest.raises(ValueError) as error:
         resolve(**arguments)
@@ -48,7 +63,11 @@ def test_stored_settings_win_and_contradictions_are_named(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir()), "opening a run writes nothing"
     run.write_settings()
     again = open_run("smoke", "mine")
-    assert again.settings == run.settings and again.settings.steps == 20 and again.settings.demucs_strides == (4, 4, 2, 2)
+    assert (
+        again.settings == run.settings
+        and again.settings.steps == 20
+        and again.settings.demucs_strides == (4, 4, 2, 2)
+    )
     assert open_run("smoke", "mine", overrides="steps=20") == again
     with pytest.raises(ValueError, match="steps=20.*30.*another run name"):
         open_run("smoke", "mine", overrides="steps=30")
@@ -62,7 +81,11 @@ def test_stem_groups_are_read_stored_and_compared(tmp_path, monkeypatch):
     run = open_run("smoke", "mine", overrides=text)
     assert run.settings.groups == {"other": ("synth", "fx"), "drums": ("kick", "my snare")}
     run.write_settings()
-    assert open_run("smoke", "mine").settings == run.settings == open_run("smoke", "mine", overrides=text).settings
+    assert (
+        open_run("smoke", "mine").settings
+        == run.settings
+        == open_run("smoke", "mine", overrides=text).settings
+    )
     with pytest.raises(ValueError, match="groups=.*this call asks for"):
         open_run("smoke", "mine", overrides="groups=synth+fx->rest")
 

@@ -16,7 +16,15 @@ import soundfile
 from conftest import STEMS, write_dataset
 
 from mss_utils.__main__ import main
-from mss_utils.data import audit, build_store, co_activity, level_db, open_store, read_store, warnings_of
+from mss_utils.data import (
+    audit,
+    build_store,
+    co_activity,
+    level_db,
+    open_store,
+    read_store,
+    warnings_of,
+)
 from mss_utils.data import store as store_module
 from mss_utils.settings import ROOT, resolve
 
@@ -43,15 +51,23 @@ def test_the_store_holds_what_the_files_hold(dataset):
 def test_the_index_says_where_everything_comes_from(dataset):
     store = build_store(dataset, 16000, 1)
     track = store.split("test")[1]
-    assert track.source == str(dataset / "test" / "test song 1") and track.samples == 48000 and track.source_rates == (16000,)
-    assert [round(20 * np.log10(rms)) for rms in track.rms[1:]] == [round(20 * np.log10(0.02 * (row + 1))) for row in range(4)]
+    assert (
+        track.source == str(dataset / "test" / "test song 1")
+        and track.samples == 48000
+        and track.source_rates == (16000,)
+    )
+    assert [round(20 * np.log10(rms)) for rms in track.rms[1:]] == [
+        round(20 * np.log10(0.02 * (row + 1))) for row in range(4)
+    ]
 
 
 def test_samples_beyond_full_scale_are_kept(tmp_path):
     write_dataset(tmp_path, 2, 1, 1, seconds=1)
     loud = np.full((16000, 1), 0.9, np.float32)
     for stem in STEMS:
-        soundfile.write(tmp_path / "test" / "test song 0" / f"{stem}.wav", loud, 16000, subtype="FLOAT")
+        soundfile.write(
+            tmp_path / "test" / "test song 0" / f"{stem}.wav", loud, 16000, subtype="FLOAT"
+        )
     mixture, stems = (store := build_store(tmp_path, 16000, 1)).load(store.split("test")[0])
     assert abs(mixture.max() - 3.6) < 1e-3 and abs(stems.max() - 0.9) < 1e-3
 
@@ -64,7 +80,9 @@ def test_a_second_call_decodes_nothing_and_a_changed_song_is_decoded_again(tmp_p
     first = build_store(root, 16000, 1)
     before = stamps(first)
     assert build_store(root, 16000, 1) == first and stamps(first) == before
-    assert stamps(build_store(root / ".." / "data", 16000, 1)) == before, "the same folder by another path"
+    assert stamps(build_store(root / ".." / "data", 16000, 1)) == before, (
+        "the same folder by another path"
+    )
     soundfile.write(root / "train" / "train song 0" / "bass.wav", np.zeros(16000), 16000)
     changed = build_store(root, 16000, 1)
     assert changed.sha != first.sha
@@ -79,7 +97,11 @@ def test_a_song_that_left_the_dataset_leaves_the_store(tmp_path):
     shutil.rmtree(root / "train" / "train song 1")
     second = build_store(root, 16000, 1)
     assert [track.name for track in second.split("train")] == ["train song 0", "train song 2"]
-    assert {path.name for path in second.folder.iterdir()} == {"index.json", ".lock", *(track.file for track in second.tracks)}
+    assert {path.name for path in second.folder.iterdir()} == {
+        "index.json",
+        ".lock",
+        *(track.file for track in second.tracks),
+    }
 
 
 def test_a_hundred_and_fifty_tracks_are_opened_in_less_than_a_second(tmp_path):
@@ -109,12 +131,23 @@ print(len(store.build_store(Path(sys.argv[1]), 16000, 1, n_jobs=1).tracks))
 
 def held_build(root, go, **options):
     """A build that stops after three tracks until the file `go` is there."""
-    return subprocess.Popen([sys.executable, "-c", HELD, str(root), str(go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", HELD, str(root), str(go)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        **options,
+    )
 
 
 def indexed(folder):
     """Names of the tracks that a store under `folder` knows so far."""
-    return [track["name"] for index in folder.rglob("index.json") for track in json.loads(index.read_text())["tracks"]]
+    return [
+        track["name"]
+        for index in folder.rglob("index.json")
+        for track in json.loads(index.read_text())["tracks"]
+    ]
 
 
 def wait_for(condition, seconds=60):
@@ -135,10 +168,14 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch):
         read_store(next(tmp_path.rglob("index.json")).parent)
     decoded = []
     original = store_module.read_track
-    monkeypatch.setattr(store_module, "read_track", lambda source: decoded.append(source.name) or original(source))
+    monkeypatch.setattr(
+        store_module, "read_track", lambda source: decoded.append(source.name) or original(source)
+    )
     store = build_store(root, 16000, 1)
     assert len(store.tracks) == 10 and len(decoded) == 7
-    assert [track.name for track in store.split("train")] == sorted(track.name for track in store.split("train"))
+    assert [track.name for track in store.split("train")] == sorted(
+        track.name for track in store.split("train")
+    )
 
 
 def test_two_builds_at_once_decode_each_track_once(tmp_path, monkeypatch):
@@ -151,7 +188,11 @@ def test_two_builds_at_once_decode_each_track_once(tmp_path, monkeypatch):
     written = {path: path.stat().st_ino for path in tmp_path.rglob("*.npy")}
     (tmp_path / "go").touch()
     assert (first.communicate()[0], second.communicate()[0]) == ("8\n", "8\n")
-    assert len(written) == 3 and written.items() <= {path: path.stat().st_ino for path in tmp_path.rglob("*.npy")}.items(), "written twice"
+    assert (
+        len(written) == 3
+        and written.items()
+        <= {path: path.stat().st_ino for path in tmp_path.rglob("*.npy")}.items()
+    ), "written twice"
 
 
 def test_many_threads_may_build_the_same_store(tmp_path):
@@ -172,7 +213,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path, m
     full = held_build(root, tmp_path / "go", preexec_fn=limit)
     assert full.wait() == 1
     error = full.stderr.read()
-    assert "No room left to write" in error and "the same command goes on: free space there" in error and "MSS_CACHE" in error
+    assert (
+        "No room left to write" in error
+        and "the same command goes on: free space there" in error
+        and "MSS_CACHE" in error
+    )
     assert not [path for path in tmp_path.rglob("*") if ".part" in path.name]
     assert len(indexed(tmp_path)) == len(list(tmp_path.rglob("*.npy"))) >= 1
     assert len(build_store(root, 16000, 1).tracks) == 5, "the same command goes on"
@@ -197,15 +242,22 @@ mixture, _ = store.load(store.split("test")[0])
 assert separate(model, mixture, 16000).shape == mixture.shape
 assert not {{"musdb", "stempeg", "museval"}} & set(sys.modules), "imported"
 """
-    environment = os.environ | dict(PATH=str(tmp_path), MSS_RESULTS=str(tmp_path / "results"), MSS_CACHE=str(tmp_path / "cache"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    environment = os.environ | dict(
+        PATH=str(tmp_path), MSS_RESULTS=str(tmp_path / "results"), MSS_CACHE=str(tmp_path / "cache")
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert open_store(small_settings.model_copy(update=dict(data=str(carried)))).sha == store.sha
 
 
 def test_a_carried_store_that_does_not_fit_says_so(store, tmp_path):
     carried = shutil.copytree(store.folder, tmp_path / "carried")
-    for overrides, words in (("sample_rate=22050", "has sample_rate=16000, the run asks for 22050"), ("groups=bass+drums->low", "decoded already, into bass, drums")):
+    for overrides, words in (
+        ("sample_rate=22050", "has sample_rate=16000, the run asks for 22050"),
+        ("groups=bass+drums->low", "decoded already, into bass, drums"),
+    ):
         with pytest.raises(ValueError, match=words):
             open_store(resolve("smoke", str(carried), "piano", overrides))
     next(carried.glob("*.npy")).unlink()
@@ -233,9 +285,14 @@ def test_the_audit_finds_what_is_wrong(tmp_path):
     silent = table[(table["stem"] == "drums") & (table["track"] == "train song 1")].iloc[0]
     assert silent["silent_share"] == 1 and silent["level_db"] == -np.inf
     found = warnings_of(store, segment_s=1.5)
-    assert found[0].startswith("1 track whose stems do not add up to the mixture: train song 0 (off by ")
+    assert found[0].startswith(
+        "1 track whose stems do not add up to the mixture: train song 0 (off by "
+    )
     assert "1 track shorter than a second, scored as one frame: test song 0 (0.60 s)" in found
-    assert "2 tracks shorter than a training segment of 1.5 s, not used: train song 0 (0.60 s), train song 1 (0.60 s)" in found
+    assert (
+        "2 tracks shorter than a training segment of 1.5 s, not used: train song 0 (0.60 s), train song 1 (0.60 s)"
+        in found
+    )
     assert "1 stem silent throughout: drums of train song 1" in found
 
 
@@ -245,16 +302,26 @@ def test_the_audit_is_what_the_samples_say(store):
         mixture, stems = store.load(track)
         for name, audio in zip(("mixture", *store.stems), (mixture, *stems)):
             row = table.loc[(track.split, track.name, name)]
-            assert abs(row["level_db"] - level_db(audio)) < 0.01 and abs(row["peak"] - np.abs(audio).max()) < 2 * track.scale
+            assert (
+                abs(row["level_db"] - level_db(audio)) < 0.01
+                and abs(row["peak"] - np.abs(audio).max()) < 2 * track.scale
+            )
         residual_db = level_db(mixture - stems.sum(axis=0)) - level_db(mixture)
         found = table.loc[(track.split, track.name, "mixture"), "residual_db"]
-        assert abs(max(found, -100) - max(residual_db, -100)) < 0.5  # further down is the rounding of floats
+        assert (
+            abs(max(found, -100) - max(residual_db, -100)) < 0.5
+        )  # further down is the rounding of floats
 
 
 def test_leaks_between_the_splits_are_named(tmp_path):
     root = write_dataset(tmp_path, 3, 1, 2, seconds=0.5)
     shutil.copytree(root / "train" / "train song 0", root / "test" / "a copy")
-    for path, name in (("train/train song 1", "Ada - One"), ("valid/valid song 0", "Bob feat. Ada - Two"), ("test/test song 0", "Ada feat. Bob - Three"), ("test/test song 1", "Bob - Four")):
+    for path, name in (
+        ("train/train song 1", "Ada - One"),
+        ("valid/valid song 0", "Bob feat. Ada - Two"),
+        ("test/test song 0", "Ada feat. Bob - Three"),
+        ("test/test song 1", "Bob - Four"),
+    ):
         (root / path).rename((root / path).with_name(name))
     found = warnings_of(build_store(root, 16000, 1))
     assert "1 recording more than once: train/train song 0, test/a copy" in found
@@ -271,7 +338,12 @@ def test_co_activity_counts_who_plays_together(tmp_path):
             soundfile.write(folder / f"{stem}.wav", audio, 16000)
     shares = co_activity(build_store(root, 16000, 1))
     assert shares.loc["bass"].tolist() == [1, 0.5, 0.5, 0]
-    assert shares.loc["drums"].tolist() == [1, 1, 0, 0] and shares.loc["piano"].tolist() == [1, 0, 1, 0]
+    assert shares.loc["drums"].tolist() == [1, 1, 0, 0] and shares.loc["piano"].tolist() == [
+        1,
+        0,
+        1,
+        0,
+    ]
     assert shares.loc["vocals"].isna().all()
 
 
@@ -279,10 +351,17 @@ def test_check_prints_the_audit_and_stops_at_what_would_stop_a_run(tmp_path, cap
     root = write_dataset(tmp_path / "data", 3, 1, 2, seconds=0.6)
     assert main(["check", "--data", str(root)]) == 0
     printed = capsys.readouterr().out
-    assert "tracks       train 3, valid 1, test 2" in printed and "warning      2 tracks shorter than a second" in printed
+    assert (
+        "tracks       train 3, valid 1, test 2" in printed
+        and "warning      2 tracks shorter than a second" in printed
+    )
     assert main(["check", "--data", str(root), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["tracks"] == {"train": 3, "valid": 1, "test": 2} and found["source_rates"] == [16000] and len(found["warnings"]) == 2
+    assert (
+        found["tracks"] == {"train": 3, "valid": 1, "test": 2}
+        and found["source_rates"] == [16000]
+        and len(found["warnings"]) == 2
+    )
     (root / "test" / "test song 0" / "bass.wav").write_bytes(b"")
     assert main(["check", "--data", str(root)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("mss_utils check: Cannot read ")

@@ -32,9 +32,18 @@ def test_training_writes_what_the_contract_names(small_run, store, name):
     heard = []
     model = train(small_run, store, "piano", name, on_validation=heard.append)
     folder = small_run.model_folder("piano", name)
-    assert {path.name for path in folder.glob("[!.]*")} == {"model.safetensors", "model.json", "history.csv", "last.ckpt"}
+    assert {path.name for path in folder.glob("[!.]*")} == {
+        "model.safetensors",
+        "model.json",
+        "history.csv",
+        "last.ckpt",
+    }
     description = json.loads((folder / "model.json").read_text())
-    assert description["steps"] == 6 and description["train_s"] > 0 and description["peak_memory_mb"] > 50
+    assert (
+        description["steps"] == 6
+        and description["train_s"] > 0
+        and description["peak_memory_mb"] > 50
+    )
     history = pd.read_csv(folder / "history.csv")
     assert list(history["step"]) == [3, 6] and len(heard) == 2
     assert description["valid_sdr"] == pytest.approx(history["valid_sdr_db"].max())
@@ -44,7 +53,9 @@ def test_training_writes_what_the_contract_names(small_run, store, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_in_bfloat16(small_run, store, name):
-    run = Run("bf16", small_run.settings.model_copy(update=dict(precision="bf16-mixed")), small_run.folder)
+    run = Run(
+        "bf16", small_run.settings.model_copy(update=dict(precision="bf16-mixed")), small_run.folder
+    )
     train(run, store, "piano", name)
     log = training.history(run.model_folder("piano", name))
     assert np.isfinite(log["valid_sdr_db"]).all()
@@ -55,11 +66,19 @@ def test_a_trained_model_is_loaded_unless_settings_or_data_changed(small_run, st
     train(small_run, store, "piano", "unet")
     monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
     train(small_run, store, "piano", "unet")
-    changed = Run(small_run.name, small_run.settings.model_copy(update=dict(unet_lr=1e-4)), small_run.folder)
+    changed = Run(
+        small_run.name, small_run.settings.model_copy(update=dict(unet_lr=1e-4)), small_run.folder
+    )
     with pytest.raises(pytest.fail.Exception):
         train(changed, store, "piano", "unet")
     folder = small_run.model_folder("piano", "unet")
-    identity = dict(model="unet", target="piano", seed=0, data="other music", settings=small_run.settings.model_dump(mode="json"))
+    identity = dict(
+        model="unet",
+        target="piano",
+        seed=0,
+        data="other music",
+        settings=small_run.settings.model_dump(mode="json"),
+    )
     assert not is_trained(folder, identity)
     assert is_trained(folder, identity | dict(data=store.sha))
 
@@ -95,7 +114,9 @@ def test_an_interrupted_training_ends_with_the_same_weights(small_run, store, tm
     train(small_run, store, "piano", name)
     assert_same_weights(weights_of(whole, name), weights_of(small_run, name))
     columns = ["step", "train_loss_db", "raw_sdr_db", "ema_sdr_db", "lr"]
-    logs = [training.history(run.model_folder("piano", name))[columns] for run in (whole, small_run)]
+    logs = [
+        training.history(run.model_folder("piano", name))[columns] for run in (whole, small_run)
+    ]
     pd.testing.assert_frame_equal(*logs, check_exact=True)
 
 
@@ -123,13 +144,20 @@ training.train(run, open_store(run.settings), "piano", "unet")
 """
 
 
-@pytest.mark.parametrize("where, count", [("descend", 5), ("replacing", 1), ("replacing", 3), ("replacing", 4)])
+@pytest.mark.parametrize(
+    "where, count", [("descend", 5), ("replacing", 1), ("replacing", 3), ("replacing", 4)]
+)
 def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, where, count):
     """SIGKILL at a step, and in the middle of a checkpoint or of weights (the 3rd file): the next call ends with the same weights."""
     whole = Run("whole", small_run.settings, tmp_path / "whole")
     train(whole, store, "piano", "unet")
     arguments = ["smoke", "small", small_settings.data, "piano", SMALL]
-    killed = subprocess.run([sys.executable, "-c", KILLED, where, str(count), *arguments], cwd=ROOT, capture_output=True, text=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, where, str(count), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     train(small_run, store, "piano", "unet")
     assert_same_weights(weights_of(whole, "unet"), weights_of(small_run, "unet"))
@@ -148,7 +176,9 @@ def test_a_pickle_is_no_checkpoint(small_run, store):
 def test_what_an_older_training_left_does_not_outlive_it(small_run, store, monkeypatch):
     """Killed before its first validation, a training of other settings must not leave a model.json beside weights to come."""
     train(small_run, store, "piano", "unet")
-    changed = Run(small_run.name, small_run.settings.model_copy(update=dict(unet_lr=1e-4)), small_run.folder)
+    changed = Run(
+        small_run.name, small_run.settings.model_copy(update=dict(unet_lr=1e-4)), small_run.folder
+    )
     monkeypatch.setattr(training, "descend", lambda *_: torch.tensor(math.nan))
     with pytest.raises(FloatingPointError):
         train(changed, store, "piano", "unet")
@@ -160,8 +190,14 @@ def test_the_better_of_raw_and_averaged_weights_is_kept(small_run, store, monkey
     monkeypatch.setattr(training, "validate", lambda *_: next(scores))
     train(small_run, store, "piano", "demucs_lstm")
     kept, checkpoint = weights_of(small_run, "demucs_lstm")
-    description = json.loads((small_run.model_folder("piano", "demucs_lstm") / "model.json").read_text())
-    assert (description["best_weights"], description["best_step"], description["valid_sdr"]) == ("raw", 6, 3.0)
+    description = json.loads(
+        (small_run.model_folder("piano", "demucs_lstm") / "model.json").read_text()
+    )
+    assert (description["best_weights"], description["best_step"], description["valid_sdr"]) == (
+        "raw",
+        6,
+        3.0,
+    )
     assert all(torch.equal(tensor, checkpoint[f"raw/{key}"]) for key, tensor in kept.items())
     assert not all(torch.equal(tensor, checkpoint[f"ema/{key}"]) for key, tensor in kept.items())
 
@@ -170,15 +206,38 @@ def test_two_processes_get_the_gradients_of_one(small_settings, tmp_path):
     """The first moments of Adam after one step are its gradients, clipped, times 0.1: two processes with gloo against one."""
     moments = {}
     for processes in (1, 2):
-        overrides = ["segment_s=0.5", "valid_s=2", "steps=1", "valid_every=1", "batch_size=4", f"devices={processes}", "device=cpu"]
+        overrides = [
+            "segment_s=0.5",
+            "valid_s=2",
+            "steps=1",
+            "valid_every=1",
+            "batch_size=4",
+            f"devices={processes}",
+            "device=cpu",
+        ]
         name = f"{processes}-processes"
-        arguments = ["--profile", "smoke", "--run", name, "--data", small_settings.data, "--target", "piano", "--model", "demucs_attention"]
-        done = command("train", *arguments, "--set", *overrides, MSS_RESULTS=str(tmp_path), OMP_NUM_THREADS="1")
+        arguments = [
+            "--profile",
+            "smoke",
+            "--run",
+            name,
+            "--data",
+            small_settings.data,
+            "--target",
+            "piano",
+            "--model",
+            "demucs_attention",
+        ]
+        done = command(
+            "train", *arguments, "--set", *overrides, MSS_RESULTS=str(tmp_path), OMP_NUM_THREADS="1"
+        )
         assert done.returncode == 0, done.stderr
         folder = tmp_path / name / "models" / "piano" / "demucs_attention" / "seed0"
         assert json.loads((folder / "model.json").read_text())["processes"] == processes
         checkpoint = load_file(folder / "last.ckpt")
-        moments[processes] = {key: tensor for key, tensor in checkpoint.items() if key.endswith("exp_avg")}
+        moments[processes] = {
+            key: tensor for key, tensor in checkpoint.items() if key.endswith("exp_avg")
+        }
     assert moments[1].keys() == moments[2].keys()
     largest = max(tensor.abs().max() for tensor in moments[1].values())
     for key, tensor in moments[1].items():
@@ -196,17 +255,35 @@ def test_b1_and_b2_see_the_same_batches(small_run, store, monkeypatch):
     for name in ("demucs_lstm", "demucs_attention"):
         batches = seen[name] = []
         original = Mixer.assemble
-        monkeypatch.setattr(Mixer, "assemble", lambda *given, original=original, batches=batches: batches.append(b := original(*given)) or b)
+        monkeypatch.setattr(
+            Mixer,
+            "assemble",
+            lambda *given, original=original, batches=batches: (
+                batches.append(b := original(*given)) or b
+            ),
+        )
         train(small_run, store, "piano", name)
         monkeypatch.undo()
         monkeypatch.setenv("MSS_RESULTS", str(small_run.folder.parent))
     assert len(seen["demucs_lstm"]) == 6
-    assert all(torch.equal(a.stems, b.stems) for a, b in zip(seen["demucs_lstm"], seen["demucs_attention"], strict=True))
+    assert all(
+        torch.equal(a.stems, b.stems)
+        for a, b in zip(seen["demucs_lstm"], seen["demucs_attention"], strict=True)
+    )
 
 
-def test_validation_tracks_without_the_target_are_noticed_before_the_training(small_run, store, monkeypatch):
-    monkeypatch.setattr(Store, "load", lambda self, *given: (np.ones((1, 100)), np.array([[[1.0]], [[1.0]], [[0.0]], [[1.0]]])))
-    with pytest.raises(ValueError, match="piano is silent in the middle 2 s of every validation track.*set valid_s higher"):
+def test_validation_tracks_without_the_target_are_noticed_before_the_training(
+    small_run, store, monkeypatch
+):
+    monkeypatch.setattr(
+        Store,
+        "load",
+        lambda self, *given: (np.ones((1, 100)), np.array([[[1.0]], [[1.0]], [[0.0]], [[1.0]]])),
+    )
+    with pytest.raises(
+        ValueError,
+        match="piano is silent in the middle 2 s of every validation track.*set valid_s higher",
+    ):
         train(small_run, store, "piano", "unet")
     assert not small_run.folder.exists()
 
@@ -214,7 +291,9 @@ def test_validation_tracks_without_the_target_are_noticed_before_the_training(sm
 def test_a_loss_that_is_not_finite_stops_the_training(small_run, store, monkeypatch):
     losses = iter([1.0, math.nan, 1.0, 1.0, 1.0, 1.0])
     monkeypatch.setattr(training, "descend", lambda *_: torch.tensor(next(losses)))
-    with pytest.raises(FloatingPointError, match="demucs_lstm is nan at step 1: set demucs_lr lower"):
+    with pytest.raises(
+        FloatingPointError, match="demucs_lstm is nan at step 1: set demucs_lr lower"
+    ):
         train(small_run, store, "piano", "demucs_lstm")
 
 
@@ -226,19 +305,26 @@ def test_a_network_that_gave_up_is_noticed(small_settings, store, answer, gain):
     assert collapse(network, batch) == answer
     torch.nn.init.constant_(network.weight, 0.5)
     assert collapse(network, batch) is None
-    right = replace(batch, target=gain * batch.mixture)  # where that answer is right, it is no fault
+    right = replace(
+        batch, target=gain * batch.mixture
+    )  # where that answer is right, it is no fault
     torch.nn.init.constant_(network.weight, gain)
     assert collapse(network, right) is None
 
 
 def test_a_collapse_is_said_while_training(small_run, store, monkeypatch):
     monkeypatch.setattr(training, "collapse", lambda *_: "the mixture")
-    with pytest.warns(UserWarning, match="At step 3, unet returns the mixture.*learning rate lower") as said:
+    with pytest.warns(
+        UserWarning, match="At step 3, unet returns the mixture.*learning rate lower"
+    ) as said:
         train(small_run, store, "piano", "unet")
     assert len([warning for warning in said if "returns" in str(warning.message)]) == 1
 
 
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
+)
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
@@ -247,7 +333,9 @@ def test_out_of_memory_names_the_settings_to_change(small_run, store, monkeypatc
         raise error
 
     monkeypatch.setattr(training, "descend", fail)
-    with pytest.raises(MemoryError, match="batch_size=2 and segment_s=0.5: set batch_size=1, or segment_s=0.25"):
+    with pytest.raises(
+        MemoryError, match="batch_size=2 and segment_s=0.5: set batch_size=1, or segment_s=0.25"
+    ):
         train(small_run, store, "piano", "demucs_lstm")
     one = Run("one", small_run.settings.model_copy(update=dict(batch_size=1)), small_run.folder)
     with pytest.raises(MemoryError, match="batch_size=1 and segment_s=0.5: set segment_s=0.25"):
@@ -264,17 +352,25 @@ def test_the_waveform_models_can_reconstruct_an_unseen_song(name, songs_store):
 
 def test_a_setting_that_came_later_had_its_default(store, small_settings, tmp_path):
     identity = identity_of(small_settings, store, "piano", "unet", 0)
-    older = identity | dict(settings={key: value for key, value in identity["settings"].items() if key != "train_share"})
+    older = identity | dict(
+        settings={key: value for key, value in identity["settings"].items() if key != "train_share"}
+    )
     save_file({}, tmp_path / "model.safetensors")
     (tmp_path / "model.json").write_text(json.dumps(older))
     assert is_trained(tmp_path, identity)
-    assert not is_trained(tmp_path, identity | dict(settings=identity["settings"] | dict(train_share=0.5)))
+    assert not is_trained(
+        tmp_path, identity | dict(settings=identity["settings"] | dict(train_share=0.5))
+    )
 
 
 def test_a_training_may_start_from_another(small_run, store):
     """The first weights are those of the other run; a start that does not fit, or is not there, is said."""
     train(small_run, store, "piano", "unet")
-    started = lambda **changes: Run("started", small_run.settings.model_copy(update=dict(start_from="small") | changes), small_run.folder.parent / "started")
+    started = lambda **changes: Run(
+        "started",
+        small_run.settings.model_copy(update=dict(start_from="small") | changes),
+        small_run.folder.parent / "started",
+    )
     train(started(unet_lr=1e-12, warmup_steps=0, weight_decay=1e-12), store, "piano", "unet")
     before, after = weights_of(small_run, "unet")[0], weights_of(started(), "unet")[0]
     learnt = [key for key in before if "running" not in key and "tracked" not in key]

@@ -17,7 +17,14 @@ from tqdm.auto import tqdm
 
 from mss_utils.analysis import repetition, transients
 from mss_utils.analysis.phase import phase_scores, with_phase_of
-from mss_utils.analysis.repetition import CONDITIONS, askable, damaged_repeat, lags_s, loop_starts, spread
+from mss_utils.analysis.repetition import (
+    CONDITIONS,
+    askable,
+    damaged_repeat,
+    lags_s,
+    loop_starts,
+    spread,
+)
 from mss_utils.analysis.timing import beat_and_bar_s, onsets
 from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_band, wide
 from mss_utils.data import Store, Track, loudest_start
@@ -27,22 +34,63 @@ from mss_utils.models.unet import STFT
 from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run
 
 __all__ = [
-    "CONDITIONS", "TABLES", "analyse", "gains", "hypotheses", "loops_of", "onsets", "said", "slopes", "transients", "whole_band",
-    "wide", "with_phase_of",
+    "CONDITIONS",
+    "TABLES",
+    "analyse",
+    "gains",
+    "hypotheses",
+    "loops_of",
+    "onsets",
+    "said",
+    "slopes",
+    "transients",
+    "whole_band",
+    "wide",
+    "with_phase_of",
 ]
 
 TABLES = ("phase", "transients", "envelopes", "long_range", "data_amount", "hypotheses")
 COLUMNS = dict(
     phase=[
-        "target", "track", "model", "seed", "band_low_hz", "band_high_hz", "phase_error_rad", "sdr", "sdr_true_phase", "sdr_true_magnitude",
-        "interchannel_error_rad", "reason",
+        "target",
+        "track",
+        "model",
+        "seed",
+        "band_low_hz",
+        "band_high_hz",
+        "phase_error_rad",
+        "sdr",
+        "sdr_true_phase",
+        "sdr_true_magnitude",
+        "interchannel_error_rad",
+        "reason",
     ],
     transients=[
-        "target", "track", "model", "seed", "n_onsets", "attack_sdr", "sustain_sdr", "pre_echo_db", "attack_time_error_ms", "peak_error_db",
+        "target",
+        "track",
+        "model",
+        "seed",
+        "n_onsets",
+        "attack_sdr",
+        "sustain_sdr",
+        "pre_echo_db",
+        "attack_time_error_ms",
+        "peak_error_db",
         "reason",
     ],
     envelopes=["target", "model", "seed", "time_ms", "level", "tracks"],
-    long_range=["target", "probe", "item", "model", "seed", "lag_s", "condition", "value", "unit", "reason"],
+    long_range=[
+        "target",
+        "probe",
+        "item",
+        "model",
+        "seed",
+        "lag_s",
+        "condition",
+        "value",
+        "unit",
+        "reason",
+    ],
     data_amount=["target", "track", "model", "seed", "share", "SDR"],
 )
 N_LOOPS = 40  # at least so many, the same number a track
@@ -85,14 +133,20 @@ def _by_track(run: Run, store: Store) -> dict[str, pd.DataFrame]:
             estimates = {key: estimate[index] for key, estimate in found.items()}
             for (model, seed), estimate in estimates.items():
                 key = dict(target=target, track=track.name, model=model, seed=seed)
-                rows["phase"] += [key | row for row in phase_scores(reference, estimate, store.sample_rate, stft)]
-                rows["transients"].append(key | transients.transient_scores(reference, estimate, times, store.sample_rate))
+                rows["phase"] += [
+                    key | row for row in phase_scores(reference, estimate, store.sample_rate, stft)
+                ]
+                rows["transients"].append(
+                    key | transients.transient_scores(reference, estimate, times, store.sample_rate)
+                )
             rows["envelopes"] += _envelopes(target, reference, estimates, times, store.sample_rate)
     tables = {name: _table(name, found) for name, found in rows.items()}
     return tables | dict(envelopes=_mean_envelopes(tables["envelopes"]))
 
 
-def _envelopes(target: str, reference: np.ndarray, estimates: dict, times: np.ndarray, sample_rate: int) -> Iterator[dict]:
+def _envelopes(
+    target: str, reference: np.ndarray, estimates: dict, times: np.ndarray, sample_rate: int
+) -> Iterator[dict]:
     """The mean envelope around the onsets of one track, of each estimate and of the reference, whose peaks are 1."""
     curves, seconds = transients.envelopes(reference, times, sample_rate)
     sounding = curves.max(axis=1, initial=0) > 0
@@ -100,15 +154,26 @@ def _envelopes(target: str, reference: np.ndarray, estimates: dict, times: np.nd
         return
     peaks = curves[sounding].max(axis=1, keepdims=True)
     for (model, seed), estimate in {("reference", 0): reference, **estimates}.items():
-        levels = (transients.envelopes(estimate, times, sample_rate)[0][sounding] / peaks).mean(axis=0)
+        levels = (transients.envelopes(estimate, times, sample_rate)[0][sounding] / peaks).mean(
+            axis=0
+        )
         for second, level in zip(seconds, levels):
-            yield dict(target=target, model=model, seed=seed, time_ms=round(1000 * second), level=level, tracks=1)
+            yield dict(
+                target=target,
+                model=model,
+                seed=seed,
+                time_ms=round(1000 * second),
+                level=level,
+                tracks=1,
+            )
 
 
 def _mean_envelopes(rows: pd.DataFrame) -> pd.DataFrame:
     """Averaged over tracks."""
     groups = rows.groupby(["target", "model", "seed", "time_ms"], sort=False)
-    return groups.agg(level=("level", "mean"), tracks=("tracks", "sum")).reset_index()[COLUMNS["envelopes"]]
+    return groups.agg(level=("level", "mean"), tracks=("tracks", "sum")).reset_index()[
+        COLUMNS["envelopes"]
+    ]
 
 
 # --- repetition ---------------------------------------------------------------------------------------------------------
@@ -118,7 +183,11 @@ def long_range(run: Run, store: Store) -> Iterator[dict]:
     """Rows of the table `long_range`: what each probe found, see repetition.py."""
     for target in store.targets(run.settings.target):
         for probe in (_tempo, _reach, _attention, _damaged_repeat):
-            for row in tqdm(probe(run, store, target), desc=f"{probe.__name__[1:].replace('_', ' ')}, {target}", unit="row"):
+            for row in tqdm(
+                probe(run, store, target),
+                desc=f"{probe.__name__[1:].replace('_', ' ')}, {target}",
+                unit="row",
+            ):
                 yield dict(target=target) | row
 
 
@@ -131,29 +200,61 @@ def _tempo(_run: Run, store: Store, target: str) -> Iterator[dict]:
         _, stems = store.load(track)
         index = repetition.repetitiveness(stems[store.stem_index(target)], store.sample_rate, bar_s)
         reason = "" if np.isfinite(index) else "no beat, no onset, or shorter than two bars"
-        yield dict(probe="repetitiveness", item=track.name, lag_s=bar_s, value=index, unit="correlation", reason=reason)
+        yield dict(
+            probe="repetitiveness",
+            item=track.name,
+            lag_s=bar_s,
+            value=index,
+            unit="correlation",
+            reason=reason,
+        )
 
 
 def _reach(run: Run, store: Store, target: str) -> Iterator[dict]:
     """Radii of every model on every track, and the mean profile of each model."""
     block = math.prod(run.settings.demucs_strides)
     block_s = block / store.sample_rate
-    windows = {track.name: _loudest_window(run, store, track, target) for track in store.split("test")[:N_REACH_TRACKS]}
+    windows = {
+        track.name: _loudest_window(run, store, track, target)
+        for track in store.split("test")[:N_REACH_TRACKS]
+    }
     for model, seed in itertools.product(MODELS, range(run.settings.seeds)):
         key, profiles = dict(model=model, seed=seed), []
         for name, window in windows.items():
-            profiles.append(repetition.reach_profile(model_of(run, target, model, seed), window, block))
+            profiles.append(
+                repetition.reach_profile(model_of(run, target, model, seed), window, block)
+            )
             for share in repetition.SHARES:
                 radius = repetition.radius_s(profiles[-1], share, block_s)
-                yield key | dict(probe="reach", item=name, condition=f"{100 * share:g} %", value=radius, unit="s")
+                yield key | dict(
+                    probe="reach", item=name, condition=f"{100 * share:g} %", value=radius, unit="s"
+                )
             far = profiles[-1][math.ceil(repetition.FAR_S / block_s) :].sum()
-            yield key | dict(probe="reach", item=name, condition=f"beyond {repetition.FAR_S:g} s", value=far, unit="share")
+            yield key | dict(
+                probe="reach",
+                item=name,
+                condition=f"beyond {repetition.FAR_S:g} s",
+                value=far,
+                unit="share",
+            )
         mean = _mean_of(profiles, beyond=0)
         for share in repetition.SHARES:
             radius = repetition.radius_s(mean, share, block_s)
-            yield key | dict(probe="reach", item="all tracks", condition=f"{100 * share:g} %", value=radius, unit="s")
+            yield key | dict(
+                probe="reach",
+                item="all tracks",
+                condition=f"{100 * share:g} %",
+                value=radius,
+                unit="s",
+            )
         for index, value in enumerate(mean):
-            yield key | dict(probe="reach_profile", item="all tracks", lag_s=(index + 1) * block_s, value=value, unit="share")
+            yield key | dict(
+                probe="reach_profile",
+                item="all tracks",
+                lag_s=(index + 1) * block_s,
+                value=value,
+                unit="share",
+            )
 
 
 def _loudest_window(run: Run, store: Store, track: Track, target: str) -> np.ndarray:
@@ -173,26 +274,66 @@ def _attention(run: Run, store: Store, target: str) -> Iterator[dict]:
     frame_s = math.prod(run.settings.demucs_strides) / store.sample_rate
     for seed in range(run.settings.seeds):
         model, profiles = model_of(run, target, "demucs_attention", seed), []
-        key, by_lag = dict(model="demucs_attention", seed=seed), dict(probe="attention", unit="times uniform")
+        key, by_lag = (
+            dict(model="demucs_attention", seed=seed),
+            dict(probe="attention", unit="times uniform"),
+        )
         for track in store.split("test"):
             profiles.append(_attention_of(model, store.load(track)[0], run.settings.segment))
             mean, (_, bar_s) = profiles[-1].mean(axis=0), beat_and_bar_s(store, track)
             for index, value in enumerate(mean):
-                yield key | by_lag | dict(item=track.name, lag_s=index * frame_s, condition="all layers", value=value)
+                yield (
+                    key
+                    | by_lag
+                    | dict(
+                        item=track.name, lag_s=index * frame_s, condition="all layers", value=value
+                    )
+                )
             at_bar = repetition.at_the_bar_db(mean, bar_s, frame_s)
-            reason = "" if np.isfinite(at_bar) else "a bar and a quarter are longer than a training segment"
-            yield key | dict(probe="attention_at_bar", item=track.name, lag_s=bar_s, value=at_bar, unit="dB", reason=reason)
+            reason = (
+                ""
+                if np.isfinite(at_bar)
+                else "a bar and a quarter are longer than a training segment"
+            )
+            yield key | dict(
+                probe="attention_at_bar",
+                item=track.name,
+                lag_s=bar_s,
+                value=at_bar,
+                unit="dB",
+                reason=reason,
+            )
         for layer in range(len(profiles[0])):
             for index, value in enumerate(_mean_of([profile[layer] for profile in profiles])):
-                yield key | by_lag | dict(item="all tracks", lag_s=index * frame_s, condition=f"layer {layer + 1}", value=value)
+                yield (
+                    key
+                    | by_lag
+                    | dict(
+                        item="all tracks",
+                        lag_s=index * frame_s,
+                        condition=f"layer {layer + 1}",
+                        value=value,
+                    )
+                )
 
 
 def _attention_of(model, mixture: np.ndarray, segment: int) -> np.ndarray:
     """`attention_by_lag` of a track, cut into training segments end to end; a shorter track is one window."""
     length = min(segment, mixture.shape[1])
-    windows = np.stack(np.split(mixture[:, : mixture.shape[1] // length * length], mixture.shape[1] // length, axis=1))
-    parts = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    return np.average([repetition.attention_by_lag(model, part) for part in parts], axis=0, weights=[len(part) for part in parts])
+    windows = np.stack(
+        np.split(
+            mixture[:, : mixture.shape[1] // length * length], mixture.shape[1] // length, axis=1
+        )
+    )
+    parts = [
+        windows[first : first + WINDOWS_AT_ONCE]
+        for first in range(0, len(windows), WINDOWS_AT_ONCE)
+    ]
+    return np.average(
+        [repetition.attention_by_lag(model, part) for part in parts],
+        axis=0,
+        weights=[len(part) for part in parts],
+    )
 
 
 def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
@@ -200,15 +341,25 @@ def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
     for lag_s in lags_s(run.settings.segment_s):
         key = dict(probe="damaged_repeat", lag_s=lag_s, unit="dB")
         if not askable(lag_s, run.settings.segment_s):
-            yield key | dict(reason=f"not askable: training segments last {run.settings.segment_s:g} s, less than twice the lag")
+            yield key | dict(
+                reason=f"not askable: training segments last {run.settings.segment_s:g} s, less than twice the lag"
+            )
             continue
         loops = loops_of(run, store, target, lag_s)
         if not loops:
-            yield key | dict(reason="no track in which target and residual sound has three stretches so long")
+            yield key | dict(
+                reason="no track in which target and residual sound has three stretches so long"
+            )
         for model, seed in itertools.product(WAVEFORM_MODELS, range(run.settings.seeds)):
-            found = repetition.repeat_scores(model_of(run, target, model, seed), list(loops.values()))
+            found = repetition.repeat_scores(
+                model_of(run, target, model, seed), list(loops.values())
+            )
             for item, scores in zip(loops, found):
-                yield from (key | dict(item=item, model=model, seed=seed, condition=name, value=scores[name]) for name in CONDITIONS)
+                yield from (
+                    key
+                    | dict(item=item, model=model, seed=seed, condition=name, value=scores[name])
+                    for name in CONDITIONS
+                )
 
 
 def loops_of(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dict]:
@@ -225,7 +376,9 @@ def loops_of(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dic
     for track, starts in places.items():
         reference, residual = load(track)
         for start in spread(starts, math.ceil(N_LOOPS / len(places))):
-            loop = damaged_repeat(reference, residual, start, lag, run.settings.segment, store.sample_rate)
+            loop = damaged_repeat(
+                reference, residual, start, lag, run.settings.segment, store.sample_rate
+            )
             found |= {f"{track.name} @ {start / store.sample_rate:.2f} s": loop} if loop else {}
     return found
 
@@ -239,10 +392,16 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         return _table("data_amount", [])
     label = lambda share: f"with {100 * share:g} %"
     smaller = {
-        label(share): run.variant(f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share) for share in DATA_SHARES
+        label(share): run.variant(
+            f"data_study/{100 * share:g}-percent", train_share=share * run.settings.train_share
+        )
+        for share in DATA_SHARES
     }
     scored = score_variants(run, store, smaller, WAVEFORM_MODELS)
-    named = {f"{model} {label(share)}": (model, share) for model, share in itertools.product(WAVEFORM_MODELS, DATA_SHARES)}
+    named = {
+        f"{model} {label(share)}": (model, share)
+        for model, share in itertools.product(WAVEFORM_MODELS, DATA_SHARES)
+    }
     named |= {model: (model, 1.0) for model in WAVEFORM_MODELS}
     rows = pd.concat([scored, tracks[tracks["model"].isin(WAVEFORM_MODELS)]])
     models, shares = zip(*rows["model"].map(named))

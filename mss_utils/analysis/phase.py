@@ -21,10 +21,15 @@ ONE_CHANNEL = "one channel: no phase between channels"
 def bands(sample_rate: int) -> list[tuple[float, float]]:
     """(low, high) in Hz: the whole band first, then its octaves."""
     nyquist = sample_rate / 2
-    return [(0.0, nyquist), *pairwise([*(float(edge) for edge in EDGES_HZ if edge < nyquist), nyquist])]
+    return [
+        (0.0, nyquist),
+        *pairwise([*(float(edge) for edge in EDGES_HZ if edge < nyquist), nyquist]),
+    ]
 
 
-def phase_scores(reference: np.ndarray, estimate: np.ndarray, sample_rate: int, stft: STFT) -> list[dict]:
+def phase_scores(
+    reference: np.ndarray, estimate: np.ndarray, sample_rate: int, stft: STFT
+) -> list[dict]:
     """Phase error and SDRs in dB of an estimate, `(channels, samples)` both, a row a band of `bands`.
 
     `phase_error_rad` is the mean angle between the two, from 0 to pi, weighted by the true magnitude; random phases have pi / 2.
@@ -34,21 +39,31 @@ def phase_scores(reference: np.ndarray, estimate: np.ndarray, sample_rate: int, 
     `interchannel_error_rad` is the error of the angle between left and right, weighted alike. A cell in which the estimate is
     zero has no phase and is left out of what needs one. `reason` says what is empty and why.
     """
-    true, found = (stft(torch.from_numpy(np.ascontiguousarray(signal))[None])[0] for signal in (reference, estimate))
+    true, found = (
+        stft(torch.from_numpy(np.ascontiguousarray(signal))[None])[0]
+        for signal in (reference, estimate)
+    )
     r, e = true.abs(), found.abs()  # (channels, bins, frames)
     angle, has_phase = torch.angle(found * true.conj()), e > 0
     sums = dict(
-        energy=r.square(), error=(true - found).abs().square(), error_true_phase=(r - e).square(), weight=r * has_phase,
-        angle=r * angle.abs() * has_phase, energy_with_phase=r.square() * has_phase,
+        energy=r.square(),
+        error=(true - found).abs().square(),
+        error_true_phase=(r - e).square(),
+        weight=r * has_phase,
+        angle=r * angle.abs() * has_phase,
+        energy_with_phase=r.square() * has_phase,
         error_true_magnitude=2 * r.square() * (1 - torch.cos(angle)) * has_phase,
     )
-    per_bin = {name: cells.sum(dim=(0, 2), dtype=torch.float64).numpy() for name, cells in sums.items()}
+    per_bin = {
+        name: cells.sum(dim=(0, 2), dtype=torch.float64).numpy() for name, cells in sums.items()
+    }
     if len(reference) == 2:
         per_bin |= _between_channels(true, found)
     hz = np.arange(len(per_bin["energy"])) * sample_rate / stft.n_fft
     inside = lambda low, high: (hz >= low) & ((hz < high) | (high == sample_rate / 2))
     return [
-        dict(band_low_hz=low, band_high_hz=high) | _row({name: values[inside(low, high)].sum() for name, values in per_bin.items()})
+        dict(band_low_hz=low, band_high_hz=high)
+        | _row({name: values[inside(low, high)].sum() for name, values in per_bin.items()})
         for low, high in bands(sample_rate)
     ]
 
@@ -65,12 +80,21 @@ def _between_channels(true: torch.Tensor, found: torch.Tensor) -> dict[str, np.n
 def _row(sums: dict[str, float]) -> dict:
     """The scores of one band from its sums."""
     mean = lambda value, weight: value / weight if weight > 0 else np.nan
-    silent = "the reference is silent here" if sums["energy"] == 0 else "the estimate is silent here" if sums["weight"] == 0 else ""
+    silent = (
+        "the reference is silent here"
+        if sums["energy"] == 0
+        else "the estimate is silent here"
+        if sums["weight"] == 0
+        else ""
+    )
     return dict(
-        phase_error_rad=mean(sums["angle"], sums["weight"]), sdr=ratio_db(sums["energy"], sums["error"]),
+        phase_error_rad=mean(sums["angle"], sums["weight"]),
+        sdr=ratio_db(sums["energy"], sums["error"]),
         sdr_true_phase=ratio_db(sums["energy"], sums["error_true_phase"]),
         sdr_true_magnitude=ratio_db(sums["energy_with_phase"], sums["error_true_magnitude"]),
-        interchannel_error_rad=mean(sums["across"], sums["across_weight"]) if "across" in sums else np.nan,
+        interchannel_error_rad=mean(sums["across"], sums["across_weight"])
+        if "across" in sums
+        else np.nan,
         reason=silent or ("" if "across" in sums else ONE_CHANNEL),
     )
 
@@ -89,5 +113,7 @@ def phase_share(sdr: np.ndarray, sdr_true_phase: np.ndarray) -> np.ndarray:
 
 def with_phase_of(magnitude: np.ndarray, phase: np.ndarray, stft: STFT) -> np.ndarray:
     """The magnitude of one signal with the phase of another, as sound; all `(channels, samples)`."""
-    size, angle = (stft(torch.from_numpy(np.ascontiguousarray(signal))[None]) for signal in (magnitude, phase))
+    size, angle = (
+        stft(torch.from_numpy(np.ascontiguousarray(signal))[None]) for signal in (magnitude, phase)
+    )
     return stft.inverse(torch.polar(size.abs(), angle.angle()), magnitude.shape[-1])[0].numpy()

@@ -46,13 +46,19 @@ def reach_profile(model: nn.Module, window: np.ndarray, block: int) -> np.ndarra
     samples = window.shape[1]
     positions = np.linspace(0.4, 0.6, N_POSITIONS) * (samples - 1)
     positions = torch.from_numpy(positions.round().astype(int))
-    mixture = torch.from_numpy(np.ascontiguousarray(window)).repeat(N_POSITIONS, 1, 1).requires_grad_()
+    mixture = (
+        torch.from_numpy(np.ascontiguousarray(window)).repeat(N_POSITIONS, 1, 1).requires_grad_()
+    )
     with constant_statistics(model):
         estimate = model(mixture)
-    gradient = torch.autograd.grad(estimate[torch.arange(N_POSITIONS), 0, positions].sum(), mixture)[0]
+    gradient = torch.autograd.grad(
+        estimate[torch.arange(N_POSITIONS), 0, positions].sum(), mixture
+    )[0]
     energy = gradient.square().sum(dim=1, dtype=torch.float64)  # (positions, samples)
     away = (torch.arange(samples) - positions[:, None]).abs() // block
-    profile = torch.zeros(N_POSITIONS, -(-samples // block), dtype=torch.float64).scatter_add_(1, away, energy)
+    profile = torch.zeros(N_POSITIONS, -(-samples // block), dtype=torch.float64).scatter_add_(
+        1, away, energy
+    )
     total = profile.sum(dim=1, keepdim=True)
     return (profile / total)[total[:, 0] > 0].mean(dim=0).numpy()
 
@@ -71,8 +77,16 @@ def constant_statistics(model: nn.Module) -> Iterator[None]:
     Both depend on every sample there is: through them each output would reach everywhere, by very little. Batch normalisation
     has constant statistics in evaluation, and layer normalisation those of one frame only.
     """
-    hooks = [layer.register_forward_hook(_detached) for layer in model.modules() if isinstance(layer, Level)]
-    hooks += [layer.register_forward_hook(_normalised) for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
+    hooks = [
+        layer.register_forward_hook(_detached)
+        for layer in model.modules()
+        if isinstance(layer, Level)
+    ]
+    hooks += [
+        layer.register_forward_hook(_normalised)
+        for layer in model.modules()
+        if isinstance(layer, nn.GroupNorm)
+    ]
     try:
         yield
     finally:
@@ -84,10 +98,17 @@ def _detached(_layer: nn.Module, _inputs: tuple, level: torch.Tensor) -> torch.T
     return level.detach()
 
 
-def _normalised(layer: nn.GroupNorm, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+def _normalised(
+    layer: nn.GroupNorm, inputs: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
     """What the layer made of its input `(batch, channels, ...)`, with mean and variance detached."""
-    grouped = inputs[0].unflatten(1, (layer.num_groups, -1)).flatten(2)  # (batch, groups, everything else)
-    mean, variance = grouped.mean(2, keepdim=True).detach(), grouped.var(2, unbiased=False, keepdim=True).detach()
+    grouped = (
+        inputs[0].unflatten(1, (layer.num_groups, -1)).flatten(2)
+    )  # (batch, groups, everything else)
+    mean, variance = (
+        grouped.mean(2, keepdim=True).detach(),
+        grouped.var(2, unbiased=False, keepdim=True).detach(),
+    )
     shape = [1, -1] + [1] * (output.ndim - 2)
     normalised = ((grouped - mean) / (variance + layer.eps).sqrt()).reshape(output.shape)
     return normalised * layer.weight.view(shape) + layer.bias.view(shape)
@@ -105,7 +126,9 @@ def attention_by_lag(model: nn.Module, windows: np.ndarray) -> np.ndarray:
     """
     caught = []
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: caught.append(attention_weights(layer, inputs[0])))
+        layer.register_forward_pre_hook(
+            lambda layer, inputs: caught.append(attention_weights(layer, inputs[0]))
+        )
         for layer in model.bottleneck.layers
     ]
     try:
@@ -164,14 +187,24 @@ def loop_starts(target: np.ndarray, residual: np.ndarray, lag: int) -> list[int]
     starts = np.arange(0, target.shape[1] - lag + 1, lag)
     if len(starts) < 3:
         return []
-    powers = [np.array([_power(signal[:, start : start + lag]) for start in starts]) for signal in (target, residual)]
-    good = starts[np.logical_and(*((power > 0) & (power >= 0.01 * power.max()) for power in powers))]
+    powers = [
+        np.array([_power(signal[:, start : start + lag]) for start in starts])
+        for signal in (target, residual)
+    ]
+    good = starts[
+        np.logical_and(*((power > 0) & (power >= 0.01 * power.max()) for power in powers))
+    ]
     return good.tolist() if len(good) >= 3 else []
 
 
 def spread(places: list, count: int) -> list:
     """At most `count` of these places, from the first to the last in even steps."""
-    return [places[index] for index in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int))]
+    return [
+        places[index]
+        for index in np.unique(
+            np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)
+        )
+    ]
 
 
 def least_alike(target: np.ndarray, start: int, lag: int, count: int) -> list[int]:
@@ -183,7 +216,9 @@ def least_alike(target: np.ndarray, start: int, lag: int, count: int) -> list[in
     spectrum = _magnitudes(target, lag)
     grid = max(1, lag // 4)
     here, at_least = spectrum(start), 0.01 * _power(target[:, start : start + lag])
-    places = [place for place in range(0, target.shape[1] - lag + 1, grid) if abs(place - start) >= lag]
+    places = [
+        place for place in range(0, target.shape[1] - lag + 1, grid) if abs(place - start) >= lag
+    ]
     places = [place for place in places if _power(target[:, place : place + lag]) >= at_least]
     if len(places) < 2:
         return []
@@ -225,13 +260,23 @@ def damaged_repeat(
     burst = burst * np.sqrt(_power(cell) / _power(burst) * 10 ** (-BURST_DB / 10))
     different = [_faded(target[:, other : other + lag], sample_rate) for other in others]
     different = [stretch * np.sqrt(_power(cell) / _power(stretch)) for stretch in different]
-    sides = dict(repeat=[cell] * (2 * n_side), different=different, silent=[np.zeros_like(cell)] * (2 * n_side))
+    sides = dict(
+        repeat=[cell] * (2 * n_side),
+        different=different,
+        silent=[np.zeros_like(cell)] * (2 * n_side),
+    )
     found, cut = {}, n_side * lag - begin  # what of the first stretch is outside the window
     for condition, around in sides.items():
-        reference = np.concatenate([*around[:n_side], cell, *around[n_side:], np.zeros_like(cell)], axis=1)[:, cut : cut + samples]
+        reference = np.concatenate(
+            [*around[:n_side], cell, *around[n_side:], np.zeros_like(cell)], axis=1
+        )[:, cut : cut + samples]
         mixture = reference.copy()
         mixture[:, begin : begin + lag] += burst
-        found[condition] = mixture.astype(np.float32), reference.astype(np.float32), slice(begin, begin + lag)
+        found[condition] = (
+            mixture.astype(np.float32),
+            reference.astype(np.float32),
+            slice(begin, begin + lag),
+        )
     return found
 
 
@@ -242,20 +287,27 @@ def _power(audio: np.ndarray) -> float:
 def _faded(audio: np.ndarray, sample_rate: int) -> np.ndarray:
     """A stretch with its ends faded over 5 ms, so that no join clicks."""
     length = audio.shape[1]
-    ramp = np.minimum(np.arange(length), np.arange(length)[::-1]) / max(1, round(FADE_S * sample_rate))
+    ramp = np.minimum(np.arange(length), np.arange(length)[::-1]) / max(
+        1, round(FADE_S * sample_rate)
+    )
     return audio * np.minimum(1, ramp)
 
 
 @torch.inference_mode()
-def repeat_scores(model: nn.Module, loops: list[dict], conditions: tuple[str, ...] = CONDITIONS) -> list[dict[str, float]]:
+def repeat_scores(
+    model: nn.Module, loops: list[dict], conditions: tuple[str, ...] = CONDITIONS
+) -> list[dict[str, float]]:
     """SDR in dB of the damaged repetition under each condition, for every loop of `damaged_repeat`."""
     scores = []
     for loop in loops:
         mixtures = torch.from_numpy(np.stack([loop[condition][0] for condition in conditions]))
         estimates = model(mixtures).numpy()
-        scores.append({
-            condition: _sdr(loop[condition][1], estimate, loop[condition][2]) for condition, estimate in zip(conditions, estimates)
-        })
+        scores.append(
+            {
+                condition: _sdr(loop[condition][1], estimate, loop[condition][2])
+                for condition, estimate in zip(conditions, estimates)
+            }
+        )
     return scores
 
 

@@ -28,12 +28,19 @@ def onsets(store: Store, track: Track, stem: str) -> np.ndarray:
     30 ms of a true onset on drums and piano, and 9 in 10 on vocals; a fourth to two thirds of the true ones are missed.
     """
     written = _written(track, "onsets.json")
-    if set(store.stems) == written.keys():  # stems that were added up have onsets of several players
+    if (
+        set(store.stems) == written.keys()
+    ):  # stems that were added up have onsets of several players
         return np.asarray(written[stem])
     _, stems = store.load(track)
     audio = stems[store.stem_index(stem)]
     strength, hop = onset_strength(audio, store.sample_rate)
-    found = librosa.onset.onset_detect(onset_envelope=strength, sr=store.sample_rate, hop_length=hop, backtrack=True) * hop
+    found = (
+        librosa.onset.onset_detect(
+            onset_envelope=strength, sr=store.sample_rate, hop_length=hop, backtrack=True
+        )
+        * hop
+    )
     return found[_rises(audio, found, round(RISE_S * store.sample_rate))] / store.sample_rate
 
 
@@ -45,7 +52,9 @@ def onset_strength(audio: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int
     hop = int(HOP_S * sample_rate)
     n_fft = 2 ** round(np.log2(WINDOW_S * sample_rate))
     mono = audio.mean(axis=0)
-    return librosa.onset.onset_strength(y=mono, sr=sample_rate, hop_length=hop, n_fft=n_fft, n_mels=80, lag=2, max_size=3), hop
+    return librosa.onset.onset_strength(
+        y=mono, sr=sample_rate, hop_length=hop, n_fft=n_fft, n_mels=80, lag=2, max_size=3
+    ), hop
 
 
 def _rises(audio: np.ndarray, at: np.ndarray, length: int) -> np.ndarray:
@@ -63,7 +72,11 @@ def beat_and_bar_s(store: Store, track: Track) -> tuple[float, float]:
         return 60 / written["tempo_bpm"], written["bar_s"]
     mixture, _ = store.load(track)
     strength, hop = onset_strength(mixture, store.sample_rate)
-    tempo = float(np.ravel(librosa.feature.tempo(onset_envelope=strength, sr=store.sample_rate, hop_length=hop))[0])
+    tempo = float(
+        np.ravel(
+            librosa.feature.tempo(onset_envelope=strength, sr=store.sample_rate, hop_length=hop)
+        )[0]
+    )
     beat_s = 60 / tempo if strength.any() and tempo > 0 else np.nan
     return beat_s, BEATS_IN_A_BAR * beat_s
 

@@ -23,8 +23,23 @@ from mss_utils.settings import LETTERS, WAVEFORM_MODELS, Settings
 from mss_utils.statistics import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, counts_of, median_of
 
 NEGLIGIBLE_DB = 0.2
-RHO, SHARE, LEVEL, WEIGHT = "rho", "of 1", "dB of gradient", "dB of attention"  # units that the rule of +-0.2 dB is not about
-COLUMNS = ["hypothesis", "measure", "effect", "unit", "ci_low", "ci_high", "tracks", "seeds", "verdict"]
+RHO, SHARE, LEVEL, WEIGHT = (
+    "rho",
+    "of 1",
+    "dB of gradient",
+    "dB of attention",
+)  # units that the rule of +-0.2 dB is not about
+COLUMNS = [
+    "hypothesis",
+    "measure",
+    "effect",
+    "unit",
+    "ci_low",
+    "ci_high",
+    "tracks",
+    "seeds",
+    "verdict",
+]
 PHASE = "the time domain keeps the phase"
 ATTACK = "the time domain keeps the attack"
 # Two statements that follow from those if all else is equal, but hold for a model that is merely soft or quiet as well.
@@ -36,7 +51,13 @@ FAR = "B1 is weak at what is far"
 GLOBAL = "B2 sees all of a segment"
 RHYTHM = "B2 is better on rhythm"
 DATA = "B2 needs more data"
-SUPPORTED, NOT_SUPPORTED, CANNOT_TELL, NOT_ASKABLE, NOT_RUN = "supported", "not supported", "cannot tell", "not askable", "not run"
+SUPPORTED, NOT_SUPPORTED, CANNOT_TELL, NOT_ASKABLE, NOT_RUN = (
+    "supported",
+    "not supported",
+    "cannot tell",
+    "not askable",
+    "not run",
+)
 Tables = Mapping[str, pd.DataFrame]
 
 
@@ -47,7 +68,9 @@ def hypotheses(settings: Settings, tables: Tables) -> pd.DataFrame:
         of = {name: table[table["target"] == target] for name, table in tables.items()}
         for question in (_phase, _repetition, _rhythm, _data, _attack):
             for hypothesis, measure, unit, found in question(settings, of):
-                rows.append(dict(hypothesis=hypothesis, measure=f"{target}: {measure}", unit=unit) | found)
+                rows.append(
+                    dict(hypothesis=hypothesis, measure=f"{target}: {measure}", unit=unit) | found
+                )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -67,7 +90,11 @@ def judged(values: pd.DataFrame, unit: str) -> dict:
     values = values.replace([np.inf, -np.inf], np.nan)
     found = median_of(values)
     found = dict(effect=found.pop("median")) | found
-    return found | dict(verdict=verdict(found["effect"], found["ci_low"], found["ci_high"], unit, values.median().to_numpy()))
+    return found | dict(
+        verdict=verdict(
+            found["effect"], found["ci_low"], found["ci_high"], unit, values.median().to_numpy()
+        )
+    )
 
 
 def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
@@ -78,14 +105,23 @@ def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
     both = advantage.join(index.rename("index"), how="inner").dropna()
     known, means = both.pop("index").to_numpy(), both.mean(axis=1).to_numpy()
     if len(both) < MIN_TRACKS:
-        return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=len(both), seeds=advantage.shape[1], verdict=CANNOT_TELL)
+        return dict(
+            effect=np.nan,
+            ci_low=np.nan,
+            ci_high=np.nan,
+            tracks=len(both),
+            seeds=advantage.shape[1],
+            verdict=CANNOT_TELL,
+        )
     ranks = lambda values: stats.rankdata(values, axis=-1)
     drawn = np.random.default_rng(0).integers(len(both), size=(N_BOOTSTRAP, len(both)))
     rho = _correlation(ranks(known[drawn]), ranks(means[drawn]))
     low, high = np.nanquantile(rho, [0.025, 0.975])
     effect = float(stats.spearmanr(known, means).statistic)
     by_seed = np.array([stats.spearmanr(known, both[seed]).statistic for seed in both])
-    found = dict(effect=effect, ci_low=float(low), ci_high=float(high), tracks=len(both), seeds=both.shape[1])
+    found = dict(
+        effect=effect, ci_low=float(low), ci_high=float(high), tracks=len(both), seeds=both.shape[1]
+    )
     return found | dict(verdict=verdict(effect, low, high, RHO, by_seed))
 
 
@@ -104,7 +140,9 @@ def said(row: Mapping) -> str:
     if np.isnan(row["ci_low"]):
         return f"{row['measure']}: **{row['verdict']}** ({counts}; an interval takes {MIN_TRACKS} tracks with a value)."
     unit = "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"
-    effect = f"{row['effect']:+.2f}{unit} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {counts}".replace("-", "−")
+    effect = f"{row['effect']:+.2f}{unit} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {counts}".replace(
+        "-", "−"
+    )
     seeds = f"; the interval leaves out zero, but it takes {MIN_SEEDS} seeds that agree"
     doubt = seeds if row["verdict"] == CANNOT_TELL and row["ci_low"] > 0 else ""
     return f"{row['measure']}: {effect}: **{row['verdict']}**{doubt}."
@@ -118,7 +156,9 @@ def unanswered(why: str) -> dict:
 def wide(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd.DataFrame:
     """One column of one model, a row a track and a column a seed; decibels above 80 count as 80."""
     rows = table[table["model"] == model]
-    return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(upper=ROUNDING_DB)
+    return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(
+        upper=ROUNDING_DB
+    )
 
 
 Findings = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, what was found
@@ -129,16 +169,31 @@ def _phase(_settings: Settings, tables: Tables) -> Findings:
     whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
     for model in WAVEFORM_MODELS:
         gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
-        yield PHASE, f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A", "dB", judged(gain, "dB")
+        yield (
+            PHASE,
+            f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A",
+            "dB",
+            judged(gain, "dB"),
+        )
         less = wide(whole, "unet", "share") - wide(whole, model, "share")
-        yield PHASE_SHARE, f"share of the error that is phase, A − {LETTERS[model]}", SHARE, judged(less, SHARE)
+        yield (
+            PHASE_SHARE,
+            f"share of the error that is phase, A − {LETTERS[model]}",
+            SHARE,
+            judged(less, SHARE),
+        )
 
 
 def _attack(_settings: Settings, tables: Tables) -> Findings:
     table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
     for model in WAVEFORM_MODELS:
         kept = wide(table, model, "kept") - wide(table, "unet", "kept")
-        yield ATTACK, f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A", "dB", judged(kept, "dB")
+        yield (
+            ATTACK,
+            f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A",
+            "dB",
+            judged(kept, "dB"),
+        )
         quieter = wide(table, "unet", "pre_echo_db") - wide(table, model, "pre_echo_db")
         yield PRE_ECHO, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
 
@@ -146,17 +201,36 @@ def _attack(_settings: Settings, tables: Tables) -> Findings:
 def _repetition(settings: Settings, tables: Tables) -> Findings:
     table = tables["long_range"]
     reach = table[(table["probe"] == "reach") & (table["item"] != "all tracks")]
-    within, beyond = (reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s"))
-    further = wide(within, "demucs_attention", "value", "item") - wide(within, "demucs_lstm", "value", "item")
+    within, beyond = (
+        reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s")
+    )
+    further = wide(within, "demucs_attention", "value", "item") - wide(
+        within, "demucs_lstm", "value", "item"
+    )
     yield GLOBAL, "radius that holds 99 % of the gradient, B2 − B1", "s", judged(further, "s")
     with np.errstate(divide="ignore", invalid="ignore"):
-        more = 10 * np.log10(wide(beyond, "demucs_attention", "value", "item") / wide(beyond, "demucs_lstm", "value", "item"))
+        more = 10 * np.log10(
+            wide(beyond, "demucs_attention", "value", "item")
+            / wide(beyond, "demucs_lstm", "value", "item")
+        )
     yield FAINT, f"gradient from beyond {FAR_S:g} s, B2 over B1", LEVEL, judged(more, LEVEL)
     bar = table[table["probe"] == "attention_at_bar"]
-    yield GLOBAL, "attention at one bar over that near it", WEIGHT, judged(wide(bar, "demucs_attention", "value", "item"), WEIGHT)
+    yield (
+        GLOBAL,
+        "attention at one bar over that near it",
+        WEIGHT,
+        judged(wide(bar, "demucs_attention", "value", "item"), WEIGHT),
+    )
     lags = lags_s(settings.segment_s)
-    near = [gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)]
-    yield LOCAL, f"context gain of B1 at {lags[0]:g} s", "dB", judged(near[0], "dB") if near else unanswered(NOT_ASKABLE)
+    near = [
+        gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)
+    ]
+    yield (
+        LOCAL,
+        f"context gain of B1 at {lags[0]:g} s",
+        "dB",
+        judged(near[0], "dB") if near else unanswered(NOT_ASKABLE),
+    )
     for lag in lags:
         names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
         if askable(lag, settings.segment_s):
@@ -171,8 +245,15 @@ def _repetition(settings: Settings, tables: Tables) -> Findings:
 def _rhythm(_settings: Settings, tables: Tables) -> Findings:
     table = tables["long_range"]
     index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
-    advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(tables["tracks"], "demucs_lstm", "SDR")
-    yield RHYTHM, "rank correlation of repetitiveness with the SDR of B2 − B1", RHO, rank_correlation(index, advantage)
+    advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(
+        tables["tracks"], "demucs_lstm", "SDR"
+    )
+    yield (
+        RHYTHM,
+        "rank correlation of repetitiveness with the SDR of B2 − B1",
+        RHO,
+        rank_correlation(index, advantage),
+    )
     yield RHYTHM, "SDR, B2 − B1", "dB", judged(advantage, "dB")
 
 
@@ -187,7 +268,9 @@ def _data(settings: Settings, tables: Tables) -> Findings:
 
 def whole_band(phase: pd.DataFrame) -> pd.DataFrame:
     """The rows of the table `phase` that are of all frequencies."""
-    return phase[(phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())]
+    return phase[
+        (phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())
+    ]
 
 
 def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -195,9 +278,19 @@ def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFr
 
     Repetition gain is the SDR with the repeat around minus that with different music, context gain the latter minus that with silence.
     """
-    rows = long_range[(long_range["probe"] == "damaged_repeat") & (long_range["model"] == model) & (long_range["lag_s"] == lag_s)]
-    rows = rows.assign(track=rows["item"].str.rsplit(" @ ", n=1).str[0], value=rows["value"].clip(upper=ROUNDING_DB))
-    under = {name: part.pivot_table(index="track", columns="seed", values="value") for name, part in rows.groupby("condition")}
+    rows = long_range[
+        (long_range["probe"] == "damaged_repeat")
+        & (long_range["model"] == model)
+        & (long_range["lag_s"] == lag_s)
+    ]
+    rows = rows.assign(
+        track=rows["item"].str.rsplit(" @ ", n=1).str[0],
+        value=rows["value"].clip(upper=ROUNDING_DB),
+    )
+    under = {
+        name: part.pivot_table(index="track", columns="seed", values="value")
+        for name, part in rows.groupby("condition")
+    }
     if not under:
         return pd.DataFrame(columns=[0], dtype=float), pd.DataFrame(columns=[0], dtype=float)
     return under["repeat"] - under["different"], under["different"] - under["silent"]
@@ -206,7 +299,13 @@ def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFr
 def slopes(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
     """Gain in SDR in dB from ten times the training music: least-squares slope over its logarithm, a row a track, a column a seed."""
     rows = data_amount[data_amount["model"] == model]
-    table = rows.pivot_table(index=["track", "seed"], columns="share", values="SDR").clip(upper=ROUNDING_DB).dropna()
+    table = (
+        rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
+        .clip(upper=ROUNDING_DB)
+        .dropna()
+    )
     decades = np.log10(table.columns.to_numpy(float))
     centred = decades - decades.mean()
-    return pd.Series(table.to_numpy() @ centred / np.square(centred).sum(), table.index).unstack("seed")
+    return pd.Series(table.to_numpy() @ centred / np.square(centred).sum(), table.index).unstack(
+        "seed"
+    )

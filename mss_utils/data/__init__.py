@@ -10,9 +10,35 @@ Taught in notebook 01.
 from mss_utils.data.auditing import audit, co_activity, warnings_of
 from mss_utils.data.levels import SILENCE_DB, level_db, loudest_start, rms, window_levels_db
 from mss_utils.data.sources import MIXTURE, dataset_root, find_tracks, is_built_in, needs_ffmpeg
-from mss_utils.data.store import Store, Track, build_store, check_target, is_decoded, open_store, read_store
+from mss_utils.data.store import (
+    Store,
+    Track,
+    build_store,
+    check_target,
+    is_decoded,
+    open_store,
+    read_store,
+)
 
 __all__ = [
-    "MIXTURE", "SILENCE_DB", "Store", "Track", "audit", "build_store", "check_target", "co_activity", "dataset_root", "find_tracks", "is_built_in",
-    "is_decoded", "level_db", "loudest_start", "needs_ffmpeg", "open_store", "read_store", "rms", "warnings_of", "window_levels_db",
+    "MIXTURE",
+    "SILENCE_DB",
+    "Store",
+    "Track",
+    "audit",
+    "build_store",
+    "check_target",
+    "co_activity",
+    "dataset_root",
+    "find_tracks",
+    "is_built_in",
+    "is_decoded",
+    "level_db",
+    "loudest_start",
+    "needs_ffmpeg",
+    "open_store",
+    "read_store",
+    "rms",
+    "warnings_of",
+    "window_levels_db",
 ]

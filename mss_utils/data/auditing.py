@@ -15,7 +15,9 @@ from mss_utils.data.store import Store, Track
 
 BAD_SUM_DB = -20.0  # the lossy coding of MUSDB18's stem files leaves -25 to -40 dB; more is a stem that is missing or changed
 FRAME_S = 1.0  # the scores' frame: a shorter test track is one frame
-UNEVEN_S = 0.05  # files of one track may differ by this much, a codec's padding, before it is worth a word
+UNEVEN_S = (
+    0.05  # files of one track may differ by this much, a codec's padding, before it is worth a word
+)
 
 
 def audit(store: Store) -> pd.DataFrame:
@@ -30,13 +32,21 @@ def audit(store: Store) -> pd.DataFrame:
 
 def _audit_track(store: Store, track: Track) -> list[dict]:
     common = dict(
-        track=track.name, split=track.split, duration_s=track.samples / store.sample_rate, source_rate=max(track.source_rates),
+        track=track.name,
+        split=track.split,
+        duration_s=track.samples / store.sample_rate,
+        source_rate=max(track.source_rates),
         residual_db=to_db(track.residual_rms) - to_db(track.rms[0]),
     )
     return [
-        common | dict(
-            stem=name, level_db=to_db(track.rms[row]), peak=track.peak[row],
-            silent_share=1 - track.active[row][row] / track.n_windows if track.n_windows else np.nan,
+        common
+        | dict(
+            stem=name,
+            level_db=to_db(track.rms[row]),
+            peak=track.peak[row],
+            silent_share=1 - track.active[row][row] / track.n_windows
+            if track.n_windows
+            else np.nan,
         )
         for row, name in enumerate((MIXTURE, *store.stems))
     ]
@@ -62,22 +72,41 @@ def warnings_of(store: Store, segment_s: float = 0.0) -> list[str]:
     off = mixtures[mixtures["residual_db"] > BAD_SUM_DB].sort_values("residual_db", ascending=False)
     silent = stems[(stems["silent_share"] == 1) | (stems["level_db"] == -np.inf)]
     found = {
-        "whose stems do not add up to the mixture": [f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()],
-        "shorter than a second, scored as one frame": [f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()],
+        "whose stems do not add up to the mixture": [
+            f"{row.track} (off by {row.residual_db:.0f} dB)" for row in off.itertuples()
+        ],
+        "shorter than a second, scored as one frame": [
+            f"{row.track} ({row.duration_s:.2f} s)" for row in short.itertuples()
+        ],
         f"shorter than a training segment of {segment_s:g} s, not used": [
-            f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()],
+            f"{row.track} ({row.duration_s:.2f} s)" for row in unused.itertuples()
+        ],
         "with files of different lengths, the shorter ones end in silence": _uneven(store),
         "with files of different sample rates, all resampled": [
-            f"{track.name} ({', '.join(map(str, track.source_rates))} Hz)" for track in store.tracks if len(track.source_rates) > 1],
+            f"{track.name} ({', '.join(map(str, track.source_rates))} Hz)"
+            for track in store.tracks
+            if len(track.source_rates) > 1
+        ],
     }
     found = {f"track {text}": names for text, names in found.items()}
     found["stem silent throughout"] = [f"{row.stem} of {row.track}" for row in silent.itertuples()]
-    return [_counted(text, names) for text, names in (found | _leaks(store) | _not_tracks(store)).items() if names]
+    return [
+        _counted(text, names)
+        for text, names in (found | _leaks(store) | _not_tracks(store)).items()
+        if names
+    ]
 
 
 def _uneven(store: Store) -> list[str]:
-    spread_s = [(track.source_samples[-1] - track.source_samples[0]) / store.sample_rate for track in store.tracks]
-    return [f"{track.name} (by {seconds:.2f} s)" for track, seconds in zip(store.tracks, spread_s) if seconds > UNEVEN_S]
+    spread_s = [
+        (track.source_samples[-1] - track.source_samples[0]) / store.sample_rate
+        for track in store.tracks
+    ]
+    return [
+        f"{track.name} (by {seconds:.2f} s)"
+        for track, seconds in zip(store.tracks, spread_s)
+        if seconds > UNEVEN_S
+    ]
 
 
 def _leaks(store: Store) -> dict[str, list[str]]:
@@ -87,9 +116,16 @@ def _leaks(store: Store) -> dict[str, list[str]]:
         tracks[track.sha].append(track)
         if artist := _artist(track.name):
             artists[artist].add("test" if track.split == "test" else "train or valid")
-    copies = [", ".join(f"{track.split}/{track.name}" for track in same) for same in tracks.values() if len(same) > 1]
+    copies = [
+        ", ".join(f"{track.split}/{track.name}" for track in same)
+        for same in tracks.values()
+        if len(same) > 1
+    ]
     both = sorted(artist for artist, sides in artists.items() if len(sides) == 2)
-    return {"recording more than once": copies, "artist on both sides of the split, in test and in train or valid": both}
+    return {
+        "recording more than once": copies,
+        "artist on both sides of the split, in test and in train or valid": both,
+    }
 
 
 def _artist(name: str) -> str:

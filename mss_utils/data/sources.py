@@ -63,7 +63,9 @@ class SourceTrack:
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever a file of the track changes: names, sizes and modification times, hashed."""
-        return sha([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files])
+        return sha(
+            [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        )
 
 
 def sha(facts: object) -> str:
@@ -95,7 +97,9 @@ def _musdb_root(profile: str) -> Path:
     if os.environ.get("MUSDB_PATH"):
         return from_root(os.environ["MUSDB_PATH"])
     if profile == "musdb18":
-        raise FileNotFoundError("The musdb18 profile needs the dataset: pass --data DIR or set MUSDB_PATH to the MUSDB18 folder.")
+        raise FileNotFoundError(
+            "The musdb18 profile needs the dataset: pass --data DIR or set MUSDB_PATH to the MUSDB18 folder."
+        )
     root = cache_folder() / "musdb18-7"
     if not root.is_dir():
         _download_excerpts(root)
@@ -119,7 +123,9 @@ def _download_excerpts(root: Path) -> None:
 def import_musdb():
     """musdb imports stempeg, which needs ffmpeg: say so in one sentence rather than in stempeg's traceback."""
     if not (shutil.which("ffmpeg") and shutil.which("ffprobe")):
-        raise FileNotFoundError("Reading MUSDB18 needs ffmpeg and ffprobe on the PATH; install them with: apt-get install ffmpeg")
+        raise FileNotFoundError(
+            "Reading MUSDB18 needs ffmpeg and ffprobe on the PATH; install them with: apt-get install ffmpeg"
+        )
     import ffmpeg
     import musdb
 
@@ -152,7 +158,9 @@ def find_tracks(root: Path) -> list[SourceTrack]:
             )
     for (split, name), count in Counter((track.split, track.name) for track in tracks).items():
         if count > 1:
-            raise ValueError(f"Track {name!r} lies in {split} twice, say as a stem file and as a folder: remove one of them.")
+            raise ValueError(
+                f"Track {name!r} lies in {split} twice, say as a stem file and as a folder: remove one of them."
+            )
     return tracks
 
 
@@ -164,7 +172,12 @@ def _hint(root: Path) -> str:
 
 def ignored(root: Path) -> list[str]:
     """Folders and stem-like files between the tracks that hold no audio we can read, as `split/name`."""
-    return [f"{split}/{path.name}" for split in SPLITS for path, files in _entries(root / split) if not files]
+    return [
+        f"{split}/{path.name}"
+        for split in SPLITS
+        for path, files in _entries(root / split)
+        if not files
+    ]
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
@@ -173,7 +186,14 @@ def _entries(folder: Path) -> Iterator[tuple[Path, tuple[Path, ...]]]:
         if path.name.endswith(STEM_SUFFIX) and path.is_file():
             yield path, (path,)
         elif path.is_dir():
-            yield path, tuple(file for file in _listing(path) if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
+            yield (
+                path,
+                tuple(
+                    file
+                    for file in _listing(path)
+                    if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file()
+                ),
+            )
         elif path.suffix.lower() in (".mp4", ".m4a", *AUDIO_SUFFIXES):
             yield path, ()
 
@@ -207,7 +227,9 @@ def _validation_names(root: Path) -> set[str]:
         return set(map(str, names))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{setup} names no validation_tracks ({type(error).__name__}: {reason[:200]}); expected a list of them: mend it or remove it.") from None
+        raise ValueError(
+            f"{setup} names no validation_tracks ({type(error).__name__}: {reason[:200]}); expected a list of them: mend it or remove it."
+        ) from None
 
 
 def _with_validation(tracks: list[SourceTrack], names: set[str]) -> list[SourceTrack]:
@@ -224,17 +246,25 @@ def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tupl
     """The stems, in alphabetical order, that every track has once `groups` are formed; ValueError when they differ."""
     there = set().union(*(source.stems for source in sources))
     _check_groups(groups, there)
-    by_track = {source: frozenset(group_of(stem, groups) for stem in source.stems) for source in sources}
+    by_track = {
+        source: frozenset(group_of(stem, groups) for stem in source.stems) for source in sources
+    }
     (stems, count), *others = Counter(by_track.values()).most_common()
     if others:
-        odd = [f"{source.split}/{source.name} {_difference(own, stems)}" for source, own in by_track.items() if own != stems]
+        odd = [
+            f"{source.split}/{source.name} {_difference(own, stems)}"
+            for source, own in by_track.items()
+            if own != stems
+        ]
         raise ValueError(
             f"All tracks under {root} must have the same stems: {count} have {', '.join(sorted(stems))}, but {named(odd, '; ')}. "
             "Complete or remove what differs, or form groups, as in --set 'groups=synth+fx->other'."
         )
     if len(stems) < 2:
         only = ", ".join(stems) or "(none)"
-        raise ValueError(f"The tracks under {root} have the stem {only} only; expected two or more stems in each.")
+        raise ValueError(
+            f"The tracks under {root} have the stem {only} only; expected two or more stems in each."
+        )
     if odd := sorted(stem for stem in stems if not is_stem_name(stem)):
         message = f"A stem under {root} cannot be called {odd[0][:100]!r}: it becomes a folder, a target and a word on pages"
         raise ValueError(f"{message}. Rename its files, or name it by a group.")
@@ -248,7 +278,9 @@ def _difference(own: frozenset[str], stems: frozenset[str]) -> str:
 
 def named(items: list[str], between: str = ", ") -> str:
     """The first few of `items`, and how many more there are."""
-    return between.join(items[:MAX_NAMED]) + (f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else "")
+    return between.join(items[:MAX_NAMED]) + (
+        f" and {len(items) - MAX_NAMED} more" if len(items) > MAX_NAMED else ""
+    )
 
 
 def group_of(stem: str, groups: Groups) -> str:
@@ -260,10 +292,14 @@ def _check_groups(groups: Groups, there: set[str]) -> None:
     for group, members in groups.items():
         unknown = [stem for stem in members if stem not in there]
         if unknown:
-            raise ValueError(f"Group {group!r} adds up {unknown[0]!r}, which no track has; there are: {', '.join(sorted(there))}.")
+            raise ValueError(
+                f"Group {group!r} adds up {unknown[0]!r}, which no track has; there are: {', '.join(sorted(there))}."
+            )
         if group in there - set(members):
             better = f"groups={'+'.join((group, *members))}->{group}"
-            raise ValueError(f"Group {group!r} has the name of a stem that it leaves out: add it, as in {better}.")
+            raise ValueError(
+                f"Group {group!r} has the name of a stem that it leaves out: add it, as in {better}."
+            )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------------
@@ -277,12 +313,20 @@ def read_track(source: SourceTrack) -> dict[str, Recording]:
     """
     for file in source.files:
         _check_readable(file)
-    parts = _read_musdb(source) if needs_ffmpeg(source) else {readable(file.stem): _read_file(file) for file in source.files}
+    parts = (
+        _read_musdb(source)
+        if needs_ffmpeg(source)
+        else {readable(file.stem): _read_file(file) for file in source.files}
+    )
     for name, (audio, rate) in parts.items():
         if not RATES[0] <= rate <= RATES[1]:
-            raise ValueError(f"{source.path}: {name} has {rate} samples a second; expected {RATES[0]} to {RATES[1]}: convert or remove the track.")
+            raise ValueError(
+                f"{source.path}: {name} has {rate} samples a second; expected {RATES[0]} to {RATES[1]}: convert or remove the track."
+            )
         if not audio.size:
-            raise ValueError(f"{source.path}: {name} has no samples; expected audio: replace the file or remove the track.")
+            raise ValueError(
+                f"{source.path}: {name} has no samples; expected audio: replace the file or remove the track."
+            )
         if not np.isfinite(audio).all():
             message = f"{source.path}: {name} holds NaN or infinite samples; expected finite ones: mend the file or remove the track."
             raise ValueError(message)
@@ -293,16 +337,22 @@ def _check_readable(file: Path) -> None:
     try:
         file.open("rb").close()
     except PermissionError:
-        raise PermissionError(f"No permission to read {file}: make it readable (chmod u+r) or remove the track.") from None
+        raise PermissionError(
+            f"No permission to read {file}: make it readable (chmod u+r) or remove the track."
+        ) from None
 
 
 def _read_file(file: Path) -> Recording:
     try:
-        with file.open("rb") as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
+        with file.open(
+            "rb"
+        ) as stream:  # a stream, for by its name libsndfile would take any text called .mp3 for one
             return soundfile.read(stream, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, MemoryError) as error:
         kinds, reason = "/".join(AUDIO_SUFFIXES), getattr(error, "error_string", error)
-        raise ValueError(f"Cannot read {file} ({reason}); expected a {kinds} file: replace it or remove the track.") from None
+        raise ValueError(
+            f"Cannot read {file} ({reason}); expected a {kinds} file: replace it or remove the track."
+        ) from None
 
 
 def needs_ffmpeg(source: SourceTrack) -> bool:
@@ -322,7 +372,9 @@ def _is_musdb_hq(source: SourceTrack) -> bool:
         infos = [soundfile.info(file) for file in source.files]
     except soundfile.LibsndfileError:
         return False
-    return {(info.samplerate, info.channels, info.subtype) for info in infos} == {(MUSDB_RATE, 2, "PCM_16")}
+    return {(info.samplerate, info.channels, info.subtype) for info in infos} == {
+        (MUSDB_RATE, 2, "PCM_16")
+    }
 
 
 def _read_musdb(source: SourceTrack) -> dict[str, Recording]:
@@ -332,10 +384,20 @@ def _read_musdb(source: SourceTrack) -> dict[str, Recording]:
 
     mixture = source.path if source.is_stem_file else source.path / f"{MIXTURE}.wav"
     try:
-        track = musdb.MultiTrack(path=str(mixture), name=source.name, stem_id=0, is_wav=not source.is_stem_file)
+        track = musdb.MultiTrack(
+            path=str(mixture), name=source.name, stem_id=0, is_wav=not source.is_stem_file
+        )
         found = _musdb_stems(track) if source.is_stem_file else _musdb_files(musdb, track, source)
     # stempeg raises bare Warnings and fails on streams that are no audio
-    except (ffmpeg.Error, Warning, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+    except (
+        ffmpeg.Error,
+        Warning,
+        AttributeError,
+        KeyError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"Cannot read {source.path} ({_reason(error)}); expected MUSDB18's mixture and four stems: fetch the file again or remove it."
         ) from None
@@ -357,7 +419,10 @@ def _musdb_stems(track) -> dict[str, np.ndarray]:
 
 
 def _musdb_files(musdb, track, source: SourceTrack) -> dict[str, np.ndarray]:
-    files = {name: musdb.audio_classes.Source(track, name, str(source.path / f"{name}.wav"), 0) for name in MUSDB_STEMS}
+    files = {
+        name: musdb.audio_classes.Source(track, name, str(source.path / f"{name}.wav"), 0)
+        for name in MUSDB_STEMS
+    }
     return {MIXTURE: track.audio, **{name: file.audio for name, file in files.items()}}
 
 

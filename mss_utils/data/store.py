@@ -29,7 +29,18 @@ from tqdm.auto import tqdm
 from mss_utils import demo
 from mss_utils.data.levels import active_windows, rms
 from mss_utils.data.sources import (
-    MIXTURE, Groups, Recording, SourceTrack, common_stems, dataset_root, find_tracks, group_of, is_built_in, named, read_track, sha,
+    MIXTURE,
+    Groups,
+    Recording,
+    SourceTrack,
+    common_stems,
+    dataset_root,
+    find_tracks,
+    group_of,
+    is_built_in,
+    named,
+    read_track,
+    sha,
 )
 from mss_utils.files import is_file_name, one_at_a_time, readable, replacing, safe_name, write_text
 from mss_utils.settings import SPLITS, Settings, cache_folder, is_stem_name
@@ -69,14 +80,18 @@ class Track:
     rms: tuple[float, ...]  # of each row, relative to full scale, as all levels here
     peak: tuple[float, ...]  # of each row
     residual_rms: float  # mixture minus sum of stems
-    active: tuple[tuple[int, ...], ...]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
+    active: tuple[
+        tuple[int, ...], ...
+    ]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
     n_windows: int
 
 
 class Index(BaseModel):
     """What index.json holds: of which dataset the store is, and every track that is decoded so far."""
 
-    format: Literal[FORMAT]  # to be raised when what a store holds changes: stores of another format are not read
+    format: Literal[
+        FORMAT
+    ]  # to be raised when what a store holds changes: stores of another format are not read
     source: str
     sample_rate: int = Field(ge=1)
     channels: int = Field(ge=1)
@@ -87,8 +102,12 @@ class Index(BaseModel):
     @model_validator(mode="after")
     def _one_row_a_stem(self) -> Index:
         for track in self.tracks:
-            if {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)} != {1 + len(self.stems)}:
-                raise ValueError(f"track {track.name!r} has not one value for the mixture and each stem")
+            if {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)} != {
+                1 + len(self.stems)
+            }:
+                raise ValueError(
+                    f"track {track.name!r} has not one value for the mixture and each stem"
+                )
         return self
 
 
@@ -111,7 +130,9 @@ class Store:
         """The memory-mapped int16 samples of a track, `(1 + stems, channels, samples)`."""
         return np.load(self.folder / track.file, mmap_mode="r")
 
-    def load(self, track: Track, start: int = 0, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def load(
+        self, track: Track, start: int = 0, length: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mixture `(channels, samples)` and stems `(stems, channels, samples)` as float32."""
         end = track.samples if length is None else start + length
         audio = self.raw(track)[..., start:end].astype(np.float32) * np.float32(track.scale)
@@ -120,17 +141,27 @@ class Store:
     def stem_index(self, stem: str) -> int:
         """Row of `stem`; ValueError with the list of stems when there is none of that name."""
         if stem not in self.stems:
-            raise ValueError(f"No stem {stem!r} in {self.source}; there are: {', '.join(self.stems)}.")
+            raise ValueError(
+                f"No stem {stem!r} in {self.source}; there are: {', '.join(self.stems)}."
+            )
         return self.stems.index(stem)
 
     def targets(self, target: str) -> tuple[str, ...]:
         """The stems to train for: all of them for 'all', else those that `target` names, with commas between."""
-        return self.stems if target == "all" else tuple(dict.fromkeys(self.stems[self.stem_index(stem)] for stem in target.split(",")))
+        return (
+            self.stems
+            if target == "all"
+            else tuple(
+                dict.fromkeys(self.stems[self.stem_index(stem)] for stem in target.split(","))
+            )
+        )
 
     @property
     def n_bytes(self) -> int:
         """Size of all samples on disk."""
-        return sum(2 * (1 + len(self.stems)) * self.channels * track.samples for track in self.tracks)
+        return sum(
+            2 * (1 + len(self.stems)) * self.channels * track.samples for track in self.tracks
+        )
 
     @property
     def sha(self) -> str:
@@ -155,7 +186,9 @@ def open_store(settings: Settings) -> Store:
             )
     if settings.groups:
         stems = ", ".join(store.stems)
-        raise ValueError(f"The stem store {root} is decoded already, into {stems}: leave groups out, or give the dataset it was made from.")
+        raise ValueError(
+            f"The stem store {root} is decoded already, into {stems}: leave groups out, or give the dataset it was made from."
+        )
     return store
 
 
@@ -165,14 +198,20 @@ def check_target(settings: Settings) -> None:
     for target in settings.target.split(",") if settings.target != "all" else []:
         if target not in stems:
             where = "the built-in songs" if is_built_in(settings) else dataset_root(settings)
-            raise ValueError(f"No stem {target!r} in {where}; there are: {', '.join(stems)} (or 'all').")
+            raise ValueError(
+                f"No stem {target!r} in {where}; there are: {', '.join(stems)} (or 'all')."
+            )
 
 
 def _stems_of(settings: Settings) -> tuple[str, ...]:
     if is_built_in(settings):
         return tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in demo.STEMS))
     root = dataset_root(settings)
-    return read_store(root).stems if (root / "index.json").exists() else common_stems(find_tracks(root), root, settings.groups)
+    return (
+        read_store(root).stems
+        if (root / "index.json").exists()
+        else common_stems(find_tracks(root), root, settings.groups)
+    )
 
 
 def read_store(folder: Path) -> Store:
@@ -182,20 +221,34 @@ def read_store(folder: Path) -> Store:
     except ValueError as error:  # pydantic's is one
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(f"{folder / 'index.json'} is no index of a stem store of format {FORMAT} ({where}: {first['msg']}); {BUILD_AGAIN}.") from None
+        raise ValueError(
+            f"{folder / 'index.json'} is no index of a stem store of format {FORMAT} ({where}: {first['msg']}); {BUILD_AGAIN}."
+        ) from None
     if not index.complete or {track.split for track in index.tracks} != set(SPLITS):
-        raise ValueError(f"The stem store {folder} is not finished, it lacks tracks; {BUILD_AGAIN}.")
-    store = Store(folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks)
+        raise ValueError(
+            f"The stem store {folder} is not finished, it lacks tracks; {BUILD_AGAIN}."
+        )
+    store = Store(
+        folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks
+    )
     missing = [track.file for track in store.tracks if not _is_whole(folder, track, index)]
     if missing:
-        raise ValueError(f"The stem store {folder} lacks {len(missing)} files or parts of them, {missing[0]} first: copy the whole folder, or build it again.")
+        raise ValueError(
+            f"The stem store {folder} lacks {len(missing)} files or parts of them, {missing[0]} first: copy the whole folder, or build it again."
+        )
     return store
 
 
 # --- building -----------------------------------------------------------------------------------------------------------
 
 
-def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = MappingProxyType({}), n_jobs: int | None = None) -> Store:
+def build_store(
+    root: Path,
+    sample_rate: int,
+    channels: int,
+    groups: Groups = MappingProxyType({}),
+    n_jobs: int | None = None,
+) -> Store:
     """Decode every track under `root` that the store does not hold yet, and return the store.
 
     Tracks are decoded in parallel by `n_jobs` threads (default: one a core, up to 8); ffmpeg, libsndfile and torch
@@ -207,7 +260,9 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
     if not _is_current(folder, wanted, head):
         with one_at_a_time(folder):
             tracks = _current(folder, _index_of(folder), wanted, head)
-            _decode_missing(folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS))
+            _decode_missing(
+                folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS)
+            )
             _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
             _clear(folder, {*wanted, "index.json", ".lock"})
     return read_store(folder)
@@ -216,17 +271,35 @@ def build_store(root: Path, sample_rate: int, channels: int, groups: Groups = Ma
 def is_decoded(settings: Settings) -> bool:
     """Whether the store of somebody's dataset is there and needs nothing more to be read; nothing is decoded to find out."""
     root = dataset_root(settings)
-    return (root / "index.json").exists() or _is_current(*_plan(root, settings.sample_rate, settings.channels, settings.groups))
+    return (root / "index.json").exists() or _is_current(
+        *_plan(root, settings.sample_rate, settings.channels, settings.groups)
+    )
 
 
-def _plan(root: Path, sample_rate: int, channels: int, groups: Groups) -> tuple[Path, dict[str, SourceTrack], Index]:
+def _plan(
+    root: Path, sample_rate: int, channels: int, groups: Groups
+) -> tuple[Path, dict[str, SourceTrack], Index]:
     """Folder of a store, which file each track becomes, and the head of its index."""
     sources = find_tracks(root)
     head = Index(
-        format=FORMAT, source=readable(root), sample_rate=sample_rate, channels=channels, stems=common_stems(sources, root, groups), tracks=()
+        format=FORMAT,
+        source=readable(root),
+        sample_rate=sample_rate,
+        channels=channels,
+        stems=common_stems(sources, root, groups),
+        tracks=(),
     )
-    place = str(root.resolve()), sample_rate, channels, sorted((name, sorted(members)) for name, members in groups.items())
-    folder = cache_folder() / "stores" / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
+    place = (
+        str(root.resolve()),
+        sample_rate,
+        channels,
+        sorted((name, sorted(members)) for name, members in groups.items()),
+    )
+    folder = (
+        cache_folder()
+        / "stores"
+        / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
+    )
     return folder, {_file_name(source): source for source in sources}, head
 
 
@@ -237,14 +310,28 @@ def _file_name(source: SourceTrack) -> str:
 def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> bool:
     """Whether the store is finished and holds the tracks of the dataset, no fewer and no more."""
     index = _index_of(folder)
-    return index is not None and index.complete and len(index.tracks) == len(wanted) == len(_current(folder, index, wanted, head))
+    return (
+        index is not None
+        and index.complete
+        and len(index.tracks) == len(wanted) == len(_current(folder, index, wanted, head))
+    )
 
 
-def _current(folder: Path, index: Index | None, wanted: dict[str, SourceTrack], head: Index) -> dict[str, Track]:
+def _current(
+    folder: Path, index: Index | None, wanted: dict[str, SourceTrack], head: Index
+) -> dict[str, Track]:
     """The tracks of the index whose samples are there and whose source has not changed since."""
-    if index is None or (index.sample_rate, index.channels, index.stems) != (head.sample_rate, head.channels, head.stems):
+    if index is None or (index.sample_rate, index.channels, index.stems) != (
+        head.sample_rate,
+        head.channels,
+        head.stems,
+    ):
         return {}
-    fits = lambda track: track.file in wanted and wanted[track.file].fingerprint == track.fingerprint and _is_whole(folder, track, index)
+    fits = lambda track: (
+        track.file in wanted
+        and wanted[track.file].fingerprint == track.fingerprint
+        and _is_whole(folder, track, index)
+    )
     return {track.file: track for track in index.tracks if fits(track)}
 
 
@@ -258,30 +345,49 @@ def _is_whole(folder: Path, track: Track, index: Index) -> bool:
         return file.read(len(header)) == header
 
 
-def _decode_missing(folder: Path, wanted: dict, tracks: dict[str, Track], head: Index, groups: Groups, n_jobs: int) -> None:
+def _decode_missing(
+    folder: Path, wanted: dict, tracks: dict[str, Track], head: Index, groups: Groups, n_jobs: int
+) -> None:
     """Decode what `tracks` lacks and add it there and to the index, track by track; one error names all that failed."""
     missing = {file: source for file, source in wanted.items() if file not in tracks}
     failed: list[Exception] = []
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # every core has a track of its own to resample
     pool = ThreadPoolExecutor(n_jobs)
-    jobs = {pool.submit(_decode_track, source, head, groups, folder / file): file for file, source in missing.items()}
+    jobs = {
+        pool.submit(_decode_track, source, head, groups, folder / file): file
+        for file, source in missing.items()
+    }
     try:
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="Stem store", unit="track", disable=not jobs):
+        for job in tqdm(
+            as_completed(jobs), total=len(jobs), desc="Stem store", unit="track", disable=not jobs
+        ):
             try:
                 tracks[jobs[job]] = job.result()
-            except (ValueError, PermissionError) as error:  # what is wrong with one track is told together with the others
+            except (
+                ValueError,
+                PermissionError,
+            ) as error:  # what is wrong with one track is told together with the others
                 failed.append(error)
             _write_index(folder, wanted, tracks, head)
     finally:  # also when interrupted: the tracks that were under way are finished and kept
         pool.shutdown(cancel_futures=True)
-        tracks.update({file: job.result() for job, file in jobs.items() if not job.cancelled() and not job.exception()})
+        tracks.update(
+            {
+                file: job.result()
+                for job, file in jobs.items()
+                if not job.cancelled() and not job.exception()
+            }
+        )
         torch.set_num_threads(torch_threads)
         _write_index(folder, wanted, tracks, head)
     if len(failed) == 1:
         raise failed[0]
     if failed:
-        raise ValueError(f"{len(failed)} of {len(wanted)} tracks cannot be used:\n" + named(sorted(map(str, failed)), "\n"))
+        raise ValueError(
+            f"{len(failed)} of {len(wanted)} tracks cannot be used:\n"
+            + named(sorted(map(str, failed)), "\n")
+        )
 
 
 def _clear(folder: Path, kept: set[str]) -> None:
@@ -301,7 +407,12 @@ def _index_of(folder: Path) -> Index | None:
 
 def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: Index) -> None:
     """The index in the order of the dataset, whatever order the tracks came in."""
-    write_text(folder / "index.json", head.model_copy(update=dict(tracks=tuple(tracks[file] for file in wanted if file in tracks))).model_dump_json())
+    write_text(
+        folder / "index.json",
+        head.model_copy(
+            update=dict(tracks=tuple(tracks[file] for file in wanted if file in tracks))
+        ).model_dump_json(),
+    )
 
 
 def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) -> Track:
@@ -316,17 +427,29 @@ def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) 
     audio = _stack(parts, head.stems, groups, lengths[-1])
     peak = np.abs(audio).max(axis=(1, 2))
     if not peak.max() < LOUDEST:  # also where a sum of floats is no number any more
-        raise ValueError(f"{source.path} reaches {peak.max():.3g} times full scale; expected music: mend its files or remove the track.")
+        raise ValueError(
+            f"{source.path} reaches {peak.max():.3g} times full scale; expected music: mend its files or remove the track."
+        )
     scale = max(1.0, float(peak.max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
     _write_samples(path, samples)
     active = active_windows(audio, head.sample_rate).astype(np.int64)  # (1 + stems, windows)
     return Track(
-        name=source.name, split=source.split, file=path.name, source=readable(source.path), fingerprint=source.fingerprint,
-        sha=hashlib.sha256(samples.tobytes()).hexdigest(), samples=lengths[-1], scale=scale,
-        source_rates=tuple(rates), source_samples=tuple(lengths), rms=tuple(map(rms, audio)), peak=tuple(peak.tolist()),
+        name=source.name,
+        split=source.split,
+        file=path.name,
+        source=readable(source.path),
+        fingerprint=source.fingerprint,
+        sha=hashlib.sha256(samples.tobytes()).hexdigest(),
+        samples=lengths[-1],
+        scale=scale,
+        source_rates=tuple(rates),
+        source_samples=tuple(lengths),
+        rms=tuple(map(rms, audio)),
+        peak=tuple(peak.tolist()),
         residual_rms=scale * rms(samples[0] - samples[1:].sum(axis=0, dtype=np.int32)),
-        active=tuple(map(tuple, (active @ active.T).tolist())), n_windows=active.shape[1],
+        active=tuple(map(tuple, (active @ active.T).tolist())),
+        n_windows=active.shape[1],
     )
 
 
@@ -337,12 +460,20 @@ def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarra
     filter of gigabytes, are off by less than a millionth.
     """
     audio, rate = recording[0].T, recording[1]
-    audio = audio.mean(axis=0, keepdims=True) if channels == 1 else np.resize(audio[:channels], (channels, audio.shape[1]))
+    audio = (
+        audio.mean(axis=0, keepdims=True)
+        if channels == 1
+        else np.resize(audio[:channels], (channels, audio.shape[1]))
+    )
     ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)
-    return torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), ratio.numerator, ratio.denominator).numpy()
+    return torchaudio.functional.resample(
+        torch.from_numpy(np.ascontiguousarray(audio)), ratio.numerator, ratio.denominator
+    ).numpy()
 
 
-def _stack(parts: dict[str, np.ndarray], stems: list[str], groups: Groups, length: int) -> np.ndarray:
+def _stack(
+    parts: dict[str, np.ndarray], stems: list[str], groups: Groups, length: int
+) -> np.ndarray:
     """Mixture and stems `(1 + stems, channels, length)`; without a mixture file the mixture is the sum of the stems."""
     channels = next(iter(parts.values())).shape[0]
     audio = np.zeros((1 + len(stems), channels, length), np.float32)
@@ -364,5 +495,7 @@ def _write_samples(path: Path, samples: np.ndarray) -> None:
 def _header(shape: tuple[int, ...]) -> bytes:
     """What an .npy file of int16 begins with."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, dict(descr="<i2", fortran_order=False, shape=shape))
+    np.lib.format.write_array_header_1_0(
+        header, dict(descr="<i2", fortran_order=False, shape=shape)
+    )
     return header.getvalue()

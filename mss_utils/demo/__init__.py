@@ -33,8 +33,16 @@ __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "rende
 RECIPE = 1  # raise it when the same seed would give other songs: a folder rendered by an older recipe is then refused
 
 
-def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, seed: int = 0,
-                 duration_s: tuple[float, float] = (45.0, 90.0), n_jobs: int | None = None, progress: bool = True) -> Path:
+def render_songs(
+    root,
+    n_train: int = 100,
+    n_valid: int = 12,
+    n_test: int = 20,
+    seed: int = 0,
+    duration_s: tuple[float, float] = (45.0, 90.0),
+    n_jobs: int | None = None,
+    progress: bool = True,
+) -> Path:
     """Compose and render songs into a MUSDB-style folder; returns the folder.
 
     The same seed gives the same bytes, whatever `n_jobs` (None: one process a core) and whatever was there before.
@@ -47,7 +55,11 @@ def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, 
         _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
         wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
         done = _finished(root)
-        todo = [(str(root), s, i, seed, tuple(duration_s)) for s, i in wanted if f"{s}-{i:03d}" not in done]
+        todo = [
+            (str(root), s, i, seed, tuple(duration_s))
+            for s, i in wanted
+            if f"{s}-{i:03d}" not in done
+        ]
         _write_yaml(root, seed, n_valid, tuple(duration_s))
         _work(todo, n_jobs or os.cpu_count() or 1, progress)
     return root
@@ -55,7 +67,11 @@ def render_songs(root, n_train: int = 100, n_valid: int = 12, n_test: int = 20, 
 
 def _finished(root: Path) -> set[str]:
     """Songs that are there, as split-index."""
-    return {"-".join(path.name.split("-")[:2]) for path in root.glob("*/*") if path.is_dir() and path.name.split("-")[0] in SPLITS}
+    return {
+        "-".join(path.name.split("-")[:2])
+        for path in root.glob("*/*")
+        if path.is_dir() and path.name.split("-")[0] in SPLITS
+    }
 
 
 def _claim(root: Path, parameters: dict) -> None:
@@ -64,7 +80,9 @@ def _claim(root: Path, parameters: dict) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         if found != parameters:
-            raise ValueError(f"{root} holds songs rendered with {found}, asked for {parameters}: choose another folder or delete it")
+            raise ValueError(
+                f"{root} holds songs rendered with {found}, asked for {parameters}: choose another folder or delete it"
+            )
         return
     root.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(parameters))
@@ -75,10 +93,15 @@ def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, fl
     there = {path.name for path in root.glob("train/valid-*")}
     accompaniment = {stem: 1 for stem in STEMS if stem != "vocals"}
     setup = dict(
-        sample_rate=SAMPLE_RATE, mixture="mixture.flac",
-        stem_ids={stem: i for i, stem in enumerate(("mixture", *STEMS))}, sources={stem: f"{stem}.flac" for stem in STEMS},
-        targets={stem: {stem: 1} for stem in STEMS} | dict(accompaniment=accompaniment, linear_mixture={stem: 1 for stem in STEMS}),
-        validation_tracks=sorted(there | {compose("valid", i, seed, duration_s).name for i in range(n_valid)}),
+        sample_rate=SAMPLE_RATE,
+        mixture="mixture.flac",
+        stem_ids={stem: i for i, stem in enumerate(("mixture", *STEMS))},
+        sources={stem: f"{stem}.flac" for stem in STEMS},
+        targets={stem: {stem: 1} for stem in STEMS}
+        | dict(accompaniment=accompaniment, linear_mixture={stem: 1 for stem in STEMS}),
+        validation_tracks=sorted(
+            there | {compose("valid", i, seed, duration_s).name for i in range(n_valid)}
+        ),
     )
     write_text(root / "mus.yaml", yaml.safe_dump(setup, sort_keys=False))
 
@@ -87,7 +110,9 @@ def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
     """Render the songs, in this process or in several, and count songs and seconds."""
     if not todo:
         return
-    results = Parallel(min(n_jobs, len(todo)), return_as="generator_unordered")(delayed(_write_song)(job) for job in todo)
+    results = Parallel(min(n_jobs, len(todo)), return_as="generator_unordered")(
+        delayed(_write_song)(job) for job in todo
+    )
     seconds = 0.0
     try:
         with tqdm(total=len(todo), desc="Built-in songs", unit="song", disable=not progress) as bar:
@@ -108,7 +133,9 @@ def _write_song(job: tuple) -> float:
     stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
     with working_folder(Path(root)) as work:
         for name, sound in stems.items():
-            (work / f"{name}.flac").write_bytes(_flac(sound))  # libsndfile itself would not say that the disk is full
+            (work / f"{name}.flac").write_bytes(
+                _flac(sound)
+            )  # libsndfile itself would not say that the disk is full
         (work / "onsets.json").write_text(json.dumps(song.onsets()))
         (work / "song.json").write_text(json.dumps(song.metadata, indent=1))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,5 +146,7 @@ def _write_song(job: tuple) -> float:
 
 def _flac(sound: np.ndarray) -> bytes:
     file = io.BytesIO()
-    soundfile.write(file, sound, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.625)
+    soundfile.write(
+        file, sound, SAMPLE_RATE, format="FLAC", subtype="PCM_16", compression_level=0.625
+    )
     return file.getvalue()

@@ -22,28 +22,73 @@ N_VOWELS = 5  # a o e i u
 HARMONIES = {  # name: (mode, verse, chorus, bridge)
     "axis": ("major", "I | V | vi | IV", "IV | I | V | vi", "ii | IV | vi | V"),
     "fifties": ("major", "I | vi | IV | V", "I | vi | ii | V7", "IV | iv | I | V"),
-    "canon": ("major", "I | V/3 | vi | iii | IV | I/3 | IV | V", "IV | V | iii | vi | IV | V | I | I", "ii | V | iii | vi"),
+    "canon": (
+        "major",
+        "I | V/3 | vi | iii | IV | I/3 | IV | V",
+        "IV | V | iii | vi | IV | V | I | I",
+        "ii | V | iii | vi",
+    ),
     "plagal": ("major", "I | IV | I | IV", "vi | IV | I | V", "bVII | IV | I | I"),
-    "descent": ("major", "I V/3 | vi I/5 | IV I/3 | ii V", "IV | V | I V/3 | vi", "vi | iii | IV | V"),
+    "descent": (
+        "major",
+        "I V/3 | vi I/5 | IV I/3 | ii V",
+        "IV | V | I V/3 | vi",
+        "vi | iii | IV | V",
+    ),
     "open": ("major", "I | I | IV | I", "IV | V | I | vi", "vi | ii | V | V"),
     "anthem": ("major", "vi | IV | I | V", "IV | V | vi | I/3", "ii | vi | IV | Vsus4 V"),
     "gospel": ("major", "I | I7 | IV | iv", "I III7 | vi I7 | IV iv | I V7", "IV | I/3 | II7 | V7"),
     "mixolydian": ("major", "I | bVII | IV | I", "IV | bVII | I | I", "bVI | bVII | I | V"),
     "secondary": ("major", "I | III7 | vi | IV", "I | II7 | IV | I", "vi | III7 | IV | V7"),
-    "turnaround": ("major", "Imaj7 | vi7 | ii7 | V7", "IVmaj7 | iii7 | ii7 | V7", "iv7 | bVII7 | Imaj7 | VI7"),
-    "circle": ("major", "iii7 | vi7 | ii7 | V7", "Imaj7 VI7 | ii7 V7 | iii7 VI7 | ii7 V7", "IVmaj7 | iv6 | iii7 | VI7"),
-    "bossa": ("major", "Imaj7 | II7 | ii7 | V7", "IVmaj7 | iv6 | Imaj7 | VI7", "ii7 | V7 | iii7 | VI7"),
-    "soul": ("major", "Imaj7 | IVmaj7 | Imaj7 | IVmaj7", "ii7 | iii7 | IVmaj7 | V7", "vi7 | II7 | ii7 | V7"),
-    "blues": ("major", "I7 | IV7 | I7 | V7", "I7 | I7 | IV7 | IV7 | I7 | V7 | I7 | V7", "IV7 | IV7 | I7 | V7"),
+    "turnaround": (
+        "major",
+        "Imaj7 | vi7 | ii7 | V7",
+        "IVmaj7 | iii7 | ii7 | V7",
+        "iv7 | bVII7 | Imaj7 | VI7",
+    ),
+    "circle": (
+        "major",
+        "iii7 | vi7 | ii7 | V7",
+        "Imaj7 VI7 | ii7 V7 | iii7 VI7 | ii7 V7",
+        "IVmaj7 | iv6 | iii7 | VI7",
+    ),
+    "bossa": (
+        "major",
+        "Imaj7 | II7 | ii7 | V7",
+        "IVmaj7 | iv6 | Imaj7 | VI7",
+        "ii7 | V7 | iii7 | VI7",
+    ),
+    "soul": (
+        "major",
+        "Imaj7 | IVmaj7 | Imaj7 | IVmaj7",
+        "ii7 | iii7 | IVmaj7 | V7",
+        "vi7 | II7 | ii7 | V7",
+    ),
+    "blues": (
+        "major",
+        "I7 | IV7 | I7 | V7",
+        "I7 | I7 | IV7 | IV7 | I7 | V7 | I7 | V7",
+        "IV7 | IV7 | I7 | V7",
+    ),
     "lullaby": ("major", "I | iii | IV | V", "vi | iii | IV | I", "IV | I/3 | ii | V7"),
     "epic": ("minor", "i | bVI | bIII | bVII", "bVI | bVII | i | bIII", "iv | bVI | i | V"),
     "andalusian": ("minor", "i | bVII | bVI | V", "iv | bVII | bIII | bVI", "bVI | V | bVI | V7"),
     "chamber": ("minor", "i | iv | V7 | i", "iv | bVII | bIII | bVI", "iv | i | iiø | V7"),
-    "autumn": ("minor", "iv7 | bVII7 | bIIImaj7 | bVImaj7", "iiø | V7 | i7 | i7", "bVImaj7 | iiø | V7 | i7"),
+    "autumn": (
+        "minor",
+        "iv7 | bVII7 | bIIImaj7 | bVImaj7",
+        "iiø | V7 | i7 | i7",
+        "bVImaj7 | iiø | V7 | i7",
+    ),
     "dorian": ("minor", "i7 | IV7 | i7 | IV7", "bIII | bVII | IV | i", "bVI | bVII | i7 | IV7"),
     "lament": ("minor", "i | V/3 | bIII/5 | IV/3", "bVI | bIII | bVII | i", "iv | V7 | bVI | V"),
     "pulse": ("minor", "i | i | bVI | bVII", "bVI | bVII | i | v", "iv | iv | bVI | V"),
-    "nocturne": ("minor", "i | v7 | bVI | bIII", "iv | bVII | bIII | bVI | iiø | V7 | i | i", "bVI | bII | V7 | V7"),
+    "nocturne": (
+        "minor",
+        "i | v7 | bVI | bIII",
+        "iv | bVII | bIII | bVI | iiø | V7 | i | i",
+        "bVI | bII | V7 | V7",
+    ),
 }
 _DEGREES = {"I": 0, "II": 2, "III": 4, "IV": 5, "V": 7, "VI": 9, "VII": 11}
 _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}
@@ -53,46 +98,178 @@ _KEYS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
 
 # --- patterns: one character a sixteenth; x hit, X accent, o soft, . goes on, - rest --------------------------------
 
-_KICK, _STICK, _SNARE, _CLAP, _HAT, _PEDAL, _OPEN, _CRASH, _RIDE, _TAMB, _SHAKER = 36, 37, 38, 39, 42, 44, 46, 49, 51, 54, 70
+_KICK, _STICK, _SNARE, _CLAP, _HAT, _PEDAL, _OPEN, _CRASH, _RIDE, _TAMB, _SHAKER = (
+    36,
+    37,
+    38,
+    39,
+    42,
+    44,
+    46,
+    49,
+    51,
+    54,
+    70,
+)
 _TOMS = (50, 47, 45, 43)
 
 GROOVES = {  # name: metre, tempo range, swing (place of the off-beat; 0.5 is straight), kits, bass styles, lines
-    "rock": dict(metre="4/4", bpm=(96, 142), kits=(0, 8, 16), bass=("eighths", "pop"), lines={
-        _KICK: "X.......x.x.....", _SNARE: "....X.......X...", _HAT: "x.o.x.o.x.o.x.o."}),
-    "pop": dict(metre="4/4", bpm=(88, 124), kits=(8, 16), bass=("pop", "syncopated"), lines={
-        _KICK: "X.....x.x.......", _SNARE: "....X..o.o..X...", _HAT: "xoxoxoxoxoxoxoxo"}),
-    "halftime": dict(metre="4/4", bpm=(116, 160), kits=(16, 24), bass=("long", "pop"), lines={
-        _KICK: "X.........x...x.", _SNARE: "........X.......", _HAT: "x.o.x.o.x.o.x.oo"}),
-    "fourfloor": dict(metre="4/4", bpm=(110, 132), kits=(24, 25, 16), bass=("octaves", "offbeat"), lines={
-        _KICK: "X...X...X...X...", _CLAP: "....x.......x...", _OPEN: "..x...x...x...x.", _SHAKER: "xoxoxoxoxoxoxoxo"}),
-    "disco": dict(metre="4/4", bpm=(104, 126), kits=(16, 8), bass=("octaves",), lines={
-        _KICK: "X...X...X...X...", _SNARE: "....X.......X..o", _HAT: "xo.oxo.oxo.oxo.o", _OPEN: "..x...x...x...x."}),
-    "funk": dict(metre="4/4", bpm=(88, 112), kits=(16, 8), bass=("funk", "syncopated"), lines={
-        _KICK: "X..x..x...x..x..", _SNARE: "....X..o.o..X..o", _HAT: "xoxxxoxxxoxxxoxo"}),
-    "motown": dict(metre="4/4", bpm=(100, 132), kits=(0, 8), bass=("motown", "syncopated"), lines={
-        _KICK: "X.....x.X.....x.", _SNARE: "x...X...x...X...", _HAT: "x.o.x.o.x.o.x.o.", _TAMB: "..o...o...o...o."}),
-    "bossa": dict(metre="4/4", bpm=(100, 140), kits=(32, 40), bass=("bossa",), lines={
-        _KICK: "x.....xxx.....xx", _STICK: "x.....x.....x...", _HAT: "xoxoxoxoxoxoxoxo"}),
-    "swing": dict(metre="4/4", bpm=(104, 168), swing=0.65, kits=(32, 40), bass=("walking",), lines={
-        _RIDE: "x...x.o.x...x.o.", _PEDAL: "....x.......x...", _KICK: "o.......o.......", _SNARE: "..............o."}),
-    "shuffle": dict(metre="4/4", bpm=(84, 130), swing=0.66, kits=(0, 8, 16), bass=("shuffle", "walking"), lines={
-        _KICK: "X.......x.......", _SNARE: "....X.......X...", _HAT: "x.o.x.o.x.o.x.o."}),
-    "reggae": dict(metre="4/4", bpm=(124, 152), swing=0.54, kits=(0, 16), bass=("dub",), lines={
-        _KICK: "........X.......", _STICK: "........X.....o.", _HAT: "o.x.o.x.o.x.o.xo"}),
-    "ballad": dict(metre="4/4", bpm=(62, 88), kits=(8, 16, 0), bass=("long", "pop"), lines={
-        _KICK: "X.........x.....", _SNARE: "....X.......X...", _HAT: "x.x.x.x.x.x.x.x."}),
-    "neosoul": dict(metre="4/4", bpm=(70, 92), swing=0.57, kits=(8, 24), bass=("syncopated", "funk"), lines={
-        _KICK: "X......x..x.....", _SNARE: "....X.......X..o", _HAT: "x.xox.x.x.xox.xx"}),
-    "train": dict(metre="4/4", bpm=(92, 124), kits=(40, 0), bass=("twobeat",), lines={
-        _KICK: "X...x...X...x...", _SNARE: "ooXoooXoooXooxXo"}),
-    "waltz": dict(metre="3/4", bpm=(96, 150), kits=(0, 32, 40), bass=("waltz",), lines={
-        _KICK: "X...........", _SNARE: "....o...o...", _HAT: "....x...x.o."}),
-    "jazzwaltz": dict(metre="3/4", bpm=(112, 160), swing=0.64, kits=(32, 40), bass=("walking", "waltz"), lines={
-        _RIDE: "x...x.o.x...", _PEDAL: "....x.......", _SNARE: "......o.....", _KICK: "x..........."}),
-    "sixeight": dict(metre="6/8", bpm=(44, 66), kits=(8, 16, 0), bass=("rolling",), lines={
-        _KICK: "X.........x.", _SNARE: "......X.....", _HAT: "x.o.o.x.o.o."}),
-    "folk": dict(metre="6/8", bpm=(58, 84), kits=(0, 40), bass=("rolling",), lines={
-        _KICK: "X.....x.....", _STICK: "......x.....", _SHAKER: "x.oox.x.oox."}),
+    "rock": dict(
+        metre="4/4",
+        bpm=(96, 142),
+        kits=(0, 8, 16),
+        bass=("eighths", "pop"),
+        lines={_KICK: "X.......x.x.....", _SNARE: "....X.......X...", _HAT: "x.o.x.o.x.o.x.o."},
+    ),
+    "pop": dict(
+        metre="4/4",
+        bpm=(88, 124),
+        kits=(8, 16),
+        bass=("pop", "syncopated"),
+        lines={_KICK: "X.....x.x.......", _SNARE: "....X..o.o..X...", _HAT: "xoxoxoxoxoxoxoxo"},
+    ),
+    "halftime": dict(
+        metre="4/4",
+        bpm=(116, 160),
+        kits=(16, 24),
+        bass=("long", "pop"),
+        lines={_KICK: "X.........x...x.", _SNARE: "........X.......", _HAT: "x.o.x.o.x.o.x.oo"},
+    ),
+    "fourfloor": dict(
+        metre="4/4",
+        bpm=(110, 132),
+        kits=(24, 25, 16),
+        bass=("octaves", "offbeat"),
+        lines={
+            _KICK: "X...X...X...X...",
+            _CLAP: "....x.......x...",
+            _OPEN: "..x...x...x...x.",
+            _SHAKER: "xoxoxoxoxoxoxoxo",
+        },
+    ),
+    "disco": dict(
+        metre="4/4",
+        bpm=(104, 126),
+        kits=(16, 8),
+        bass=("octaves",),
+        lines={
+            _KICK: "X...X...X...X...",
+            _SNARE: "....X.......X..o",
+            _HAT: "xo.oxo.oxo.oxo.o",
+            _OPEN: "..x...x...x...x.",
+        },
+    ),
+    "funk": dict(
+        metre="4/4",
+        bpm=(88, 112),
+        kits=(16, 8),
+        bass=("funk", "syncopated"),
+        lines={_KICK: "X..x..x...x..x..", _SNARE: "....X..o.o..X..o", _HAT: "xoxxxoxxxoxxxoxo"},
+    ),
+    "motown": dict(
+        metre="4/4",
+        bpm=(100, 132),
+        kits=(0, 8),
+        bass=("motown", "syncopated"),
+        lines={
+            _KICK: "X.....x.X.....x.",
+            _SNARE: "x...X...x...X...",
+            _HAT: "x.o.x.o.x.o.x.o.",
+            _TAMB: "..o...o...o...o.",
+        },
+    ),
+    "bossa": dict(
+        metre="4/4",
+        bpm=(100, 140),
+        kits=(32, 40),
+        bass=("bossa",),
+        lines={_KICK: "x.....xxx.....xx", _STICK: "x.....x.....x...", _HAT: "xoxoxoxoxoxoxoxo"},
+    ),
+    "swing": dict(
+        metre="4/4",
+        bpm=(104, 168),
+        swing=0.65,
+        kits=(32, 40),
+        bass=("walking",),
+        lines={
+            _RIDE: "x...x.o.x...x.o.",
+            _PEDAL: "....x.......x...",
+            _KICK: "o.......o.......",
+            _SNARE: "..............o.",
+        },
+    ),
+    "shuffle": dict(
+        metre="4/4",
+        bpm=(84, 130),
+        swing=0.66,
+        kits=(0, 8, 16),
+        bass=("shuffle", "walking"),
+        lines={_KICK: "X.......x.......", _SNARE: "....X.......X...", _HAT: "x.o.x.o.x.o.x.o."},
+    ),
+    "reggae": dict(
+        metre="4/4",
+        bpm=(124, 152),
+        swing=0.54,
+        kits=(0, 16),
+        bass=("dub",),
+        lines={_KICK: "........X.......", _STICK: "........X.....o.", _HAT: "o.x.o.x.o.x.o.xo"},
+    ),
+    "ballad": dict(
+        metre="4/4",
+        bpm=(62, 88),
+        kits=(8, 16, 0),
+        bass=("long", "pop"),
+        lines={_KICK: "X.........x.....", _SNARE: "....X.......X...", _HAT: "x.x.x.x.x.x.x.x."},
+    ),
+    "neosoul": dict(
+        metre="4/4",
+        bpm=(70, 92),
+        swing=0.57,
+        kits=(8, 24),
+        bass=("syncopated", "funk"),
+        lines={_KICK: "X......x..x.....", _SNARE: "....X.......X..o", _HAT: "x.xox.x.x.xox.xx"},
+    ),
+    "train": dict(
+        metre="4/4",
+        bpm=(92, 124),
+        kits=(40, 0),
+        bass=("twobeat",),
+        lines={_KICK: "X...x...X...x...", _SNARE: "ooXoooXoooXooxXo"},
+    ),
+    "waltz": dict(
+        metre="3/4",
+        bpm=(96, 150),
+        kits=(0, 32, 40),
+        bass=("waltz",),
+        lines={_KICK: "X...........", _SNARE: "....o...o...", _HAT: "....x...x.o."},
+    ),
+    "jazzwaltz": dict(
+        metre="3/4",
+        bpm=(112, 160),
+        swing=0.64,
+        kits=(32, 40),
+        bass=("walking", "waltz"),
+        lines={
+            _RIDE: "x...x.o.x...",
+            _PEDAL: "....x.......",
+            _SNARE: "......o.....",
+            _KICK: "x...........",
+        },
+    ),
+    "sixeight": dict(
+        metre="6/8",
+        bpm=(44, 66),
+        kits=(8, 16, 0),
+        bass=("rolling",),
+        lines={_KICK: "X.........x.", _SNARE: "......X.....", _HAT: "x.o.o.x.o.o."},
+    ),
+    "folk": dict(
+        metre="6/8",
+        bpm=(58, 84),
+        kits=(0, 40),
+        bass=("rolling",),
+        lines={_KICK: "X.....x.....", _STICK: "......x.....", _SHAKER: "x.oox.x.oox."},
+    ),
 }
 _STEPS = {"4/4": 16, "3/4": 12, "6/8": 12}  # sixteenths in a bar
 _BEAT = {"4/4": 4, "3/4": 4, "6/8": 6}  # sixteenths in a beat
@@ -103,10 +280,19 @@ _FILLS = {  # the last half bar (4/4) or last beats of a section; digits are tom
 
 BASSES = {  # R root, F fifth, O octave, T third, S sixth or seventh, A approach to the next chord; small is soft
     "4/4": {
-        "pop": "R.....R.R.....f.", "eighths": "R.r.R.r.R.r.R.r.", "long": "R...........F...", "walking": "R...T...F...A...",
-        "syncopated": "R..R-.r.-.R.F.A.", "octaves": "R-O-R-O-R-O-R-O-", "offbeat": "-.R-..R-..R-..R-",
-        "funk": "R-.r.-O-R..r-FA-", "motown": "R..RT.F.R..FT.A.", "bossa": "R.....FFF.....RR", "shuffle": "R...T.F.S...F.T.",
-        "dub": "R.....R-..T.F.R-", "twobeat": "R...-...F...-...",
+        "pop": "R.....R.R.....f.",
+        "eighths": "R.r.R.r.R.r.R.r.",
+        "long": "R...........F...",
+        "walking": "R...T...F...A...",
+        "syncopated": "R..R-.r.-.R.F.A.",
+        "octaves": "R-O-R-O-R-O-R-O-",
+        "offbeat": "-.R-..R-..R-..R-",
+        "funk": "R-.r.-O-R..r-FA-",
+        "motown": "R..RT.F.R..FT.A.",
+        "bossa": "R.....FFF.....RR",
+        "shuffle": "R...T.F.S...F.T.",
+        "dub": "R.....R-..T.F.R-",
+        "twobeat": "R...-...F...-...",
     },
     "3/4": {"waltz": "R.......F...", "walking": "R...T...F.A."},
     "6/8": {"rolling": "R.....F...A."},
@@ -153,24 +339,59 @@ PIANOS = {  # metre: name: (left, right, pedal)
     },
 }
 _COMPS = {  # rhythm players of `other`
-    "4/4": ("C.cCc.C.C.cCc.c.", "C...c...C.c.c.c.", "-...C-......C-..", "C.....C.....C...", "-.c-C-c--.c-C-c-", "0.1.2.3.1.2.3.2."),
+    "4/4": (
+        "C.cCc.C.C.cCc.c.",
+        "C...c...C.c.c.c.",
+        "-...C-......C-..",
+        "C.....C.....C...",
+        "-.c-C-c--.c-C-c-",
+        "0.1.2.3.1.2.3.2.",
+    ),
     "3/4": ("C...c...c...", "0.1.2.3.2.1.", "C.......C..."),
     "6/8": ("C...c.C...c.", "0.1.2.3.2.1.", "C.....C....."),
 }
 _SINGING = {  # two bars of melody rhythm; the rest at the end is the breath
-    "4/4": ("x...x.x.x...x.x.x.......-.......", "..x.x.x.x.x.x...x.....x.x...-...", "x.....x.x...x...x.x.....x...-...",
-            "-...x.x.x..x..x.x.......x...-...", "x..x..x.x.....x.x..x..x.....-...", "x.......x...x.x.x...........-...",
-            "-.x.x.x.x...x...-.x.x.x.x.....-.", "x.x.x..x.x.x....x.x.x..x....-..."),
-    "3/4": ("x.......x...x.......-...", "x...x...x...x.......-...", "..x.x.x.x.x.x.......-...", "x.....x.x...x...x...-..."),
-    "6/8": ("x...x.x...x.x.......-...", "x.x.x.x...x.x.......-...", "..x.x.x.....x.x.x...-...", "x.....x...x.x.......-..."),
+    "4/4": (
+        "x...x.x.x...x.x.x.......-.......",
+        "..x.x.x.x.x.x...x.....x.x...-...",
+        "x.....x.x...x...x.x.....x...-...",
+        "-...x.x.x..x..x.x.......x...-...",
+        "x..x..x.x.....x.x..x..x.....-...",
+        "x.......x...x.x.x...........-...",
+        "-.x.x.x.x...x...-.x.x.x.x.....-.",
+        "x.x.x..x.x.x....x.x.x..x....-...",
+    ),
+    "3/4": (
+        "x.......x...x.......-...",
+        "x...x...x...x.......-...",
+        "..x.x.x.x.x.x.......-...",
+        "x.....x.x...x...x...-...",
+    ),
+    "6/8": (
+        "x...x.x...x.x.......-...",
+        "x.x.x.x...x.x.......-...",
+        "..x.x.x.....x.x.x...-...",
+        "x.....x...x.x.......-...",
+    ),
 }
 
 # --- form: sections of four bars (I intro, V verse, C chorus, B bridge, O outro) -------------------------------------
 
 _FORMS = {
-    1: ("C",), 2: ("VC",), 3: ("IVC", "VCC"), 4: ("IVCO", "VVCC"), 5: ("IVCVC", "IVCCO"), 6: ("IVCVCO", "IVVCCO"),
-    7: ("IVVCBCO", "IVCVCCO"), 8: ("IVVCVCCO", "IVVCCBCO"), 9: ("IVVCVCBCO", "IVVCCVCCO"), 10: ("IVVCCVCBCO", "IVVCVCBCCO"),
-    11: ("IVVCCVCCBCO",), 12: ("IVVCCVVCCBCO", "IVVCCVCCBCCO"), 13: ("IVVCCVVCCBCCO",), 14: ("IIVVCCVVCCBCCO",),
+    1: ("C",),
+    2: ("VC",),
+    3: ("IVC", "VCC"),
+    4: ("IVCO", "VVCC"),
+    5: ("IVCVC", "IVCCO"),
+    6: ("IVCVCO", "IVVCCO"),
+    7: ("IVVCBCO", "IVCVCCO"),
+    8: ("IVVCVCCO", "IVVCCBCO"),
+    9: ("IVVCVCBCO", "IVVCCVCCO"),
+    10: ("IVVCCVCBCO", "IVVCVCBCCO"),
+    11: ("IVVCCVCCBCO",),
+    12: ("IVVCCVVCCBCO", "IVVCCVCCBCCO"),
+    13: ("IVVCCVVCCBCCO",),
+    14: ("IIVVCCVVCCBCCO",),
     16: ("IIVVCCVVCCBBCCOO",),
 }
 _NAMES = {"I": "intro", "V": "verse", "C": "chorus", "B": "bridge", "O": "outro"}
@@ -184,12 +405,66 @@ _VOICES = (52, 53, 85, 54)
 _PADS = (48, 49, 50, 51, 52, 89, 90, 91, 94, 16, 17, 18, 61)
 _RHYTHM = (24, 25, 26, 27, 28, 16, 4, 5, 6, 7, 15, 46, 11, 12, 108)
 _LEADS = (65, 66, 71, 73, 40, 41, 22, 56, 60, 11, 27, 80, 81, 68, 104)
-DRUM_RING_S = {_KICK: 0.5, _STICK: 0.3, _SNARE: 0.6, _CLAP: 0.5, _HAT: 0.25, _PEDAL: 0.2, _OPEN: 0.8, _CRASH: 3.5, _RIDE: 2.0,
-               _TAMB: 0.5, _SHAKER: 0.2, **{tom: 1.2 for tom in _TOMS}}
-_TITLES = (("amber", "silver", "paper", "quiet", "hollow", "golden", "winter", "velvet", "northern", "broken", "distant", "gentle",
-            "electric", "copper", "midnight", "early", "open", "salt", "second", "bright"),
-           ("harbour", "window", "river", "letter", "garden", "station", "orchard", "signal", "lantern", "summer", "mirror",
-            "avenue", "island", "engine", "carousel", "morning", "shadow", "meadow", "postcard", "waltz"))
+DRUM_RING_S = {
+    _KICK: 0.5,
+    _STICK: 0.3,
+    _SNARE: 0.6,
+    _CLAP: 0.5,
+    _HAT: 0.25,
+    _PEDAL: 0.2,
+    _OPEN: 0.8,
+    _CRASH: 3.5,
+    _RIDE: 2.0,
+    _TAMB: 0.5,
+    _SHAKER: 0.2,
+    **{tom: 1.2 for tom in _TOMS},
+}
+_TITLES = (
+    (
+        "amber",
+        "silver",
+        "paper",
+        "quiet",
+        "hollow",
+        "golden",
+        "winter",
+        "velvet",
+        "northern",
+        "broken",
+        "distant",
+        "gentle",
+        "electric",
+        "copper",
+        "midnight",
+        "early",
+        "open",
+        "salt",
+        "second",
+        "bright",
+    ),
+    (
+        "harbour",
+        "window",
+        "river",
+        "letter",
+        "garden",
+        "station",
+        "orchard",
+        "signal",
+        "lantern",
+        "summer",
+        "mirror",
+        "avenue",
+        "island",
+        "engine",
+        "carousel",
+        "morning",
+        "shadow",
+        "meadow",
+        "postcard",
+        "waltz",
+    ),
+)
 
 
 class Note(NamedTuple):
@@ -250,7 +525,9 @@ class Song:
 # --- composing -------------------------------------------------------------------------------------------------------
 
 
-def compose(split: str, index: int, seed: int = 0, duration_s: tuple[float, float] = (45.0, 90.0)) -> Song:
+def compose(
+    split: str, index: int, seed: int = 0, duration_s: tuple[float, float] = (45.0, 90.0)
+) -> Song:
     """Write one song. The same arguments give the same song, whatever other songs exist.
 
     The splits share no tempo and no (harmony, groove) pair: tempi lie on a grid of half beats per minute of which test
@@ -258,19 +535,34 @@ def compose(split: str, index: int, seed: int = 0, duration_s: tuple[float, floa
     Raises ValueError for an unknown split or an impossible duration.
     """
     rng, plan = _start(split, index, seed, duration_s)
-    parts = [*_vocals(rng, plan), _drums(rng, plan), _bass(rng, plan), _piano(rng, plan), *_others(rng, plan)]
+    parts = [
+        *_vocals(rng, plan),
+        _drums(rng, plan),
+        _bass(rng, plan),
+        _piano(rng, plan),
+        *_others(rng, plan),
+    ]
     title = "-".join(str(rng.choice(words)) for words in _TITLES)
-    metadata = {"split": split, "index": index, "seed": [seed, SPLITS.index(split), index], **plan.facts(parts)}
+    metadata = {
+        "split": split,
+        "index": index,
+        "seed": [seed, SPLITS.index(split), index],
+        **plan.facts(parts),
+    }
     return Song(f"{split}-{index:03d}-{title}", plan.duration_s, metadata, parts)
 
 
-def _start(split: str, index: int, seed: int, duration_s: tuple[float, float]) -> tuple[np.random.Generator, _Plan]:
+def _start(
+    split: str, index: int, seed: int, duration_s: tuple[float, float]
+) -> tuple[np.random.Generator, _Plan]:
     """A song's own random stream and the plan that is drawn from it first."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     low, high = duration_s
     if not 4.0 <= low <= high:
-        raise ValueError(f"duration_s is {duration_s}: expected (shortest, longest) with 4 <= shortest <= longest")
+        raise ValueError(
+            f"duration_s is {duration_s}: expected (shortest, longest) with 4 <= shortest <= longest"
+        )
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     return rng, _plan(rng, split, low, high)
 
@@ -319,14 +611,28 @@ class _Plan:
         """The plan in words, for song.json."""
         form = [[bar.section, bar.index + 1] for bar in self.bars if bar.last]
         programs = {stem: sorted({p.program for p in parts if p.stem == stem}) for stem in STEMS}
-        return {"harmony": self.harmony, "groove": self.groove, "tempo_bpm": self.bpm, "metre": self.metre,
-                "key": f"{_KEYS[self.key]} {HARMONIES[self.harmony][0]}", "bar_s": self.steps * self.step_s,
-                "bars": len(self.bars), "form": form, "programs": programs, "duration_s": self.duration_s}
+        return {
+            "harmony": self.harmony,
+            "groove": self.groove,
+            "tempo_bpm": self.bpm,
+            "metre": self.metre,
+            "key": f"{_KEYS[self.key]} {HARMONIES[self.harmony][0]}",
+            "bar_s": self.steps * self.step_s,
+            "bars": len(self.bars),
+            "form": form,
+            "programs": programs,
+            "duration_s": self.duration_s,
+        }
 
 
 def _plan(rng: np.random.Generator, split: str, low: float, high: float) -> _Plan:
     """Draw harmony, groove, tempo and key that belong to the split; lay out the bars."""
-    pairs = [(h, g) for i, h in enumerate(HARMONIES) for j, g in enumerate(GROOVES) if _pair_split(i, j) == split]
+    pairs = [
+        (h, g)
+        for i, h in enumerate(HARMONIES)
+        for j, g in enumerate(GROOVES)
+        if _pair_split(i, j) == split
+    ]
     harmony, groove = pairs[rng.integers(len(pairs))]
     slowest, fastest = GROOVES[groove]["bpm"]
     tempi = [t / 2 for t in range(2 * slowest, 2 * fastest + 1) if _tempo_split(t) == split]
@@ -371,7 +677,10 @@ def _progression(plan: _Plan, section: str) -> list[tuple[tuple[int, Chord], ...
     """The chords of a section, bar by bar; two chords share a bar at its middle (3/4: at its third beat)."""
     text = HARMONIES[plan.harmony][{"chorus": 2, "bridge": 3}.get(section, 1)]
     middle = 8 if plan.metre != "6/8" else 6
-    return [tuple((middle * i, _chord(name, plan.key)) for i, name in enumerate(bar.split())) for bar in text.split("|")]
+    return [
+        tuple((middle * i, _chord(name, plan.key)) for i, name in enumerate(bar.split()))
+        for bar in text.split("|")
+    ]
 
 
 @lru_cache(maxsize=None)
@@ -408,12 +717,32 @@ def _accent(plan: _Plan, step: int) -> float:
 class _Writer:
     """Writes notes with a player's small inaccuracies: milliseconds early or late, a little louder or softer."""
 
-    def __init__(self, rng: np.random.Generator, plan: _Plan, spread_s: float = 0.006, spread_velocity: float = 0.05):
-        self.rng, self.plan, self.spread_s, self.spread_velocity = rng, plan, spread_s, spread_velocity
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        plan: _Plan,
+        spread_s: float = 0.006,
+        spread_velocity: float = 0.05,
+    ):
+        self.rng, self.plan, self.spread_s, self.spread_velocity = (
+            rng,
+            plan,
+            spread_s,
+            spread_velocity,
+        )
         self.notes: list[Note] = []
 
-    def add(self, bar: int, step: float, length: float, pitches, velocity: float, ring_s: float = 0.0, strum_s: float = 0.0,
-            vowel: int = 0):
+    def add(
+        self,
+        bar: int,
+        step: float,
+        length: float,
+        pitches,
+        velocity: float,
+        ring_s: float = 0.0,
+        strum_s: float = 0.0,
+        vowel: int = 0,
+    ):
         """Write one note or chord; `ring_s` is how long it sounds beyond its written length (negative: shorter)."""
         late = min(max(self.spread_s * self.rng.standard_normal(), -0.02), 0.02)
         start, end = self.plan.time(bar, step), self.plan.time(bar, step + length) + ring_s
@@ -440,7 +769,7 @@ def _nearest(chord: Chord, last: tuple[int, ...] | None, centre: int) -> tuple[i
     choices = []
     for i in range(len(chord.tones)):
         pitches = [chord.tones[i]]
-        for tone in chord.tones[i + 1:] + chord.tones[:i]:
+        for tone in chord.tones[i + 1 :] + chord.tones[:i]:
             pitches.append(pitches[-1] + (tone - pitches[-1]) % 12)
         choices += [tuple(p + 12 * octave for p in pitches) for octave in range(3, 7)]
     drift = [abs(sum(c) / len(c) - centre) for c in choices]
@@ -468,11 +797,19 @@ def _piano(rng: np.random.Generator, plan: _Plan) -> Part:
         if bar not in plan.piano_rest:
             style = drawn[{"chorus": 1, "bridge": 2}.get(content.section, 0)]
             _piano_bar(writer, bar, style, voicings, riff)
-    _final_chord(writer, (_low(plan.chord(len(plan.bars), 0).bass, 36), *voicings[len(plan.bars) - 1, 0]), 0.7)
-    return Part("piano", int(rng.choice(_PIANO_PROGRAMS)), writer.notes, float(rng.uniform(-0.25, 0.25)))
+    _final_chord(
+        writer,
+        (_low(plan.chord(len(plan.bars), 0).bass, 36), *voicings[len(plan.bars) - 1, 0]),
+        0.7,
+    )
+    return Part(
+        "piano", int(rng.choice(_PIANO_PROGRAMS)), writer.notes, float(rng.uniform(-0.25, 0.25))
+    )
 
 
-def _piano_bar(writer: _Writer, bar: int, style: tuple[str, str, bool], voicings: dict, riff: list[int]) -> None:
+def _piano_bar(
+    writer: _Writer, bar: int, style: tuple[str, str, bool], voicings: dict, riff: list[int]
+) -> None:
     """Both hands of one bar. With the pedal a note lasts to the next chord, without it to the next stroke."""
     plan = writer.plan
     energy = _ENERGY[plan.bars[bar].section]
@@ -481,21 +818,40 @@ def _piano_bar(writer: _Writer, bar: int, style: tuple[str, str, bool], voicings
         for i, (step, length, symbol) in enumerate(_events(pattern)):
             slot = max(s for s in changes[:-1] if s <= step)
             chord, voices = plan.chord(bar, step), voicings[bar, slot]
-            pitches = _right(symbol, voices, chord, plan, riff[i % len(riff)]) if hand else _left(symbol, chord, voices)
+            pitches = (
+                _right(symbol, voices, chord, plan, riff[i % len(riff)])
+                if hand
+                else _left(symbol, chord, voices)
+            )
             length = min(s for s in changes if s > step) - step if style[2] else length
-            velocity = energy * _accent(plan, step) * (0.72 if symbol.islower() else 0.85) * (1.0 if hand else 0.75)
-            writer.add(bar, step, length, pitches, velocity, 0.12 if style[2] else -0.02, strum_s=0.004)
+            velocity = (
+                energy
+                * _accent(plan, step)
+                * (0.72 if symbol.islower() else 0.85)
+                * (1.0 if hand else 0.75)
+            )
+            writer.add(
+                bar, step, length, pitches, velocity, 0.12 if style[2] else -0.02, strum_s=0.004
+            )
 
 
 def _left(symbol: str, chord: Chord, voices: tuple[int, ...]) -> list[int]:
     """Pitches of a left-hand symbol."""
     root = _low(chord.bass, 41)
     fifth = _low(chord.tones[2], root)
-    return {"P": [root - 12, root] if root > 47 else [root, root + 12], "F": [fifth], "O": [root + 12],
-            "T": [_low(chord.tones[1], root + 12)], "A": [_low(chord.tones[-1], root)], "c": list(voices)}.get(symbol, [root])
+    return {
+        "P": [root - 12, root] if root > 47 else [root, root + 12],
+        "F": [fifth],
+        "O": [root + 12],
+        "T": [_low(chord.tones[1], root + 12)],
+        "A": [_low(chord.tones[-1], root)],
+        "c": list(voices),
+    }.get(symbol, [root])
 
 
-def _right(symbol: str, voices: tuple[int, ...], chord: Chord, plan: _Plan, degree: int) -> list[int]:
+def _right(
+    symbol: str, voices: tuple[int, ...], chord: Chord, plan: _Plan, degree: int
+) -> list[int]:
     """Pitches of a right-hand symbol."""
     if symbol in "Cc":
         return list(voices)
@@ -520,12 +876,23 @@ def _contour(rng: np.random.Generator, length: int) -> list[int]:
     moves = [0]
     for _ in range(length - 1):
         back = -np.sign(moves[-1]) if abs(moves[-1]) >= 4 else 0
-        moves.append(moves[-1] + int(back or rng.choice([-2, -1, -1, 0, 1, 1, 2, 3, -3], p=[.1, .2, .12, .1, .2, .12, .1, .03, .03])))
+        moves.append(
+            moves[-1]
+            + int(
+                back
+                or rng.choice(
+                    [-2, -1, -1, 0, 1, 1, 2, 3, -3],
+                    p=[0.1, 0.2, 0.12, 0.1, 0.2, 0.12, 0.1, 0.03, 0.03],
+                )
+            )
+        )
     return moves
 
 
 @lru_cache(maxsize=4096)
-def _in_harmony(scale: tuple[int, ...], chord: Chord, degree: int, centre: int, strong: bool) -> int:
+def _in_harmony(
+    scale: tuple[int, ...], chord: Chord, degree: int, centre: int, strong: bool
+) -> int:
     """The pitch of a scale degree over a chord: chord tones bend the scale, strong beats take a chord tone."""
     scale = list(scale)
     for tone in chord.tones:
@@ -535,7 +902,10 @@ def _in_harmony(scale: tuple[int, ...], chord: Chord, degree: int, centre: int, 
     home = int(np.argmin([abs(p - centre) for p in pitches]))
     pitch = pitches[min(max(home + degree, 0), len(pitches) - 1)]
     if strong and pitch % 12 not in chord.tones:
-        pitch = min((p for p in range(pitch - 4, pitch + 5) if p % 12 in chord.tones), key=lambda p: (abs(p - pitch), p))
+        pitch = min(
+            (p for p in range(pitch - 4, pitch + 5) if p % 12 in chord.tones),
+            key=lambda p: (abs(p - pitch), p),
+        )
     return pitch
 
 
@@ -552,7 +922,11 @@ def _vocals(rng: np.random.Generator, plan: _Plan) -> list[Part]:
             if chorus:
                 _sing(second, bar, tune, centre, 1)
     voice = int(rng.choice(_VOICES))
-    backing = [Part("vocals", 53, second.notes, float(rng.choice([-0.3, 0.3])), -9.0)] if rng.random() < 0.6 else []
+    backing = (
+        [Part("vocals", 53, second.notes, float(rng.choice([-0.3, 0.3])), -9.0)]
+        if rng.random() < 0.6
+        else []
+    )
     return [Part("vocals", voice, lead.notes), *(part for part in backing if part.notes)]
 
 
@@ -560,17 +934,24 @@ def _tune(rng: np.random.Generator, plan: _Plan) -> list[tuple[int, int, int, in
     """Two bars of melody: (step, length, scale step, vowel)."""
     rhythm = _events(str(rng.choice(_SINGING[plan.metre])))
     degrees, vowels = _contour(rng, len(rhythm)), rng.integers(N_VOWELS, size=len(rhythm)).tolist()
-    return [(step, length, degree, vowel) for (step, length, _), degree, vowel in zip(rhythm, degrees, vowels)]
+    return [
+        (step, length, degree, vowel)
+        for (step, length, _), degree, vowel in zip(rhythm, degrees, vowels)
+    ]
 
 
-def _sing(writer: _Writer, bar: int, tune: list[tuple[int, int, int, int]], centre: int, lift: int) -> None:
+def _sing(
+    writer: _Writer, bar: int, tune: list[tuple[int, int, int, int]], centre: int, lift: int
+) -> None:
     """Two bars of melody over the chords there; slightly legato within the phrase."""
     plan = writer.plan
     for step, length, degree, vowel in tune:
         at, within = bar + step // plan.steps, step % plan.steps
         strong = within % _BEAT[plan.metre] == 0 or length >= 4
         pitch = _in_harmony(plan.scale, plan.chord(at, within), degree + lift, centre, strong)
-        velocity = (0.6 + 0.2 * _ENERGY[plan.bars[min(at, len(plan.bars) - 1)].section]) * _accent(plan, within)
+        velocity = (0.6 + 0.2 * _ENERGY[plan.bars[min(at, len(plan.bars) - 1)].section]) * _accent(
+            plan, within
+        )
         writer.add(at, within, length, pitch, velocity, 0.03, vowel=vowel)
 
 
@@ -601,7 +982,14 @@ def _beat(writer: _Writer, bar: int, lines: dict[int, str], stop: int) -> None:
         for step, _, symbol in _events(line):
             if step < stop and not (section == "intro" and key in (_SNARE, _CLAP)):
                 loud = {"X": 1.0, "x": 0.78, "o": 0.42}[symbol] * (0.75 + 0.25 * _ENERGY[section])
-                writer.add(bar, step, 1, key, loud * (0.8 if key in (_HAT, _OPEN, _RIDE) else 1.0), DRUM_RING_S[key])
+                writer.add(
+                    bar,
+                    step,
+                    1,
+                    key,
+                    loud * (0.8 if key in (_HAT, _OPEN, _RIDE) else 1.0),
+                    DRUM_RING_S[key],
+                )
 
 
 def _fill(writer: _Writer, bar: int, start: int, pattern: str) -> None:
@@ -614,7 +1002,11 @@ def _fill(writer: _Writer, bar: int, start: int, pattern: str) -> None:
 def _bass(rng: np.random.Generator, plan: _Plan) -> Part:
     """The bass: the groove's figure over the chords' bass notes, leading into the next chord."""
     figure = BASSES[plan.metre][str(rng.choice(GROOVES[plan.groove]["bass"]))]
-    kind = {**dict.fromkeys(("swing", "jazzwaltz", "bossa", "train"), "upright"), "fourfloor": "synth", "halftime": "synth"}
+    kind = {
+        **dict.fromkeys(("swing", "jazzwaltz", "bossa", "train"), "upright"),
+        "fourfloor": "synth",
+        "halftime": "synth",
+    }
     silent_intro = len(plan.bars) > 8 and bool(rng.random() < 0.6)
     writer = _Writer(rng, plan, 0.005, 0.05)
     for bar, content in enumerate(plan.bars[:-1]):
@@ -622,9 +1014,16 @@ def _bass(rng: np.random.Generator, plan: _Plan) -> Part:
             for step, length, symbol in _events(figure):
                 pitch = _bass_pitch(plan, bar, step, symbol)
                 loud = 0.8 * _accent(plan, step) * (0.8 if symbol.islower() else 1.0)
-                writer.add(bar, step, length, pitch, loud * (0.8 + 0.2 * _ENERGY[content.section]), -0.015)
+                writer.add(
+                    bar, step, length, pitch, loud * (0.8 + 0.2 * _ENERGY[content.section]), -0.015
+                )
     _final_chord(writer, [_low(plan.chord(len(plan.bars), 0).bass, 28)], 0.75)
-    return Part("bass", int(rng.choice(_BASS_PROGRAMS[kind.get(plan.groove, "electric")])), writer.notes, 0.0)
+    return Part(
+        "bass",
+        int(rng.choice(_BASS_PROGRAMS[kind.get(plan.groove, "electric")])),
+        writer.notes,
+        0.0,
+    )
 
 
 def _bass_pitch(plan: _Plan, bar: int, step: int, symbol: str) -> int:
@@ -635,8 +1034,13 @@ def _bass_pitch(plan: _Plan, bar: int, step: int, symbol: str) -> int:
     if symbol == "A":
         target = _low(plan.chord(bar + 1, 0).bass, 28)
         return target + (1 if target < root else -1) if target != root else _low(chord.tones[2], 28)
-    return {"R": root, "O": root + 12, "F": _low(chord.tones[2], root), "T": _low(chord.tones[1], root),
-            "S": _low(chord.tones[-1], root)}[symbol]
+    return {
+        "R": root,
+        "O": root + 12,
+        "F": _low(chord.tones[2], root),
+        "T": _low(chord.tones[1], root),
+        "S": _low(chord.tones[-1], root),
+    }[symbol]
 
 
 def _others(rng: np.random.Generator, plan: _Plan) -> list[Part]:
@@ -650,13 +1054,23 @@ def _others(rng: np.random.Generator, plan: _Plan) -> list[Part]:
 
 def _pad(rng: np.random.Generator, plan: _Plan) -> Part:
     """Long chords without their lowest voice: in choruses and bridges, perhaps in the second half of verses."""
-    voicings, writer = _lead_voices(plan, int(rng.choice([57, 64, 70, 74]))), _Writer(rng, plan, 0.015)
+    voicings, writer = (
+        _lead_voices(plan, int(rng.choice([57, 64, 70, 74]))),
+        _Writer(rng, plan, 0.015),
+    )
     first = {"chorus": 0, "bridge": 0, "outro": 0, "verse": int(rng.choice([4, 99])), "intro": 99}
     for bar, content in enumerate(plan.bars[:-1]):
         changes = [start for start, _ in content.chords] + [plan.steps]
         for start, stop in zip(changes, changes[1:]):
             if content.index >= first[content.section]:
-                writer.add(bar, start, stop - start, voicings[bar, start][1:], 0.65 * _ENERGY[content.section], 0.1)
+                writer.add(
+                    bar,
+                    start,
+                    stop - start,
+                    voicings[bar, start][1:],
+                    0.65 * _ENERGY[content.section],
+                    0.1,
+                )
     _final_chord(writer, voicings[len(plan.bars) - 1, 0], 0.5)
     return Part("other", int(rng.choice(_PADS)), writer.notes, gain_db=-1.0)
 
@@ -666,15 +1080,37 @@ def _rhythm(rng: np.random.Generator, plan: _Plan) -> Part:
     patterns = [p for p in _COMPS[plan.metre] if _fits(plan, p)]
     chosen = [str(p) for p in rng.choice(patterns, 2, replace=False)]
     program = int(rng.choice(_RHYTHM))
-    voicings, writer = _lead_voices(plan, int(rng.choice([57, 63, 69, 74]))), _Writer(rng, plan, 0.008)
-    silent = [("intro", "bridge"), ("intro", "verse"), ("chorus", "outro"), ("intro", "outro")][rng.integers(4)]
+    voicings, writer = (
+        _lead_voices(plan, int(rng.choice([57, 63, 69, 74]))),
+        _Writer(rng, plan, 0.008),
+    )
+    silent = [("intro", "bridge"), ("intro", "verse"), ("chorus", "outro"), ("intro", "outro")][
+        rng.integers(4)
+    ]
     for bar, content in enumerate(plan.bars[:-1]):
-        for step, length, symbol in _events(chosen[content.section == "chorus"]) if content.section not in silent else ():
+        for step, length, symbol in (
+            _events(chosen[content.section == "chorus"]) if content.section not in silent else ()
+        ):
             slot = max(start for start, _ in content.chords if start <= step)
             voices = voicings[bar, slot]
-            pitches = voices if symbol in "Cc" else _right(symbol, voices, plan.chord(bar, step), plan, 0)
-            loud = 0.8 * _ENERGY[content.section] * _accent(plan, step) * (0.75 if symbol == "c" else 1.0)
-            writer.add(bar, step, length, pitches, loud, 0.05, strum_s=0.012 if 24 <= program <= 31 else 0.003)
+            pitches = (
+                voices if symbol in "Cc" else _right(symbol, voices, plan.chord(bar, step), plan, 0)
+            )
+            loud = (
+                0.8
+                * _ENERGY[content.section]
+                * _accent(plan, step)
+                * (0.75 if symbol == "c" else 1.0)
+            )
+            writer.add(
+                bar,
+                step,
+                length,
+                pitches,
+                loud,
+                0.05,
+                strum_s=0.012 if 24 <= program <= 31 else 0.003,
+            )
     return Part("other", program, writer.notes)
 
 
@@ -683,10 +1119,21 @@ def _lead(rng: np.random.Generator, plan: _Plan) -> Part:
     tune, answer = _tune(rng, plan), _contour(rng, 4)
     writer, centre = _Writer(rng, plan, 0.01), int(rng.integers(65, 74))
     for bar, content in enumerate(plan.bars[:-1]):
-        if content.section in ("intro", "outro") and content.index % 2 == 0 and bar + 1 < len(plan.bars):
+        if (
+            content.section in ("intro", "outro")
+            and content.index % 2 == 0
+            and bar + 1 < len(plan.bars)
+        ):
             _sing(writer, bar, tune, centre, 0)
         elif content.index % 4 == 3:
             for i, degree in enumerate(answer):
                 step = plan.steps - 8 + 2 * i
-                writer.add(bar, step, 2, _in_harmony(plan.scale, plan.chord(bar, step), degree + 2, centre, i % 2 == 0), 0.6, 0.02)
+                writer.add(
+                    bar,
+                    step,
+                    2,
+                    _in_harmony(plan.scale, plan.chord(bar, step), degree + 2, centre, i % 2 == 0),
+                    0.6,
+                    0.02,
+                )
     return Part("other", int(rng.choice(_LEADS)), writer.notes, gain_db=1.0)

@@ -39,7 +39,14 @@ COLOURS = {
     "reference": "#5f7f5f",
     "anchor": "#b99c7d",
 }
-MARKERS = {"mixture": "v", "unet": "o", "demucs_lstm": "s", "demucs_attention": "D", "irm": "^", "mwf": "p"}
+MARKERS = {
+    "mixture": "v",
+    "unet": "o",
+    "demucs_lstm": "s",
+    "demucs_attention": "D",
+    "irm": "^",
+    "mwf": "p",
+}
 SPLITS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
 METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
 TABLE_METRICS = (*METRICS, "ISR", "utterance_SDR", "SI_SDR")
@@ -48,13 +55,34 @@ WIDTH = 16 / 2.54  # inches: the text width of the report
 DPI = 200
 INK, PALE = "#30363d", "#eef1f4"
 
-plt.rcParams.update({
-    "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8, "legend.fontsize": 7.5, "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
-    "axes.linewidth": 0.7, "xtick.major.width": 0.7, "ytick.major.width": 0.7, "axes.grid": True, "grid.color": "#e3e6ea",
-    "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.5, "lines.markersize": 4.5, "legend.frameon": False,
-    "axes.titleweight": "bold", "figure.dpi": 110, "svg.hashsalt": "mss", "text.parse_math": False, "image.interpolation": "nearest",
-})
+plt.rcParams.update(
+    {
+        "font.size": 8,
+        "axes.titlesize": 8.5,
+        "axes.labelsize": 8,
+        "legend.fontsize": 7.5,
+        "xtick.labelsize": 7.5,
+        "ytick.labelsize": 7.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.linewidth": 0.7,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0.7,
+        "axes.grid": True,
+        "grid.color": "#e3e6ea",
+        "grid.linewidth": 0.6,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.5,
+        "lines.markersize": 4.5,
+        "legend.frameon": False,
+        "axes.titleweight": "bold",
+        "figure.dpi": 110,
+        "svg.hashsalt": "mss",
+        "text.parse_math": False,
+        "image.interpolation": "nearest",
+    }
+)
 
 
 def save(fig: Figure, run: Run, name: str, kinds: Sequence[str] = ("svg", "png")) -> Path:
@@ -63,7 +91,9 @@ def save(fig: Figure, run: Run, name: str, kinds: Sequence[str] = ("svg", "png")
         path = run.figure(f"{safe_name(name)}.{suffix}")
         with replacing(path) as part:
             # Without a date the same figure is the same file, and git sees a change only where there is one.
-            fig.savefig(part, format=suffix, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None)
+            fig.savefig(
+                part, format=suffix, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None
+            )
     return path
 
 
@@ -81,7 +111,13 @@ def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str = "") -> None:
     fig = figure_of(axes)
     path = save(fig, run, name)
     plt.close(fig)
-    display(Image(filename=str(path), width=round(fig.get_figwidth() * 120), alt=alt or name.replace("_", " ")))
+    display(
+        Image(
+            filename=str(path),
+            width=round(fig.get_figwidth() * 120),
+            alt=alt or name.replace("_", " "),
+        )
+    )
     if alt:
         display(HTML(f"<small>{html.escape(alt)}</small>"))
 
@@ -101,14 +137,22 @@ def number(value: float, digits: int = 2, sign: str = "") -> str:
     """
     if np.isnan(value):
         return "–"
-    return f"> {ROUNDING_DB:.0f}" if value >= ROUNDING_DB else f"{value:{sign}.{digits}f}".replace("-", "−")
+    return (
+        f"> {ROUNDING_DB:.0f}"
+        if value >= ROUNDING_DB
+        else f"{value:{sign}.{digits}f}".replace("-", "−")
+    )
 
 
-def make(axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options) -> Axes | np.ndarray:
+def make(
+    axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options
+) -> Axes | np.ndarray:
     """The given axes, or those of a new figure of report width."""
     if axes is not None:
         return axes
-    fig, axes = plt.subplots(rows, columns, figsize=(WIDTH, height_cm / 2.54), layout="constrained", **options)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, height_cm / 2.54), layout="constrained", **options
+    )
     return axes
 
 
@@ -134,10 +178,25 @@ def dots(ax: Axes, x: float, values: np.ndarray, model: str) -> None:
     low, high = ax.get_ylim()
     inside = values[(values > low) & (values < high)]
     spread = x - 0.14 + jitter(len(inside), 0.2)
-    ax.scatter(spread, inside, s=12, marker=MARKERS[model], color=COLOURS[model], alpha=0.7, edgecolors="white", linewidths=0.3)
+    ax.scatter(
+        spread,
+        inside,
+        s=12,
+        marker=MARKERS[model],
+        color=COLOURS[model],
+        alpha=0.7,
+        edgecolors="white",
+        linewidths=0.3,
+    )
     if len(outside := values[values >= high]):
-        ax.annotate(decibels(np.median(outside), 0), (x, high), (x, high - 0.14 * (high - low)), ha="center", fontsize=6.5,
-                    arrowprops=dict(arrowstyle="-|>", color=COLOURS[model]))
+        ax.annotate(
+            decibels(np.median(outside), 0),
+            (x, high),
+            (x, high - 0.14 * (high - low)),
+            ha="center",
+            fontsize=6.5,
+            arrowprops=dict(arrowstyle="-|>", color=COLOURS[model]),
+        )
 
 
 def interval(ax: Axes, x: float, row: pd.Series | None, centre: str, model: str) -> None:
@@ -145,17 +204,41 @@ def interval(ax: Axes, x: float, row: pd.Series | None, centre: str, model: str)
     low, high = ax.get_ylim()
     if row is not None and low < row[centre] < high:
         error = [[max(0, row[centre] - row["ci_low"])], [max(0, row["ci_high"] - row[centre])]]
-        ax.errorbar(x + 0.27, row[centre], np.nan_to_num(error), color=INK, marker=MARKERS[model], markersize=5.5, capsize=2.5,
-                    markerfacecolor=COLOURS[model], markeredgewidth=0.9, elinewidth=1.3, zorder=3)
+        ax.errorbar(
+            x + 0.27,
+            row[centre],
+            np.nan_to_num(error),
+            color=INK,
+            marker=MARKERS[model],
+            markersize=5.5,
+            capsize=2.5,
+            markerfacecolor=COLOURS[model],
+            markeredgewidth=0.9,
+            elinewidth=1.3,
+            zorder=3,
+        )
 
 
 def model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
-    handles = [plt.Line2D([], [], linestyle="", marker=MARKERS[name], color=COLOURS[name], label=LABELS[name]) for name in models]
+    handles = [
+        plt.Line2D(
+            [], [], linestyle="", marker=MARKERS[name], color=COLOURS[name], label=LABELS[name]
+        )
+        for name in models
+    ]
     columns = len(models) if len(models) < 5 else 3
-    figure_of(axes).legend(handles=handles, ncols=columns, loc="outside lower center", columnspacing=1.2, handletextpad=0.2)
+    figure_of(axes).legend(
+        handles=handles,
+        ncols=columns,
+        loc="outside lower center",
+        columnspacing=1.2,
+        handletextpad=0.2,
+    )
 
 
 def difference_text(row) -> str:
     """Median difference and interval of a row of paired statistics, with signs, in dB."""
-    median, low, high = (number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high))
+    median, low, high = (
+        number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high)
+    )
     return f"{median} [{low}, {high}]"

@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, figure_of, make
 
 
-def training_curves(histories: Mapping[str, Sequence[pd.DataFrame]], axes: np.ndarray | None = None) -> np.ndarray:
+def training_curves(
+    histories: Mapping[str, Sequence[pd.DataFrame]], axes: np.ndarray | None = None
+) -> np.ndarray:
     """Training loss and validation SDR against steps and against time.
 
     `histories` is `{model: [history of each seed]}` with the columns of `training.history`. Returns axes `(2, 2)`: the
@@ -25,18 +27,29 @@ def training_curves(histories: Mapping[str, Sequence[pd.DataFrame]], axes: np.nd
     divisor, unit = (60, "min") if longest > 300 else (1, "s")
     for model, seeds in histories.items():
         for number, history in enumerate(seeds):
-            look = dict(color=COLOURS[model], marker=MARKERS[model], markersize=3.2, alpha=1 if number == 0 else 0.45)
+            look = dict(
+                color=COLOURS[model],
+                marker=MARKERS[model],
+                markersize=3.2,
+                alpha=1 if number == 0 else 0.45,
+            )
             label = LABELS[model] if number == 0 else None
             for column, x in enumerate((history["step"], history["train_s"] / divisor)):
                 axes[0, column].plot(x, history["train_loss_db"], label=label, **look)
                 axes[1, column].plot(x, history["valid_sdr_db"], label=label, **look)
     axes[0, 0].set(ylabel="training loss (dB)", title="Loss: negative SNR, lower is better")
-    axes[1, 0].set(ylabel="SDR (dB)", xlabel="training step", title="Validation SDR, higher is better")
+    axes[1, 0].set(
+        ylabel="SDR (dB)", xlabel="training step", title="Validation SDR, higher is better"
+    )
     axes[1, 1].set(xlabel=f"training time ({unit})")
     axes[0, 0].set_xlim(left=0)
     axes[0, 1].set_xlim(left=0)
     if len(histories) > 1:
-        figure_of(axes).legend(*axes[0, 0].get_legend_handles_labels(), ncols=len(histories), loc="outside lower center")
+        figure_of(axes).legend(
+            *axes[0, 0].get_legend_handles_labels(),
+            ncols=len(histories),
+            loc="outside lower center",
+        )
     return axes
 
 
@@ -65,8 +78,14 @@ def reconstruction(table: pd.DataFrame, model: str, ax: Axes | None = None) -> A
     ax = make(ax, 5)
     ax.plot(table["step"], table["sdr_db"], color=COLOURS[model], marker=MARKERS[model])
     ax.axhline(20, color=INK, linewidth=0.9, linestyle="--")
-    ax.annotate("20 dB: the error has a hundredth of the energy", (0, 20), (4, 3), xycoords=("axes fraction", "data"),
-                textcoords="offset points", fontsize=7)
+    ax.annotate(
+        "20 dB: the error has a hundredth of the energy",
+        (0, 20),
+        (4, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=7,
+    )
     ax.set(xlabel="training step", ylabel="SDR of the copy (dB)")
     ax.set_ylim(top=max(23, table["sdr_db"].max() + 2))
     return ax

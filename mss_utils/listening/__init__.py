@@ -8,15 +8,50 @@ Taught in notebook 06; the players are used in notebooks 01 to 04 too.
 """
 
 from mss_utils.listening.excerpts import (
-    RANKS, VERSIONS, Excerpt, chosen_tracks, cut_excerpt, excerpt_players, excerpts, same_score, validation_excerpt,
+    RANKS,
+    VERSIONS,
+    Excerpt,
+    chosen_tracks,
+    cut_excerpt,
+    excerpt_players,
+    excerpts,
+    same_score,
+    validation_excerpt,
 )
 from mss_utils.listening.page import listening_page, write_page
 from mss_utils.listening.player import document, encode_mp3, frame, players, recoded
-from mss_utils.listening.ratings import TABLES, add_answers, answer_files, opinion_sentence, ratings_of
+from mss_utils.listening.ratings import (
+    TABLES,
+    add_answers,
+    answer_files,
+    opinion_sentence,
+    ratings_of,
+)
 from mss_utils.listening.widgets import answers_field, chooser, own_song
 
 __all__ = [
-    "RANKS", "TABLES", "VERSIONS", "Excerpt", "add_answers", "answer_files", "answers_field", "chooser", "chosen_tracks", "cut_excerpt", "document",
-    "encode_mp3", "excerpt_players", "excerpts", "frame", "listening_page", "opinion_sentence", "own_song", "players", "ratings_of", "recoded", "same_score",
-    "validation_excerpt", "write_page",
+    "RANKS",
+    "TABLES",
+    "VERSIONS",
+    "Excerpt",
+    "add_answers",
+    "answer_files",
+    "answers_field",
+    "chooser",
+    "chosen_tracks",
+    "cut_excerpt",
+    "document",
+    "encode_mp3",
+    "excerpt_players",
+    "excerpts",
+    "frame",
+    "listening_page",
+    "opinion_sentence",
+    "own_song",
+    "players",
+    "ratings_of",
+    "recoded",
+    "same_score",
+    "validation_excerpt",
+    "write_page",
 ]

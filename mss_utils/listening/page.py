@@ -18,7 +18,14 @@ from mss_utils.files import write_text
 from mss_utils.listening.excerpts import SAME_DB, Excerpt, same_score, track_excerpt, track_named
 from mss_utils.listening.player import KEYS, SCRIPTS, WEB, audio_tag, document, figure
 from mss_utils.listening.questions import Heard, attack_versions, phase_versions, repeat_versions
-from mss_utils.listening.ratings import ANCHOR, ANCHOR_HZ, LETTERS_SHOWN, RATED, low_anchor, models_of
+from mss_utils.listening.ratings import (
+    ANCHOR,
+    ANCHOR_HZ,
+    LETTERS_SHOWN,
+    RATED,
+    low_anchor,
+    models_of,
+)
 from mss_utils.settings import Run
 
 EXCERPTS_TEXT = """
@@ -58,7 +65,9 @@ whoever asked you.</p>
 """
 
 
-def write_page(run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str, Mapping[str, Excerpt]]) -> str:
+def write_page(
+    run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str, Mapping[str, Excerpt]]
+) -> str:
     """Write `listening.html` of a run and return its text; `found` is `{target: {rule: excerpt}}`, `tracks` the table of that name."""
     text = listening_page(run, store, tracks, found, run.name, models_of(run))
     write_text(run.folder / "listening.html", text)
@@ -66,18 +75,29 @@ def write_page(run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str,
 
 
 def listening_page(
-    run: Run, store: Store, tracks: pd.DataFrame, found: Mapping[str, Mapping[str, Excerpt]], name: str, models: str | None
+    run: Run,
+    store: Store,
+    tracks: pd.DataFrame,
+    found: Mapping[str, Mapping[str, Excerpt]],
+    name: str,
+    models: str | None,
 ) -> str:
     """The page of `write_page`; answers of its blind test are about the run called `name`, and about `models`, see `models_of`."""
     listen, pages = "", []
     for target, by_rule in found.items():
         section, tested = excerpts_section(target, by_rule, store.sample_rate, len(pages))
-        listen += section + _pair_section(run, store, target, tracks) + _questions_section(run, store, target)
+        listen += (
+            section
+            + _pair_section(run, store, target, tracks)
+            + _questions_section(run, store, target)
+        )
         pages += tested
     return page_of(name, models, list(found), listen, pages)
 
 
-def page_of(name: str, models: str | None, targets: list[str], listen: str, pages: list[dict]) -> str:
+def page_of(
+    name: str, models: str | None, targets: list[str], listen: str, pages: list[dict]
+) -> str:
     """The page of a run of that `name`: the view `listen`, and the blind test on the excerpts that `pages` name, see `excerpts_section`."""
     body = (
         f"<header><h1>Listening: {html.escape(' and '.join(targets))}</h1><p>Run <b>{html.escape(name)}</b>. All versions in a player run together "
@@ -87,20 +107,32 @@ def page_of(name: str, models: str | None, targets: list[str], listen: str, page
         f'<main><section id="listen">{listen}</section><section id="blind" hidden>{_blind_section(pages)}</section></main>'
         f"{_footer()}{_json(dict(run=name, models=models, pages=pages))}"
     )
-    return document(body, f"Listening: {name}", ["startPlayers()", "startBlindTest()"], (*SCRIPTS, "blind.js"), "page")
+    return document(
+        body,
+        f"Listening: {name}",
+        ["startPlayers()", "startBlindTest()"],
+        (*SCRIPTS, "blind.js"),
+        "page",
+    )
 
 
-def excerpts_section(target: str, by_rule: Mapping[str, Excerpt], sample_rate: int, first: int) -> tuple[str, list[dict]]:
+def excerpts_section(
+    target: str, by_rule: Mapping[str, Excerpt], sample_rate: int, first: int
+) -> tuple[str, list[dict]]:
     """Players of the excerpts, and for the blind test which sounds of which player are rated."""
     rules = {}
     for rule, excerpt in by_rule.items():
         rules.setdefault(excerpt.track, (excerpt, []))[1].append(rule)
     text, pages = EXCERPTS_TEXT.format(target=html.escape(target)), []
     for number, (track, (excerpt, its_rules)) in enumerate(rules.items(), first):
-        anchor = audio_tag(low_anchor(excerpt.versions["mixture"], sample_rate), sample_rate, "low anchor")
+        anchor = audio_tag(
+            low_anchor(excerpt.versions["mixture"], sample_rate), sample_rate, "low anchor"
+        )
         hidden = f'<div hidden data-version="{ANCHOR}">{anchor}</div>'
         lead = f"{', '.join(its_rules)}; from {excerpt.start_s:.1f} s of the track"
-        text += figure(track, excerpt.versions, sample_rate, excerpt.notes, lead, hidden, f"excerpt-{number}")
+        text += figure(
+            track, excerpt.versions, sample_rate, excerpt.notes, lead, hidden, f"excerpt-{number}"
+        )
         pages.append(dict(figure=f"excerpt-{number}", track=track, target=target, versions=RATED))
     return text, pages
 
@@ -112,9 +144,13 @@ def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> 
     if pair is None:
         return f"{title}<p>No two models are within {SAME_DB:g} dB of SDR on any test track.</p>"
     name, *models = pair
-    rows = tracks[(tracks["target"] == target) & (tracks["track"] == name) & (tracks["seed"] == 0)].set_index("model")
+    rows = tracks[
+        (tracks["target"] == target) & (tracks["track"] == name) & (tracks["seed"] == 0)
+    ].set_index("model")
     scores = rows.loc[models, list(METRICS)].to_dict("index")
-    excerpt = track_excerpt(run, store, target, track_named(store, name), ("mixture", "reference", *models), scores)
+    excerpt = track_excerpt(
+        run, store, target, track_named(store, name), ("mixture", "reference", *models), scores
+    )
     text = (
         f"<p>On this track {SHORT[models[0]]} and {SHORT[models[1]]} are within {SAME_DB:g} dB of SDR, and of all such pairs differ most in how they "
         "are wrong: a higher SIR means less of the other instruments, a higher SAR fewer artifacts. Scores are those of the whole track. "
@@ -126,16 +162,32 @@ def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> 
 def _questions_section(run: Run, store: Store, target: str) -> str:
     table = lambda name: pd.read_csv(run.table(name))
     parts = (
-        (PHASE_TEXT, phase_versions(run, store, target, table("phase")), "No estimate of A has a phase to mend."),
-        (REPEAT_TEXT, repeat_versions(run, store, target, table("long_range")), "Not askable in this run, see notebook 05."),
-        (ATTACK_TEXT, attack_versions(run, store, target, table("transients")), "No onset in this run has rest before it."),
+        (
+            PHASE_TEXT,
+            phase_versions(run, store, target, table("phase")),
+            "No estimate of A has a phase to mend.",
+        ),
+        (
+            REPEAT_TEXT,
+            repeat_versions(run, store, target, table("long_range")),
+            "Not askable in this run, see notebook 05.",
+        ),
+        (
+            ATTACK_TEXT,
+            attack_versions(run, store, target, table("transients")),
+            "No onset in this run has rest before it.",
+        ),
     )
-    return f"<h2>{html.escape(target)}: the three questions</h2>" + "".join(_question(text, heard, store.sample_rate, instead) for text, heard, instead in parts)
+    return f"<h2>{html.escape(target)}: the three questions</h2>" + "".join(
+        _question(text, heard, store.sample_rate, instead) for text, heard, instead in parts
+    )
 
 
 def _question(text: str, heard: Heard, sample_rate: int, instead: str) -> str:
     name, columns = heard
-    shown = "".join(figure(heading, versions, sample_rate, lead=name) for heading, versions in columns.items())
+    shown = "".join(
+        figure(heading, versions, sample_rate, lead=name) for heading, versions in columns.items()
+    )
     return text + (shown or f"<p>{instead}</p>")
 
 
@@ -146,7 +198,9 @@ def _blind_section(pages: list[dict]) -> str:
 
 def _json(test: dict) -> str:
     """What blind.js reads. Without a "<" no name can end the script."""
-    names = {name: LABELS.get(name, name) for name in RATED} | {ANCHOR: f"low anchor (mixture up to {ANCHOR_HZ / 1000:g} kHz)"}
+    names = {name: LABELS.get(name, name) for name in RATED} | {
+        ANCHOR: f"low anchor (mixture up to {ANCHOR_HZ / 1000:g} kHz)"
+    }
     text = json.dumps(test | dict(names=names, letters=LETTERS_SHOWN)).replace("<", r"\u003c")
     return f'<script type="application/json" id="test">{text}</script>'
 

@@ -24,7 +24,12 @@ PEAK_DB = -1.0
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 SOUND = "data:audio/mpeg;base64,"  # how the sounds of a page begin
 WEB = Path(__file__).parent / "web"
-SCRIPTS = ("vendor/wavesurfer.min.js", "vendor/regions.min.js", "vendor/spectrogram.min.js", "player.js")
+SCRIPTS = (
+    "vendor/wavesurfer.min.js",
+    "vendor/regions.min.js",
+    "vendor/spectrogram.min.js",
+    "player.js",
+)
 # Nothing is fetched and no script but those of the page runs, whatever a track is called.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; media-src data:; img-src data:"
 KEYS = (
@@ -46,7 +51,11 @@ def common_gain(versions: Mapping[str, np.ndarray], peak_db: float = PEAK_DB) ->
 
 def gain_with_residuals(versions: Mapping[str, np.ndarray]) -> float:
     """The common gain of all versions and, where there is a mixture, of mixture minus version, which can be louder than both."""
-    rest = {f"{name} residual": versions["mixture"] - audio for name, audio in versions.items()} if "mixture" in versions else {}
+    rest = (
+        {f"{name} residual": versions["mixture"] - audio for name, audio in versions.items()}
+        if "mixture" in versions
+        else {}
+    )
     return common_gain({**versions, **rest})
 
 
@@ -60,18 +69,32 @@ def encode_mp3(audio: np.ndarray, sample_rate: int, compression: float = 0.1) ->
 
     `compression` goes from 0, largest and best, to 1. More than two channels become their mean, and the rate becomes `coded_rate`: mp3 knows no other way.
     """
-    audio, rate = audio if len(audio) <= 2 else audio.mean(axis=0, keepdims=True), coded_rate(sample_rate)
+    audio, rate = (
+        audio if len(audio) <= 2 else audio.mean(axis=0, keepdims=True),
+        coded_rate(sample_rate),
+    )
     if rate != sample_rate:
-        audio = torchaudio.functional.resample(torch.from_numpy(np.ascontiguousarray(audio)), sample_rate, rate).numpy()
+        audio = torchaudio.functional.resample(
+            torch.from_numpy(np.ascontiguousarray(audio)), sample_rate, rate
+        ).numpy()
     buffer = io.BytesIO()
     # A variable rate holds the quality, so that no version suffers more from the coding than another; and of LAME's modes it
     # alone leaves the level as it is.
-    soundfile.write(buffer, np.clip(audio.T, -1, 1), rate, format="MP3", bitrate_mode="VARIABLE", compression_level=compression)
+    soundfile.write(
+        buffer,
+        np.clip(audio.T, -1, 1),
+        rate,
+        format="MP3",
+        bitrate_mode="VARIABLE",
+        compression_level=compression,
+    )
     return buffer.getvalue()
 
 
 def players(
-    columns: Mapping[str, Mapping[str, np.ndarray]], sample_rate: int, notes: Mapping[str, Notes] | None = None
+    columns: Mapping[str, Mapping[str, np.ndarray]],
+    sample_rate: int,
+    notes: Mapping[str, Notes] | None = None,
 ) -> HTML:
     """Players below each other for a notebook: `{heading: {version: (channels, samples)}}`, one player a heading.
 
@@ -79,12 +102,22 @@ def players(
     version what stands beside it. Names are escaped.
     """
     notes = notes or {}
-    body = "".join(figure(heading, versions, sample_rate, notes.get(heading)) for heading, versions in columns.items())
-    return frame(document(KEYS + body, "Players", ["startPlayers()"]), "players: " + ", ".join(columns))
+    body = "".join(
+        figure(heading, versions, sample_rate, notes.get(heading))
+        for heading, versions in columns.items()
+    )
+    return frame(
+        document(KEYS + body, "Players", ["startPlayers()"]), "players: " + ", ".join(columns)
+    )
 
 
 def figure(
-    title: str, versions: Mapping[str, np.ndarray], sample_rate: int, notes: Notes | None = None, lead: str = "", more: str = "",
+    title: str,
+    versions: Mapping[str, np.ndarray],
+    sample_rate: int,
+    notes: Notes | None = None,
+    lead: str = "",
+    more: str = "",
     identity: str = "",
 ) -> str:
     """HTML of one player. `lead` is text under the title, `more` HTML behind the versions, `identity` what scripts find it by.
@@ -95,7 +128,9 @@ def figure(
     rows = []
     for name, audio in versions.items():
         sound = audio_tag(audio * gain, sample_rate, f"{LABELS.get(name, name)}, {title}")
-        rows.append(f'<li data-version="{_attribute(name)}">{_chip(name)}{_scores((notes or {}).get(name, {}))}{sound}</li>')
+        rows.append(
+            f'<li data-version="{_attribute(name)}">{_chip(name)}{_scores((notes or {}).get(name, {}))}{sound}</li>'
+        )
     caption = f"<h3>{html.escape(title)}</h3>" + (f"<p>{html.escape(lead)}</p>" if lead else "")
     found_by = f'id="{identity}" ' if identity else ""
     return (
@@ -114,20 +149,24 @@ def recoded(page: str, compression: float) -> str:
     """A page whose sounds are coded again, smaller; they keep their level and stay in step with each other."""
 
     def again(found: re.Match) -> str:
-        audio, rate = soundfile.read(io.BytesIO(base64.b64decode(found[1])), dtype="float32", always_2d=True)
+        audio, rate = soundfile.read(
+            io.BytesIO(base64.b64decode(found[1])), dtype="float32", always_2d=True
+        )
         return SOUND + base64.b64encode(encode_mp3(audio.T, rate, compression)).decode()
 
     return re.sub(re.escape(SOUND) + "([A-Za-z0-9+/=]+)", again, page)
 
 
-def document(body: str, title: str, calls: list[str], scripts: tuple[str, ...] = SCRIPTS, kind: str = "") -> str:
+def document(
+    body: str, title: str, calls: list[str], scripts: tuple[str, ...] = SCRIPTS, kind: str = ""
+) -> str:
     """A page with its style and scripts inside; `calls` are run at its end."""
     code = "\n".join((WEB / script).read_text(encoding="utf-8") for script in scripts)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f'<style>{(WEB / "page.css").read_text(encoding="utf-8")}</style></head><body class="{kind}">{body}'
-        f'<script>{code}</script><script>{";".join(calls)}</script></body></html>'
+        f"<script>{code}</script><script>{';'.join(calls)}</script></body></html>"
     )
 
 
@@ -145,7 +184,9 @@ def _chip(name: str) -> str:
 
 
 def _scores(notes: Mapping[str, str]) -> str:
-    cells = "".join(f"<span>{html.escape(what)} {html.escape(value)}</span>" for what, value in notes.items())
+    cells = "".join(
+        f"<span>{html.escape(what)} {html.escape(value)}</span>" for what, value in notes.items()
+    )
     return f'<span class="scores">{cells}</span>' if notes else ""
 
 

@@ -10,7 +10,16 @@ import pandas as pd
 import torch
 import torchaudio
 
-from mss_utils.analysis import CONDITIONS, gains, loops_of, onsets, transients, whole_band, wide, with_phase_of
+from mss_utils.analysis import (
+    CONDITIONS,
+    gains,
+    loops_of,
+    onsets,
+    transients,
+    whole_band,
+    wide,
+    with_phase_of,
+)
 from mss_utils.data import Store
 from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
@@ -31,7 +40,13 @@ def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> 
     """
     rows = whole_band(phase)
     rows = rows[(rows["target"] == target) & (rows["model"] == "unet")]
-    cost = (rows["sdr_true_phase"] - rows["sdr"]).groupby(rows["track"]).mean().replace([np.inf, -np.inf], np.nan).dropna()
+    cost = (
+        (rows["sdr_true_phase"] - rows["sdr"])
+        .groupby(rows["track"])
+        .mean()
+        .replace([np.inf, -np.inf], np.nan)
+        .dropna()
+    )
     if cost.empty:
         return "no track", {}
     name = cost.idxmax()
@@ -41,7 +56,9 @@ def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> 
     for model in MODELS:
         estimate = excerpt.versions[model]
         versions[LABELS[model]] = {
-            "reference": reference, "as it is": estimate, "its magnitude, true phase": with_phase_of(estimate, reference, stft),
+            "reference": reference,
+            "as it is": estimate,
+            "its magnitude, true phase": with_phase_of(estimate, reference, stft),
             "true magnitude, its phase": with_phase_of(reference, estimate, stft),
         }
     return name, versions
@@ -52,20 +69,36 @@ def repeat_versions(run: Run, store: Store, target: str, long_range: pd.DataFram
 
     Rule: at the shortest lag, on the track where the repetition gains of B1 and B2 differ most, its first loop.
     """
-    rows = long_range[(long_range["target"] == target) & (long_range["probe"] == "damaged_repeat")].dropna(subset="value")
+    rows = long_range[
+        (long_range["target"] == target) & (long_range["probe"] == "damaged_repeat")
+    ].dropna(subset="value")
     if rows.empty:
         return "no loop", {}
     lag_s = rows["lag_s"].min()
     b1, b2 = (gains(rows, model, lag_s)[0].mean(axis=1) for model in WAVEFORM_MODELS)
     track = (b2 - b1).abs().idxmax()
-    name, loop = next((name, loop) for name, loop in loops_of(run, store, target, lag_s).items() if name.startswith(f"{track} @ "))
-    around = dict(zip(CONDITIONS, ("its repeat around it", "other music around it", "silence around it")))
-    return name, {around[condition]: _loop_versions(run, store, target, *loop[condition][:2]) for condition in CONDITIONS}
+    name, loop = next(
+        (name, loop)
+        for name, loop in loops_of(run, store, target, lag_s).items()
+        if name.startswith(f"{track} @ ")
+    )
+    around = dict(
+        zip(CONDITIONS, ("its repeat around it", "other music around it", "silence around it"))
+    )
+    return name, {
+        around[condition]: _loop_versions(run, store, target, *loop[condition][:2])
+        for condition in CONDITIONS
+    }
 
 
-def _loop_versions(run: Run, store: Store, target: str, mixture: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
+def _loop_versions(
+    run: Run, store: Store, target: str, mixture: np.ndarray, reference: np.ndarray
+) -> dict[str, np.ndarray]:
     """What is heard of one condition; the model meets the loop as one chunk, as when it was measured."""
-    found = {model: separate(model_of(run, target, model), mixture, store.sample_rate) for model in WAVEFORM_MODELS}
+    found = {
+        model: separate(model_of(run, target, model), mixture, store.sample_rate)
+        for model in WAVEFORM_MODELS
+    }
     return {"mixture": mixture, "reference": reference} | found
 
 
@@ -74,15 +107,32 @@ def attack_versions(run: Run, store: Store, target: str, table: pd.DataFrame) ->
 
     Rule: the track on which B1's SDR in attacks minus that in sustains is furthest above A's; in it, the stretch with most isolated onsets.
     """
-    rows = table[table["target"] == target].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
-    ahead = (wide(rows, "demucs_lstm", "kept") - wide(rows, "unet", "kept")).mean(axis=1).replace([np.inf, -np.inf], np.nan).dropna()
+    rows = table[table["target"] == target].assign(
+        kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"]
+    )
+    ahead = (
+        (wide(rows, "demucs_lstm", "kept") - wide(rows, "unet", "kept"))
+        .mean(axis=1)
+        .replace([np.inf, -np.inf], np.nan)
+        .dropna()
+    )
     if ahead.empty:
         return "no track", {}
     track = track_named(store, ahead.idxmax())
     versions = track_versions(run, store, track, target, ("reference", *MODELS))
     at = transients.isolated(onsets(store, track, target), store.sample_rate, track.samples)
     length = round(ATTACKS_S * store.sample_rate)
-    start = max(0, max(at, key=lambda first: ((at >= first) & (at < first + length)).sum()) - store.sample_rate // 10)
+    start = max(
+        0,
+        max(at, key=lambda first: ((at >= first) & (at < first + length)).sum())
+        - store.sample_rate // 10,
+    )
     heard = {name: audio[:, start : start + length] for name, audio in versions.items()}
-    slow = {name: torchaudio.functional.resample(torch.from_numpy(audio), 1, 2).numpy() for name, audio in heard.items()}
-    return f"{track.name}, from {start / store.sample_rate:.1f} s", {"as it is": heard, "at half speed": slow}
+    slow = {
+        name: torchaudio.functional.resample(torch.from_numpy(audio), 1, 2).numpy()
+        for name, audio in heard.items()
+    }
+    return f"{track.name}, from {start / store.sample_rate:.1f} s", {
+        "as it is": heard,
+        "at half speed": slow,
+    }

@@ -31,8 +31,28 @@ MAX_MISSED = 0.15  # share of excerpts on which a listener may rate it lower
 MIN_LISTENERS = 3  # for an interval
 TABLES = ("ratings", "opinion")
 LETTERS_SHOWN = "VWXYZ"  # what a listener knows the versions of an excerpt by, in the order that was drawn; A and B are models elsewhere
-RATING_COLUMNS = ["listener", "target", "track", "model", "letter", "rating", "heard_s", "comment", "kept", "reason"]
-OPINION_COLUMNS = ["target", "model", "mean", "ci_low", "ci_high", "listeners", "excerpts", "ratings"]
+RATING_COLUMNS = [
+    "listener",
+    "target",
+    "track",
+    "model",
+    "letter",
+    "rating",
+    "heard_s",
+    "comment",
+    "kept",
+    "reason",
+]
+OPINION_COLUMNS = [
+    "target",
+    "model",
+    "mean",
+    "ci_low",
+    "ci_high",
+    "listeners",
+    "excerpts",
+    "ratings",
+]
 
 
 def low_anchor(mixture: np.ndarray, sample_rate: int) -> np.ndarray:
@@ -45,13 +65,19 @@ def low_anchor(mixture: np.ndarray, sample_rate: int) -> np.ndarray:
     new_rate = round(2 * ANCHOR_HZ)
     audio = torch.from_numpy(np.ascontiguousarray(mixture))
     down = torchaudio.functional.resample(audio, sample_rate, new_rate, lowpass_filter_width=width)
-    return torchaudio.functional.resample(down, new_rate, sample_rate, lowpass_filter_width=width).numpy()[:, : mixture.shape[1]]
+    return torchaudio.functional.resample(
+        down, new_rate, sample_rate, lowpass_filter_width=width
+    ).numpy()[:, : mixture.shape[1]]
 
 
 def models_of(run: Run) -> str | None:
     """What the rated models' weights are known by, 16 digits; None where a run has none. Answers name it, so old ones are told apart."""
     files = sorted(run.folder.glob("models/*/*/seed0/model.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
+    return (
+        hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+        if files
+        else None
+    )
 
 
 class Page(BaseModel):
@@ -67,7 +93,9 @@ class Page(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> Page:
         if not set(self.ratings) == set(RATED) == set(self.order) or len(self.order) != len(RATED):
-            raise ValueError(f"rates {', '.join(self.ratings)} in the order {', '.join(self.order)}; expected each of {', '.join(RATED)} once")
+            raise ValueError(
+                f"rates {', '.join(self.ratings)} in the order {', '.join(self.order)}; expected each of {', '.join(RATED)} once"
+            )
         if not all(0 <= rating <= 100 for rating in self.ratings.values()):
             raise ValueError(f"has a rating outside 0 to 100: {self.ratings}")
         return self
@@ -94,7 +122,11 @@ def read_answers(content: bytes, name: str) -> Answers:
     try:
         return Answers.model_validate_json(content.decode("utf-8-sig"))
     except ValueError as error:  # pydantic's, and that of a file that is no text
-        first = error.errors()[0] if isinstance(error, ValidationError) else dict(msg=str(error), loc=())
+        first = (
+            error.errors()[0]
+            if isinstance(error, ValidationError)
+            else dict(msg=str(error), loc=())
+        )
         where = " in " + ".".join(map(str, first["loc"])) if first["loc"] else ""
         raise ValueError(
             f"{name} holds no answers of the blind test ({first['msg']}{where}); expected the file that listening.html offers at the end."
@@ -110,8 +142,17 @@ def add_answers(run: Run, files: Iterable[tuple[str, bytes]]) -> list[Path]:
     for name, content in files:
         answers = read_answers(content, name)
         if answers.run != run.name:
-            raise ValueError(f"{name} has answers about run {answers.run!r}, this is {run.name!r}: open the run that was rated.")
-        checked.append((run.folder / "answers" / f"{safe_name(answers.listener)}-{hashlib.sha256(content).hexdigest()[:16]}.json", content))
+            raise ValueError(
+                f"{name} has answers about run {answers.run!r}, this is {run.name!r}: open the run that was rated."
+            )
+        checked.append(
+            (
+                run.folder
+                / "answers"
+                / f"{safe_name(answers.listener)}-{hashlib.sha256(content).hexdigest()[:16]}.json",
+                content,
+            )
+        )
     for path, content in checked:
         with replacing(path) as part:
             part.write_bytes(content)
@@ -123,7 +164,9 @@ def answer_files(place: str) -> list[tuple[str, bytes]]:
     path = from_root(place)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(f"No answers in {path}; expected a file that the blind test offered at its end, or a folder of them.")
+        raise FileNotFoundError(
+            f"No answers in {path}; expected a file that the blind test offered at its end, or a folder of them."
+        )
     return [(file.name, file.read_bytes()) for file in files]
 
 
@@ -132,8 +175,16 @@ def ratings_of(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Both have no rows where nobody has answered yet; of equal files one is read. Raises ValueError for a file that holds no answers.
     """
-    files = {file.read_bytes(): file for file in sorted((run.folder / "answers").glob("[!.]*.json")) if file.is_file()}
-    ratings = screened([read_answers(content, str(file)) for content, file in files.items()], run.name, models_of(run))
+    files = {
+        file.read_bytes(): file
+        for file in sorted((run.folder / "answers").glob("[!.]*.json"))
+        if file.is_file()
+    }
+    ratings = screened(
+        [read_answers(content, str(file)) for content, file in files.items()],
+        run.name,
+        models_of(run),
+    )
     opinions = opinion(ratings)
     for name, table in zip(TABLES, (ratings, opinions)):
         write_text(run.table(name), table.to_csv(index=False))
@@ -152,8 +203,16 @@ def screened(answers: list[Answers], run_name: str, models: str | None) -> pd.Da
         for page in given.pages:
             key = dict(listener=given.listener, target=page.target, track=page.track)
             rows += [
-                key | dict(model=version, letter=letter, rating=page.ratings[version], heard_s=page.heard_s.get(version),
-                           comment=page.comment, kept=not reason, reason=reason)
+                key
+                | dict(
+                    model=version,
+                    letter=letter,
+                    rating=page.ratings[version],
+                    heard_s=page.heard_s.get(version),
+                    comment=page.comment,
+                    kept=not reason,
+                    reason=reason,
+                )
                 for letter, version in zip(LETTERS_SHOWN, page.order)
             ]
     return pd.DataFrame(rows, columns=RATING_COLUMNS)
@@ -192,10 +251,19 @@ def opinion(ratings: pd.DataFrame) -> pd.DataFrame:
 def opinion_sentence(ratings: pd.DataFrame, opinions: pd.DataFrame, target: str) -> str:
     """Who listened and what they think of the models, in one sentence."""
     heard = ratings[ratings["target"] == target]
-    count, kept = heard["listener"].nunique(), heard.loc[heard["kept"].astype(bool), "listener"].nunique()
+    count, kept = (
+        heard["listener"].nunique(),
+        heard.loc[heard["kept"].astype(bool), "listener"].nunique(),
+    )
     if not count:
         return "nobody has taken the blind test yet."
     heard = f"{count} listener{'s' * (count != 1)}, {count - kept} left out"
-    rows = opinions[(opinions["target"] == target) & opinions["model"].isin(MODELS)].sort_values("mean", ascending=False)
-    said = [f"{LETTERS[row.model]} {row.mean:.0f}" + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]") for row in rows.itertuples()]
+    rows = opinions[(opinions["target"] == target) & opinions["model"].isin(MODELS)].sort_values(
+        "mean", ascending=False
+    )
+    said = [
+        f"{LETTERS[row.model]} {row.mean:.0f}"
+        + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]")
+        for row in rows.itertuples()
+    ]
     return f"{heard}; mean opinion {', '.join(said)} of 100." if said else f"{heard}."

@@ -23,16 +23,24 @@ from mss_utils.separation import bandwidth_note, separate_file
 from mss_utils.settings import MODELS, Run, from_root
 
 
-def chooser(run: Run, store: Store, target: str, excerpt_of: Callable[[Track], Excerpt] | None = None) -> None:
+def chooser(
+    run: Run, store: Store, target: str, excerpt_of: Callable[[Track], Excerpt] | None = None
+) -> None:
     """A menu of all test tracks; the player below follows it. Separates on demand.
 
     Displays the menu (empty in an exported page) and, as plain output, the first state, which every copy of the page keeps.
     `excerpt_of` makes the excerpt of a track; by default `scored_excerpt` of this run.
     """
-    excerpt_of = lru_cache(maxsize=8)(excerpt_of or (lambda track: scored_excerpt(run, store, target, track)))
-    view = lambda track: excerpt_players({f"from {excerpt_of(track).start_s:.0f} s": excerpt_of(track)}, store.sample_rate)
+    excerpt_of = lru_cache(maxsize=8)(
+        excerpt_of or (lambda track: scored_excerpt(run, store, target, track))
+    )
+    view = lambda track: excerpt_players(
+        {f"from {excerpt_of(track).start_s:.0f} s": excerpt_of(track)}, store.sample_rate
+    )
     tracks = store.split("test")
-    menu = ipywidgets.Dropdown(options=[(track.name, track) for track in tracks], description="track")
+    menu = ipywidgets.Dropdown(
+        options=[(track.name, track) for track in tracks], description="track"
+    )
     display(menu)
     below = display(view(menu.value), display_id=True)
 
@@ -50,7 +58,15 @@ def answers_field(run: Run) -> None:
     below = display(HTML(""), display_id=True)
 
     def update(change) -> None:
-        below.update(HTML(html.escape(_taken_in(run, [(file["name"], bytes(file["content"])) for file in change["new"]]))))
+        below.update(
+            HTML(
+                html.escape(
+                    _taken_in(
+                        run, [(file["name"], bytes(file["content"])) for file in change["new"]]
+                    )
+                )
+            )
+        )
 
     upload.observe(update, names="value")
 
@@ -61,7 +77,10 @@ def _taken_in(run: Run, files: list[tuple[str, bytes]]) -> str:
     except ValueError as error:
         return str(error)
     ratings, opinions = ratings_of(run)
-    said = [f"{target}: {opinion_sentence(ratings, opinions, target)}" for target in ratings["target"].unique()]
+    said = [
+        f"{target}: {opinion_sentence(ratings, opinions, target)}"
+        for target in ratings["target"].unique()
+    ]
     return "Taken in. " + " ".join(said)
 
 
@@ -69,7 +88,9 @@ def own_song(run: Run, targets: tuple[str, ...]) -> None:
     """An upload field, or a path for files too large for it, and a menu of models: any song is separated and played."""
     upload = ipywidgets.FileUpload(multiple=False, description="song")
     path = ipywidgets.Text(placeholder="or a path on this machine", description="path")
-    choices = [(f"{LABELS[model]}, {target}", (target, model)) for target in targets for model in MODELS]
+    choices = [
+        (f"{LABELS[model]}, {target}", (target, model)) for target in targets for model in MODELS
+    ]
     menu = ipywidgets.Dropdown(options=choices, description="model")
     button = ipywidgets.Button(description="Separate", button_style="primary")
     display(ipywidgets.VBox([ipywidgets.HBox([upload, path]), ipywidgets.HBox([menu, button])]))
@@ -107,13 +128,22 @@ def separated_song(run: Run, song: Path, target: str, model: str) -> HTML:
     paths = separate_file(song, network, run.folder / "songs" / target / model)
     start, rate = _loudest(paths[0], run.settings.excerpt_s)
     length = round(run.settings.excerpt_s * rate)
-    found, rest = (soundfile.read(path, length, start, dtype="float32", always_2d=True)[0].T for path in paths)
+    found, rest = (
+        soundfile.read(path, length, start, dtype="float32", always_2d=True)[0].T for path in paths
+    )
     print(*paths, *filter(None, [bandwidth_note(network, rate)]), sep="\n")
-    return players({f"{song.name}, from {start / rate:.0f} s": {"mixture": found + rest, model: found}}, rate)
+    return players(
+        {f"{song.name}, from {start / rate:.0f} s": {"mixture": found + rest, model: found}}, rate
+    )
 
 
 def _loudest(path: Path, length_s: float) -> tuple[int, int]:
     """First sample of the `length_s` seconds with most energy, to a second, and the rate; reads a second at a time."""
     rate = soundfile.info(path).samplerate
-    energy = np.array([np.sum(block.astype(float) ** 2) for block in soundfile.blocks(path, blocksize=rate, always_2d=True)])
+    energy = np.array(
+        [
+            np.sum(block.astype(float) ** 2)
+            for block in soundfile.blocks(path, blocksize=rate, always_2d=True)
+        ]
+    )
     return loudest_start(np.sqrt(energy)[None], max(1, round(length_s))) * rate, rate

@@ -28,19 +28,36 @@ def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module
         return _built(name, settings, seed)
     except RuntimeError as error:  # torch's word for memory on a CPU
         reason = str(error).strip().splitlines()[0]
-        raise MemoryError(f"{name} cannot be built with these settings ({reason[:200]}): make its channels, depth or n_fft smaller.") from None
+        raise MemoryError(
+            f"{name} cannot be built with these settings ({reason[:200]}): make its channels, depth or n_fft smaller."
+        ) from None
 
 
 def _built(name: str, settings: Settings, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "unet":
-            size = settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop, settings.unet_tall_channels
+            size = (
+                settings.unet_channels,
+                settings.unet_depth,
+                settings.n_fft,
+                settings.hop,
+                settings.unet_tall_channels,
+            )
             return UNet(settings.channels, *size)
-        demucs = Demucs(settings.channels, settings.demucs_channels, settings.demucs_max_channels, settings.demucs_strides)
+        demucs = Demucs(
+            settings.channels,
+            settings.demucs_channels,
+            settings.demucs_max_channels,
+            settings.demucs_strides,
+        )
         torch.manual_seed(seed + 1_000_003)
         width = demucs.bottleneck_width
-        demucs.bottleneck = LSTMBottleneck(width) if name == "demucs_lstm" else AttentionBottleneck(width, settings.attention_heads)
+        demucs.bottleneck = (
+            LSTMBottleneck(width)
+            if name == "demucs_lstm"
+            else AttentionBottleneck(width, settings.attention_heads)
+        )
         return demucs
 
 
@@ -54,17 +71,27 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     folder = Path(folder)
     for name in ("model.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0.")
+            raise FileNotFoundError(
+                f"No {name} in {folder}; a model folder looks like results/<run>/models/<target>/<model>/seed0."
+            )
     model, settings, target = _described(folder / "model.json")
     weights = folder / "model.safetensors"
     try:
         model.load_state_dict(load_file(weights))
     except SafetensorError as error:
-        raise ValueError(f"{weights} is no safetensors file ({error}): train the model again.") from None
+        raise ValueError(
+            f"{weights} is no safetensors file ({error}): train the model again."
+        ) from None
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{weights} does not fit the model that model.json beside it describes ({reason}): train it again.") from None
-    model.sample_rate, model.channels, model.segment_s = settings.sample_rate, settings.channels, settings.segment_s
+        raise ValueError(
+            f"{weights} does not fit the model that model.json beside it describes ({reason}): train it again."
+        ) from None
+    model.sample_rate, model.channels, model.segment_s = (
+        settings.sample_rate,
+        settings.channels,
+        settings.segment_s,
+    )
     model.target = target
     return model.eval()
 
@@ -77,9 +104,16 @@ def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
         if not is_stem_name(description["target"]):
             raise ValueError(f"the target cannot be called {description['target']!r}")
         return build_model(description["model"], settings), settings, description["target"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:  # pydantic's and json's errors are ValueErrors
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # pydantic's and json's errors are ValueErrors
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not describe a model ({type(error).__name__}: {reason}): train the model again.") from None
+        raise ValueError(
+            f"{path} does not describe a model ({type(error).__name__}: {reason}): train the model again."
+        ) from None
 
 
 def count_parameters(module: torch.nn.Module) -> int:
@@ -100,6 +134,8 @@ def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
         elif isinstance(layer, (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d)):
             reach += (math.ceil(layer.kernel_size[-1] / layer.stride[-1]) - 1) * step
             step //= layer.stride[-1]
-    if isinstance(model, UNet):  # frames to samples; a window at the STFT and another at its inverse
+    if isinstance(
+        model, UNet
+    ):  # frames to samples; a window at the STFT and another at its inverse
         reach = (reach - 1) * model.stft.hop + 2 * model.stft.n_fft
     return reach / sample_rate

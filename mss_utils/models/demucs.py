@@ -59,12 +59,18 @@ class Demucs(nn.Module):
         widths = [min(width * 2**layer, max_width) for layer in range(len(strides))]
         self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
         layers = list(zip(widths, widths[1:], rest))
-        self.filters = nn.Conv1d(channels, width, 4 * first, first, padding=3 * first // 2, bias=False)
+        self.filters = nn.Conv1d(
+            channels, width, 4 * first, first, padding=3 * first // 2, bias=False
+        )
         rewrite = nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1))
         self.encoder = nn.ModuleList([rewrite, *(Encoder(*layer) for layer in layers)])
         last = nn.Sequential(nn.GroupNorm(1, width), nn.Conv1d(width, 2 * width, 1))
-        self.decoder = nn.ModuleList([*(Decoder(b, a, stride) for a, b, stride in reversed(layers)), last])
-        self.synthesis = nn.ConvTranspose1d(width, channels, 4 * first, first, padding=3 * first // 2, bias=False)
+        self.decoder = nn.ModuleList(
+            [*(Decoder(b, a, stride) for a, b, stride in reversed(layers)), last]
+        )
+        self.synthesis = nn.ConvTranspose1d(
+            width, channels, 4 * first, first, padding=3 * first // 2, bias=False
+        )
         rescale_weights(self)
         nn.init.zeros_(last[1].weight[:width])  # at first nothing is added
         nn.init.zeros_(last[1].bias[:width])
@@ -77,8 +83,12 @@ class Demucs(nn.Module):
         """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
         samples = mixture.shape[-1]
         scale = self.level(mixture)
-        padding = -samples % self.total_stride  # every layer divides the padded length without a remainder
-        x = filtered = self.filters(nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2)))
+        padding = (
+            -samples % self.total_stride
+        )  # every layer divides the padded length without a remainder
+        x = filtered = self.filters(
+            nn.functional.pad(mixture / scale, (padding // 2, padding - padding // 2))
+        )
         skips = []
         for layer in self.encoder:
             x = layer(x)
@@ -86,7 +96,9 @@ class Demucs(nn.Module):
         x = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)  # (batch, frames, width) inside
         for layer in self.decoder:
             x = layer(x + skips.pop())
-        added, gates = x.chunk(2, dim=1)  # each (batch, width, samples / first stride), like the filters' outputs
+        added, gates = x.chunk(
+            2, dim=1
+        )  # each (batch, width, samples / first stride), like the filters' outputs
         estimate = self.synthesis(filtered * torch.sigmoid(gates) + added)
         return estimate[..., padding // 2 : padding // 2 + samples] * scale
 
@@ -114,7 +126,13 @@ class AttentionBottleneck(nn.Module):
         super().__init__()
         layers = [
             nn.TransformerEncoderLayer(
-                width, heads, expansion * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                width,
+                heads,
+                expansion * width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(n_layers)
         ]
@@ -128,11 +146,15 @@ class AttentionBottleneck(nn.Module):
         return x
 
 
-def sinusoidal_positions(frames: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+def sinusoidal_positions(
+    frames: int, width: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Positional embedding `(frames, width)`: sines and cosines of geometrically spaced periods (Vaswani et al., 2017, 3.5)."""
     position = torch.arange(frames, device=device)[:, None]
     rate = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2, device=device) / width)
-    return torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)[:, :width]
+    return torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1).flatten(1)[
+        :, :width
+    ]
 
 
 def fourier_basis(channels: int, n_filters: int, length: int) -> torch.Tensor:
@@ -141,8 +163,15 @@ def fourier_basis(channels: int, n_filters: int, length: int) -> torch.Tensor:
     Every filter listens to one channel; each channel has equally many cosines and sines.
     """
     n = n_filters // (2 * channels)
-    phase = math.pi * torch.arange(1, n + 1)[:, None] / (n + 1) * (torch.arange(length) - (length - 1) / 2)
-    waves = torch.cat([torch.cos(phase), torch.sin(phase)]) * torch.hann_window(length, periodic=False)  # (2 * n, length)
+    phase = (
+        math.pi
+        * torch.arange(1, n + 1)[:, None]
+        / (n + 1)
+        * (torch.arange(length) - (length - 1) / 2)
+    )
+    waves = torch.cat([torch.cos(phase), torch.sin(phase)]) * torch.hann_window(
+        length, periodic=False
+    )  # (2 * n, length)
     waves = waves / waves.norm(dim=1, keepdim=True)
     basis = torch.zeros(channels, 2 * n, channels, length)
     for channel in range(channels):

@@ -23,12 +23,16 @@ class STFT(nn.Module):
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         """`(batch, channels, samples)` -> complex `(batch, channels, bins, frames)`; frames are centred, edges zero-padded."""
         flat = audio.flatten(0, 1)  # (batch * channels, samples)
-        spec = torch.stft(flat, self.n_fft, self.hop, window=self.window, pad_mode="constant", return_complex=True)
+        spec = torch.stft(
+            flat, self.n_fft, self.hop, window=self.window, pad_mode="constant", return_complex=True
+        )
         return spec.unflatten(0, audio.shape[:2])
 
     def inverse(self, spec: torch.Tensor, samples: int) -> torch.Tensor:
         """Complex `(batch, channels, bins, frames)` -> `(batch, channels, samples)`."""
-        audio = torch.istft(spec.flatten(0, 1), self.n_fft, self.hop, window=self.window, length=samples)
+        audio = torch.istft(
+            spec.flatten(0, 1), self.n_fft, self.hop, window=self.window, length=samples
+        )
         return audio.unflatten(0, spec.shape[:2])
 
 
@@ -67,7 +71,11 @@ class TallPath(nn.Module):
         self.norm = nn.BatchNorm2d(rows)
         self.down = nn.Sequential(nn.Conv2d(rows, width, 1), nn.BatchNorm2d(width), nn.GELU())
         self.over_time = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, width, (1, 3), padding=(0, n), dilation=(1, n)), nn.BatchNorm2d(width), nn.GELU())
+            nn.Sequential(
+                nn.Conv2d(width, width, (1, 3), padding=(0, n), dilation=(1, n)),
+                nn.BatchNorm2d(width),
+                nn.GELU(),
+            )
             for n in (1, 2, 4, 8)
         )
         self.up = nn.Conv2d(width, rows, 1)
@@ -89,7 +97,9 @@ class UNet(nn.Module):
     are padded to a multiple of `2 ** depth`.
     """
 
-    def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int, tall_width: int):
+    def __init__(
+        self, channels: int, width: int, depth: int, n_fft: int, hop: int, tall_width: int
+    ):
         super().__init__()
         self.stft, self.depth, self.level = STFT(n_fft, hop), depth, Level()
         self.tall = TallPath(channels * n_fft // 2, tall_width)
@@ -98,7 +108,9 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
         # Full resolution is where the time goes: the last layer up makes the mask itself, without further channels.
         outs = widths[-2:0:-1]
-        self.decoder = nn.ModuleList(Up(a, b) for a, b in zip([widths[-1], *(2 * c for c in outs)], outs))
+        self.decoder = nn.ModuleList(
+            Up(a, b) for a, b in zip([widths[-1], *(2 * c for c in outs)], outs)
+        )
         self.head = nn.ConvTranspose2d(2 * width, channels, 4, stride=2, padding=1)
         self.to(memory_format=torch.channels_last)
 
@@ -112,8 +124,12 @@ class UNet(nn.Module):
         frames = magnitude.shape[-1]
         padding = -frames % 2**self.depth
         x = nn.functional.pad(magnitude[:, :, :-1], (0, padding))  # without the Nyquist bin
-        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / self.level(magnitude))))[..., :frames]
-        return torch.cat([mask, mask[:, :, -1:]], dim=2).float()  # bfloat16 would be too coarse for what follows
+        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / self.level(magnitude))))[
+            ..., :frames
+        ]
+        return torch.cat(
+            [mask, mask[:, :, -1:]], dim=2
+        ).float()  # bfloat16 would be too coarse for what follows
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """What the sigmoid makes a mask of, from log magnitudes `(batch, channels, bins, frames)`; frames divide by 2 ** depth."""

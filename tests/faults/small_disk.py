@@ -58,8 +58,12 @@ FAULTS = {
 
 def files() -> dict[str, str]:
     """What lies on the disk, by content."""
-    there = [path for path in DISK.rglob("*") if path.is_file() and path.name not in ("filler", ".lock")]
-    return {str(path.relative_to(DISK)): hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+    there = [
+        path for path in DISK.rglob("*") if path.is_file() and path.name not in ("filler", ".lock")
+    ]
+    return {
+        str(path.relative_to(DISK)): hashlib.sha256(path.read_bytes()).hexdigest() for path in there
+    }
 
 
 def tried(stage: str, work) -> None:
@@ -75,10 +79,26 @@ def tried(stage: str, work) -> None:
         after = files()
         relent()
         changed = [name for name, content in before.items() if after.get(name) != content]
-        print(json.dumps(dict(stage=stage, fault=fault, changed=changed, left=[str(path) for path in DISK.rglob(".part-*")], **found)), flush=True)
+        print(
+            json.dumps(
+                dict(
+                    stage=stage,
+                    fault=fault,
+                    changed=changed,
+                    left=[str(path) for path in DISK.rglob(".part-*")],
+                    **found,
+                )
+            ),
+            flush=True,
+        )
     work()
     grown = len(set(files().items()) - set(before.items()))
-    print(json.dumps(dict(stage=stage, fault="none", error="", kind="", changed=[], left=[], written=grown)), flush=True)
+    print(
+        json.dumps(
+            dict(stage=stage, fault="none", error="", kind="", changed=[], left=[], written=grown)
+        ),
+        flush=True,
+    )
 
 
 def little_notebook(folder: Path) -> None:
@@ -89,7 +109,10 @@ def little_notebook(folder: Path) -> None:
 
 
 run = open_run("smoke", "small", str(DATASET), "piano", SMALL)
-tried("songs", lambda: render_songs(DISK / "songs", 1, 1, 1, duration_s=(4, 5), n_jobs=1, progress=False))
+tried(
+    "songs",
+    lambda: render_songs(DISK / "songs", 1, 1, 1, duration_s=(4, 5), n_jobs=1, progress=False),
+)
 tried("store", lambda: build_store(DATASET, 16000, 1))
 store = open_store(run.settings)
 tried("training", lambda: [train(run, store, "piano", model) for model in MODELS])
@@ -105,7 +128,13 @@ tried("separate", lambda: separate_file(song, model, DISK / "separated"))
 tried("separate to flac", lambda: separate_file(song, model, DISK / "separated as flac", flac=True))
 little_notebook(Path(os.environ["LITTLE"]))
 tried("notebook", lambda: pipeline._execute(run, "little", "key"))
-shutil.copytree(FINISHED, DISK / "results" / "full" / "smoke", ignore=shutil.ignore_patterns("*.ckpt", "ablations", "data_study"))
-finished = Run("full/smoke", open_run("smoke", "full/smoke").settings, DISK / "results" / "full" / "smoke")
+shutil.copytree(
+    FINISHED,
+    DISK / "results" / "full" / "smoke",
+    ignore=shutil.ignore_patterns("*.ckpt", "ablations", "data_study"),
+)
+finished = Run(
+    "full/smoke", open_run("smoke", "full/smoke").settings, DISK / "results" / "full" / "smoke"
+)
 tried("report", lambda: pipeline.build_report(finished))
 tried("export", lambda: export("full", "copy"))

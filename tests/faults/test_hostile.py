@@ -28,9 +28,22 @@ from mss_utils.separation import separate_file
 from mss_utils.settings import MODELS, Settings, begun_run, open_run, resolve
 from mss_utils.training import identity_of, train
 
-ANSWERS = (ValueError, OSError, FloatingPointError, MemoryError)  # what the command line turns into a sentence
+ANSWERS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+)  # what the command line turns into a sentence
 SLOW_S = 60  # no case takes a second; this is a hang
-CASES = dict(songs=(50, 500), datasets=(50, 500), indices=(15, 150), settings=(40, 400), stored=(15, 150), models=(20, 200), names=(10, 100))
+CASES = dict(
+    songs=(50, 500),
+    datasets=(50, 500),
+    indices=(15, 150),
+    settings=(40, 400),
+    stored=(15, 150),
+    models=(20, 200),
+    names=(10, 100),
+)
 RATE = 16000
 
 
@@ -42,7 +55,13 @@ def cases(request, count):
         long = request.config.getoption("--long")
         seen = []
 
-        @rules(max_examples=CASES[kind][long], deadline=None, database=None, derandomize=not long, suppress_health_check=list(HealthCheck))
+        @rules(
+            max_examples=CASES[kind][long],
+            deadline=None,
+            database=None,
+            derandomize=not long,
+            suppress_health_check=list(HealthCheck),
+        )
         @given(strategy)
         def tried(case):
             seen.append(1)
@@ -63,7 +82,11 @@ def _note(event, arguments):
     """Every file that Python opens to write, every folder it makes, every name it gives."""
     if _written is None:
         return
-    if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+    if (
+        event == "open"
+        and isinstance(arguments[0], (str, bytes))
+        and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    ):
         _written.append(os.fsdecode(arguments[0]))
     elif event == "os.mkdir":
         _written.append(os.fsdecode(arguments[0]))
@@ -96,7 +119,11 @@ def watched(*allowed):
         signal.signal(signal.SIGALRM, before)
         written, _written = _written, None
     places = [Path(os.path.realpath(place)) for place in (*allowed, "/dev")]
-    outside = [path for path in written if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places)]
+    outside = [
+        path
+        for path in written
+        if not any(Path(os.path.realpath(path)).is_relative_to(place) for place in places)
+    ]
     assert not outside, outside
 
 
@@ -119,14 +146,19 @@ CHANGES = some.lists(
         some.tuples(some.just("put"), some.floats(0, 0.2), some.binary(min_size=1, max_size=40)),
         some.tuples(some.just("head"), some.floats(0, 64), some.integers(0, 255)),
     ),
-    min_size=1, max_size=6,
+    min_size=1,
+    max_size=6,
 )
 
 
 def changed(content: bytes, changes) -> bytes:
     """Bytes turned, cut off, put in; `head` turns one of the first, where headers are."""
     for kind, where, what in changes:
-        at = min(len(content) - 1, int(where) if kind == "head" else int(where * len(content))) if content else 0
+        at = (
+            min(len(content) - 1, int(where) if kind == "head" else int(where * len(content)))
+            if content
+            else 0
+        )
         if kind == "cut":
             content = content[:at]
         elif kind == "put":
@@ -169,7 +201,9 @@ def test_a_song_of_any_bytes_is_separated_or_refused(cases, tmp_path):
         with watched(out):
             found = answer(separate_file, song, Half(), out)
         left = {path.name for path in out.iterdir()} if out.exists() else set()
-        assert left == (set() if isinstance(found, Exception) else {path.name for path in found}), "nothing half written stays"
+        assert left == (set() if isinstance(found, Exception) else {path.name for path in found}), (
+            "nothing half written stays"
+        )
         shutil.rmtree(out, ignore_errors=True)
 
     cases("songs", some.tuples(some.sampled_from(KINDS), CHANGES), separated)
@@ -193,19 +227,49 @@ def test_a_dataset_with_files_of_any_bytes_is_decoded_or_refused(cases, little, 
             old.unlink()
         for name in STEMS:
             suffix = kind[:4].strip(",").replace("aiff", "wav") if name == stem else "wav"
-            (track / f"{name}.{suffix}").write_bytes(changed(contents[kind], changes) if name == stem else contents["wav"])
+            (track / f"{name}.{suffix}").write_bytes(
+                changed(contents[kind], changes) if name == stem else contents["wav"]
+            )
         with watched(tmp_path / "cache"):
             found = answer(build_store, little, RATE, 1)
         assert isinstance(found, Exception) or len(found.tracks) == 6
         assert not list((tmp_path / "cache").rglob(".part-*"))
 
-    cases("datasets", some.tuples(some.sampled_from(KINDS), CHANGES, some.sampled_from(STEMS)), decoded)
+    cases(
+        "datasets",
+        some.tuples(some.sampled_from(KINDS), CHANGES, some.sampled_from(STEMS)),
+        decoded,
+    )
 
 
 # --- what is JSON, and not what it should be ----------------------------------------------------------------------------
 
-NASTY = ("../../evil", "/tmp/evil", "", "..", "a" * 300, "<script>harm()</script>", "x\ny", "\0", "=1+1", "piano,drums", "all", None, True, -1, 1e308)
-JUNK = some.one_of(some.sampled_from(NASTY), some.integers(-(10**20), 10**20), some.floats(), some.text(max_size=20), some.just([]), some.just({}), some.just([[]]))
+NASTY = (
+    "../../evil",
+    "/tmp/evil",
+    "",
+    "..",
+    "a" * 300,
+    "<script>harm()</script>",
+    "x\ny",
+    "\0",
+    "=1+1",
+    "piano,drums",
+    "all",
+    None,
+    True,
+    -1,
+    1e308,
+)
+JUNK = some.one_of(
+    some.sampled_from(NASTY),
+    some.integers(-(10**20), 10**20),
+    some.floats(),
+    some.text(max_size=20),
+    some.just([]),
+    some.just({}),
+    some.just([[]]),
+)
 
 
 def replaced(document, where: float, junk):
@@ -225,15 +289,24 @@ def replaced(document, where: float, junk):
     return document
 
 
-DAMAGE = some.one_of(some.tuples(some.just("value"), some.floats(0, 1), JUNK), some.tuples(some.just("bytes"), CHANGES, some.none()))
+DAMAGE = some.one_of(
+    some.tuples(some.just("value"), some.floats(0, 1), JUNK),
+    some.tuples(some.just("bytes"), CHANGES, some.none()),
+)
 
 
 def damaged(document, damage) -> bytes:
     kind, where, junk = damage
-    return changed(json.dumps(document).encode(), where) if kind == "bytes" else json.dumps(replaced(document, where, junk)).encode()
+    return (
+        changed(json.dumps(document).encode(), where)
+        if kind == "bytes"
+        else json.dumps(replaced(document, where, junk)).encode()
+    )
 
 
-def test_an_index_of_any_kind_is_read_or_refused_and_one_in_the_cache_made_anew(cases, little, tmp_path):
+def test_an_index_of_any_kind_is_read_or_refused_and_one_in_the_cache_made_anew(
+    cases, little, tmp_path
+):
     store = build_store(little, RATE, 1)
     carried, own = shutil.copytree(store.folder, tmp_path / "carried"), store.folder / "index.json"
     document = json.loads(own.read_text())
@@ -255,21 +328,60 @@ def test_an_index_of_any_kind_is_read_or_refused_and_one_in_the_cache_made_anew(
 
 
 VALUES = some.one_of(
-    some.sampled_from(("nan", "inf", "-1", "0", "1e400", "1e-9", "9" * 30, "none", "true", "[]", "{}", "a->b", "a+b->../c", "../..", "4,3", "1,2,,", "\0", "ü", "7")),
-    some.integers(-3, 10**9).map(str), some.floats().map(str), some.text(max_size=12),
+    some.sampled_from(
+        (
+            "nan",
+            "inf",
+            "-1",
+            "0",
+            "1e400",
+            "1e-9",
+            "9" * 30,
+            "none",
+            "true",
+            "[]",
+            "{}",
+            "a->b",
+            "a+b->../c",
+            "../..",
+            "4,3",
+            "1,2,,",
+            "\0",
+            "ü",
+            "7",
+        )
+    ),
+    some.integers(-3, 10**9).map(str),
+    some.floats().map(str),
+    some.text(max_size=12),
 )
-WILD = some.tuples(some.one_of(some.sampled_from(sorted(Settings.model_fields)), some.text(max_size=10)), VALUES)
+WILD = some.tuples(
+    some.one_of(some.sampled_from(sorted(Settings.model_fields)), some.text(max_size=10)), VALUES
+)
 LIKELY = some.one_of(
-    some.tuples(some.sampled_from(("segment_s", "excerpt_s", "valid_s", "unet_lr", "gain_db")), some.floats(0.05, 3).map(str)),
-    some.tuples(some.sampled_from(("hop", "batch_size", "attention_heads", "steps", "demucs_channels")), some.integers(1, 64).map(str)),
+    some.tuples(
+        some.sampled_from(("segment_s", "excerpt_s", "valid_s", "unet_lr", "gain_db")),
+        some.floats(0.05, 3).map(str),
+    ),
+    some.tuples(
+        some.sampled_from(("hop", "batch_size", "attention_heads", "steps", "demucs_channels")),
+        some.integers(1, 64).map(str),
+    ),
     some.tuples(some.just("n_fft"), some.sampled_from(("64", "512", "1000", "4096"))),
     some.tuples(some.just("unet_depth"), some.integers(2, 6).map(str)),
-    some.tuples(some.just("demucs_strides"), some.lists(some.integers(1, 16), max_size=4).map(lambda strides: ",".join(map(str, strides)))),
+    some.tuples(
+        some.just("demucs_strides"),
+        some.lists(some.integers(1, 16), max_size=4).map(
+            lambda strides: ",".join(map(str, strides))
+        ),
+    ),
     some.tuples(some.just("channels"), some.sampled_from("123")),
 )
 
 
-def test_any_setting_is_taken_or_refused_and_what_is_taken_can_be_built(cases, tmp_path, monkeypatch):
+def test_any_setting_is_taken_or_refused_and_what_is_taken_can_be_built(
+    cases, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
     built = []
 
@@ -280,9 +392,20 @@ def test_any_setting_is_taken_or_refused_and_what_is_taken_can_be_built(cases, t
             if isinstance(run, Exception):
                 return
             run.write_settings()
-            assert open_run("smoke", "wild").settings == run.settings, "what is stored is what is read"
-            if max(run.settings.unet_channels * 2**run.settings.unet_depth, run.settings.demucs_channels, run.settings.n_fft) < 10_000:
-                mixture = torch.zeros(1, run.settings.channels, min(run.settings.segment, 44100))  # larger models would fill the memory
+            assert open_run("smoke", "wild").settings == run.settings, (
+                "what is stored is what is read"
+            )
+            if (
+                max(
+                    run.settings.unet_channels * 2**run.settings.unet_depth,
+                    run.settings.demucs_channels,
+                    run.settings.n_fft,
+                )
+                < 10_000
+            ):
+                mixture = torch.zeros(
+                    1, run.settings.channels, min(run.settings.segment, 44100)
+                )  # larger models would fill the memory
                 for name in MODELS:
                     assert build_model(name, run.settings)(mixture).shape == mixture.shape
                 built.append(run.settings)
@@ -329,7 +452,11 @@ def test_a_model_folder_in_any_state_is_loaded_or_refused_and_trained_again(case
         name, damage = case
         for file, content in contents.items():
             (folder / file).write_bytes(content)
-        content = damaged(json.loads(contents[name]), damage) if name == "model.json" else changed(contents[name], damage[1] if damage[0] == "bytes" else [("cut", 0.5, 0)])
+        content = (
+            damaged(json.loads(contents[name]), damage)
+            if name == "model.json"
+            else changed(contents[name], damage[1] if damage[0] == "bytes" else [("cut", 0.5, 0)])
+        )
         (folder / name).write_bytes(content)
         with watched(run.folder, "/proc/self/clear_refs"):
             model = answer(load_model, folder)
@@ -340,16 +467,27 @@ def test_a_model_folder_in_any_state_is_loaded_or_refused_and_trained_again(case
                 trainings.append(name)
                 train(run, store, "piano", "unet")  # goes on, or begins anew
                 assert pd.read_csv(folder / "history.csv")["step"].tolist() == [3, 6]
-                assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+                assert all(
+                    tensor.isfinite().all()
+                    for tensor in load_file(folder / "model.safetensors").values()
+                )
 
     cases("models", some.tuples(some.sampled_from(sorted(contents)), DAMAGE), loaded)
     assert {"last.ckpt", "model.json"} <= set(trainings)
 
 
 @pytest.mark.filterwarnings("ignore:.*last.ckpt")
-@pytest.mark.parametrize("tensors, about", [
-    ({}, None), ({}, {}), ({"raw/x": torch.zeros(1)}, "mine"), (None, dict(state="{}")), (None, dict(state="[1]")), (None, dict(state="x")),
-])
+@pytest.mark.parametrize(
+    "tensors, about",
+    [
+        ({}, None),
+        ({}, {}),
+        ({"raw/x": torch.zeros(1)}, "mine"),
+        (None, dict(state="{}")),
+        (None, dict(state="[1]")),
+        (None, dict(state="x")),
+    ],
+)
 def test_a_checkpoint_that_lies_is_begun_anew(trained, store, tensors, about, count):
     run, contents = trained
     folder = run.model_folder("piano", "unet")
@@ -359,7 +497,11 @@ def test_a_checkpoint_that_lies_is_begun_anew(trained, store, tensors, about, co
 
     with safe_open(folder / "last.ckpt", "pt") as file:
         own = file.metadata()
-    save_file(load_file(folder / "last.ckpt") if tensors is None else tensors, folder / "last.ckpt", own if about == "mine" else about and own | about)
+    save_file(
+        load_file(folder / "last.ckpt") if tensors is None else tensors,
+        folder / "last.ckpt",
+        own if about == "mine" else about and own | about,
+    )
     (folder / "model.json").unlink()
     train(run, store, "piano", "unet")
     assert pd.read_csv(folder / "history.csv")["step"].tolist() == [3, 6]
@@ -377,7 +519,19 @@ def test_weights_that_are_a_pickle_are_refused_and_never_run(trained, tmp_path, 
 
     torch.save({"weights": Harm()}, tmp_path / "model.safetensors")
     soundfile.write(tmp_path / "song.wav", np.zeros(RATE), RATE)
-    assert main(["separate", str(tmp_path / "song.wav"), "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert (
+        main(
+            [
+                "separate",
+                str(tmp_path / "song.wav"),
+                "--model",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 1
+    )
     assert "is no safetensors file" in capsys.readouterr().err
     assert not (tmp_path / "harmed").exists() and not (tmp_path / "out").exists()
     count("pickles refused")
@@ -386,16 +540,35 @@ def test_weights_that_are_a_pickle_are_refused_and_never_run(trained, tmp_path, 
 # --- names --------------------------------------------------------------------------------------------------------------
 
 WILD_NAMES = (
-    "evil..", "<img src=x onerror=window.harmed=1>", "a\nb\tc", "x" * 255, "日" * 85, "'; rm -rf ~ #", "{brace} %s $HOME", "=HYPERLINK(1)", "~", "con",
-    "#let x = 1 *bold* _it_ @ref", "-rf", " lead and trail ", "a&amp;b", "\x1b[31mred", "name.wav", os.fsdecode(b"caf\xe9 latin-1"),
+    "evil..",
+    "<img src=x onerror=window.harmed=1>",
+    "a\nb\tc",
+    "x" * 255,
+    "日" * 85,
+    "'; rm -rf ~ #",
+    "{brace} %s $HOME",
+    "=HYPERLINK(1)",
+    "~",
+    "con",
+    "#let x = 1 *bold* _it_ @ref",
+    "-rf",
+    " lead and trail ",
+    "a&amp;b",
+    "\x1b[31mred",
+    "name.wav",
+    os.fsdecode(b"caf\xe9 latin-1"),
 )
 NAMES = some.one_of(
     some.sampled_from(WILD_NAMES),
-    some.binary(min_size=1, max_size=60).map(lambda raw: os.fsdecode(raw.replace(b"/", b"_").replace(b"\0", b"_").lstrip(b".") or b"_")),
+    some.binary(min_size=1, max_size=60).map(
+        lambda raw: os.fsdecode(raw.replace(b"/", b"_").replace(b"\0", b"_").lstrip(b".") or b"_")
+    ),
 )
 
 
-def test_a_track_of_any_name_goes_from_the_dataset_to_its_tables_and_files(cases, little, small_settings, tmp_path, monkeypatch):
+def test_a_track_of_any_name_goes_from_the_dataset_to_its_tables_and_files(
+    cases, little, small_settings, tmp_path, monkeypatch
+):
     from mss_utils.listening.excerpts import cut_excerpt, write_excerpt
 
     here = little / "test" / "test song 0"
@@ -406,11 +579,21 @@ def test_a_track_of_any_name_goes_from_the_dataset_to_its_tables_and_files(cases
         with watched(tmp_path / "cache", tmp_path / "results"):
             store = build_store(little, RATE, 1)
             track = next(track for track in store.split("test") if track.name != "test song 1")
-            pd.DataFrame([dict(track=track.name)]).to_csv(tmp_path / "results" / "tracks.csv", index=False)
+            pd.DataFrame([dict(track=track.name)]).to_csv(
+                tmp_path / "results" / "tracks.csv", index=False
+            )
             mixture, stems = store.load(track)
-            excerpt = cut_excerpt(dict(mixture=mixture, reference=stems[0]), track.name, "piano", RATE, 0.1)
+            excerpt = cut_excerpt(
+                dict(mixture=mixture, reference=stems[0]), track.name, "piano", RATE, 0.1
+            )
             write_excerpt(open_run("smoke", "names"), excerpt, RATE)
-        assert pd.read_csv(tmp_path / "results" / "tracks.csv", keep_default_na=False)["track"][0].strip() == track.name.replace("\r", "\n").strip() or "\r" in track.name
+        assert (
+            pd.read_csv(tmp_path / "results" / "tracks.csv", keep_default_na=False)["track"][
+                0
+            ].strip()
+            == track.name.replace("\r", "\n").strip()
+            or "\r" in track.name
+        )
         assert {path.parents[2].name for path in tmp_path.rglob("*.mp3")} == {"audio"}
         shutil.rmtree(tmp_path / "results")
 
@@ -469,7 +652,19 @@ def test_what_is_no_file_is_never_waited_for(strange, little, tmp_path, count):
     count("strange files")
 
 
-@pytest.mark.parametrize("text", ["", "[", "a: 1", "validation_tracks:", "validation_tracks: abc", "!!python/object/apply:os.system ['touch harmed']", "[" * 3000, "\0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "a: 1",
+        "validation_tracks:",
+        "validation_tracks: abc",
+        "!!python/object/apply:os.system ['touch harmed']",
+        "[" * 3000,
+        "\0",
+    ],
+)
 def test_a_mus_yaml_that_names_nothing_is_refused(text, little, tmp_path, count):
     shutil.rmtree(little / "valid")
     (little / "mus.yaml").write_text(text)
@@ -491,8 +686,17 @@ def test_a_stem_that_cannot_be_called_so_is_refused(name, little, tmp_path, coun
 def test_absurd_rates_are_refused_and_odd_ones_read(rate, little, tmp_path, count):
     soundfile.write(little / "train" / "train song 0" / "piano.wav", np.zeros(2000), rate)
     with watched(tmp_path / "cache", tmp_path / "out"):
-        assert f"piano has {rate} samples a second; expected 1000 to 768000" in str(answer(build_store, little, RATE, 1))
-        assert f"has {rate} samples a second" in str(answer(separate_file, little / "train" / "train song 0" / "piano.wav", Half(), tmp_path / "out"))
+        assert f"piano has {rate} samples a second; expected 1000 to 768000" in str(
+            answer(build_store, little, RATE, 1)
+        )
+        assert f"has {rate} samples a second" in str(
+            answer(
+                separate_file,
+                little / "train" / "train song 0" / "piano.wav",
+                Half(),
+                tmp_path / "out",
+            )
+        )
     count("strange files")
 
 
@@ -501,7 +705,11 @@ def test_odd_rates_are_read_in_little_memory_and_time(rate, little, tmp_path, co
     file = little / "train" / "train song 0" / "piano.wav"
     soundfile.write(file, np.random.default_rng(0).standard_normal(rate // 5) * 0.1, rate)
     with watched(tmp_path / "cache", tmp_path / "out"):
-        track = next(track for track in build_store(little, RATE, 1).split("train") if track.name == "train song 0")
+        track = next(
+            track
+            for track in build_store(little, RATE, 1).split("train")
+            if track.name == "train song 0"
+        )
         assert abs(track.samples - 0.2 * RATE) <= 1
         target, residual = separate_file(file, Half(), tmp_path / "out")
     found = soundfile.read(target)[0] + soundfile.read(residual)[0]
@@ -513,7 +721,9 @@ def test_a_playlist_is_no_song(little, tmp_path, count):
     for head in ("ffconcat version 1.0\nfile other.wav\n", "#EXTM3U\nother.wav\n"):
         (tmp_path / "list.txt").write_text(head)
         with watched(tmp_path / "out"):
-            assert "is a list of files, not a song" in str(answer(separate_file, tmp_path / "list.txt", Half(), tmp_path / "out"))
+            assert "is a list of files, not a song" in str(
+                answer(separate_file, tmp_path / "list.txt", Half(), tmp_path / "out")
+            )
     count("strange files")
 
 
@@ -531,9 +741,22 @@ def test_weights_of_nan_are_noticed(little, tmp_path, count):
 
 def test_a_group_a_run_and_a_collection_stay_in_their_folders(little, tmp_path, capsys, count):
     for arguments in (
-        ["train", "--profile", "smoke", "--data", str(little), "--target", "../out", "--set", "groups=bass+drums->../out"],
-        ["report", "--run", "../elsewhere"], ["report", "--run", "."], ["export", "--run", str(tmp_path), "--to", "x"],
-        ["run", "--profile", "smoke", "--run", "a/../../b"], ["export", "--run", "full", "--to", "../x"],
+        [
+            "train",
+            "--profile",
+            "smoke",
+            "--data",
+            str(little),
+            "--target",
+            "../out",
+            "--set",
+            "groups=bass+drums->../out",
+        ],
+        ["report", "--run", "../elsewhere"],
+        ["report", "--run", "."],
+        ["export", "--run", str(tmp_path), "--to", "x"],
+        ["run", "--profile", "smoke", "--run", "a/../../b"],
+        ["export", "--run", "full", "--to", "../x"],
     ):
         with watched(tmp_path / "cache"):
             assert main(arguments) == 1

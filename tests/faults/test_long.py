@@ -18,7 +18,9 @@ from mss_utils.environment import resident_mb
 from mss_utils.mixing import Mixer
 from mss_utils.settings import resolve
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="memory is read from /proc"
+)
 
 # Memory at the most while a song is separated; by itself, for a process never gives back what it had at the most.
 SEPARATE = """
@@ -38,7 +40,9 @@ print(resident_mb("VmHWM"))
 
 def song_of(minutes: float, rate: int, channels: int, path: Path) -> Path:
     """Noise, written a minute at a time."""
-    block = (0.1 * np.random.default_rng(0).standard_normal((60 * rate, channels))).astype(np.float32)
+    block = (0.1 * np.random.default_rng(0).standard_normal((60 * rate, channels))).astype(
+        np.float32
+    )
     with soundfile.SoundFile(path, "w", rate, channels, "PCM_16") as file:
         for _ in range(round(minutes)):
             file.write(block)
@@ -50,11 +54,19 @@ def test_an_hour_is_separated_in_the_memory_of_two_minutes(tmp_path, long_form, 
     peaks = {}
     for length in (2, minutes):
         song = song_of(length, rate, channels, tmp_path / f"{length}.wav")
-        done = subprocess.run([sys.executable, "-c", SEPARATE, str(song), str(tmp_path)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", SEPARATE, str(song), str(tmp_path)],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         peaks[length] = float(done.stdout)
-        found = [soundfile.info(tmp_path / f"{length}.piano{kind}.wav") for kind in ("", ".residual")]
-        assert {(info.frames, info.samplerate, info.channels) for info in found} == {(length * 60 * rate, rate, channels)}
+        found = [
+            soundfile.info(tmp_path / f"{length}.piano{kind}.wav") for kind in ("", ".residual")
+        ]
+        assert {(info.frames, info.samplerate, info.channels) for info in found} == {
+            (length * 60 * rate, rate, channels)
+        }
         for path in tmp_path.iterdir():
             path.unlink()
     print("MB at the most by minutes:", peaks)
@@ -83,8 +95,26 @@ def hours_of_music(hours: float, folder: Path) -> Store:
     for start in range(0, samples, len(noise)):
         audio[3, 0, start : start + len(noise)] = noise[: samples - start]
     audio.flush()
-    facts = dict(source="", fingerprint="", sha="", scale=1 / 32767, source_rates=(16000,), source_samples=(samples,), rms=(0.1,) * 5, peak=(0.1,) * 5)
-    track = Track(name="long", split="train", file="long.npy", samples=samples, residual_rms=0.0, active=((1,) * 5,) * 5, n_windows=1, **facts)
+    facts = dict(
+        source="",
+        fingerprint="",
+        sha="",
+        scale=1 / 32767,
+        source_rates=(16000,),
+        source_samples=(samples,),
+        rms=(0.1,) * 5,
+        peak=(0.1,) * 5,
+    )
+    track = Track(
+        name="long",
+        split="train",
+        file="long.npy",
+        samples=samples,
+        residual_rms=0.0,
+        active=((1,) * 5,) * 5,
+        n_windows=1,
+        **facts,
+    )
     Index(format=2, source="", sample_rate=16000, channels=1, stems=stems, tracks=(track,))
     return Store(folder, "", 16000, 1, stems, (track,))
 
@@ -93,7 +123,10 @@ def test_three_hours_of_music_go_through_the_loader_in_flat_memory(tmp_path, lon
     """What the kernel keeps of the file it can drop; what this process holds must not grow with what it has read."""
     hours = 3
     store = hours_of_music(hours, tmp_path)
-    settings = resolve("demo", overrides="segment_s=6 batch_size=16 random_mix=False curriculum=False loader_workers=2")
+    settings = resolve(
+        "demo",
+        overrides="segment_s=6 batch_size=16 random_mix=False curriculum=False loader_workers=2",
+    )
     mixer, step_s = Mixer(store, settings, "piano"), 16 * 6
     steps = round(hours * 3600 / step_s) if not long_form else 4 * round(hours * 3600 / step_s)
     held, total = [], 0.0

@@ -18,7 +18,14 @@ from mss_utils.training import train
 
 
 def started(*command, **environment):
-    return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -31,14 +38,28 @@ def cluster(tmp_path):
     while not file.exists():
         assert time.monotonic() < until and dask[0].poll() is None, "no scheduler"
         time.sleep(0.1)
-    dask += [started("dask", "worker", *place, "--nthreads", "1", "--no-dashboard", "--local-directory", str(tmp_path / str(n))) for n in range(2)]
+    dask += [
+        started(
+            "dask",
+            "worker",
+            *place,
+            "--nthreads",
+            "1",
+            "--no-dashboard",
+            "--local-directory",
+            str(tmp_path / str(n)),
+        )
+        for n in range(2)
+    ]
     yield file
     for process in reversed(dask):
         process.terminate()
         process.wait()
 
 
-def test_two_dask_workers_make_the_same_tables(cluster, small_settings, tmp_path, monkeypatch, count):
+def test_two_dask_workers_make_the_same_tables(
+    cluster, small_settings, tmp_path, monkeypatch, count
+):
     from dask.distributed import Client
 
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
@@ -52,7 +73,9 @@ def test_two_dask_workers_make_the_same_tables(cluster, small_settings, tmp_path
         client.wait_for_workers(2, timeout=60)
         together = evaluate(run, store)
         done = client.run(lambda dask_worker: dask_worker.state.executed_count)
-    assert len(done) == 2 and sum(done.values()) >= len(store.split("test")), f"scored by the workers: {done}"
+    assert len(done) == 2 and sum(done.values()) >= len(store.split("test")), (
+        f"scored by the workers: {done}"
+    )
     for name in set(alone) - {"cost"}:
         pd.testing.assert_frame_equal(alone[name], together[name], check_exact=True)
     count("Dask workers", 2)
@@ -62,24 +85,61 @@ def test_a_cluster_that_is_not_there_is_said(small_settings, store, monkeypatch,
     from mss_utils.evaluation import _workers
 
     monkeypatch.setenv("MSS_DASK", str(tmp_path / "none.json"))
-    with pytest.raises(FileNotFoundError, match="MSS_DASK names no scheduler file .*dask scheduler --scheduler-file"), _workers():
+    with (
+        pytest.raises(
+            FileNotFoundError,
+            match="MSS_DASK names no scheduler file .*dask scheduler --scheduler-file",
+        ),
+        _workers(),
+    ):
         pass
 
 
-def test_two_machines_of_one_process_each_train_one_model(small_settings, tmp_path, long_form, count):
+def test_two_machines_of_one_process_each_train_one_model(
+    small_settings, tmp_path, long_form, count
+):
     """The line for several machines, given twice on this one."""
     if not long_form:
-        pytest.skip("in the long form only (tests/test_training.py has two processes of one machine): pytest --long")
+        pytest.skip(
+            "in the long form only (tests/test_training.py has two processes of one machine): pytest --long"
+        )
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    line = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", "-m", "--"]
-    line += ["mss_utils", "train", "--profile", "smoke", "--run", "two", "--data", small_settings.data, "--target", "piano", "--set", *SMALL.split()]
+    line = [
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"localhost:{port}",
+        "-m",
+        "--",
+    ]
+    line += [
+        "mss_utils",
+        "train",
+        "--profile",
+        "smoke",
+        "--run",
+        "two",
+        "--data",
+        small_settings.data,
+        "--target",
+        "piano",
+        "--set",
+        *SMALL.split(),
+    ]
     machines = [started(*line, MSS_RESULTS=str(tmp_path)) for _ in range(2)]
     for machine in machines:
         _, error = machine.communicate(timeout=300)
         assert machine.returncode == 0, error[-3000:]
     for model in MODELS:
-        described = json.loads((tmp_path / "two" / "models" / "piano" / model / "seed0" / "model.json").read_text())
+        described = json.loads(
+            (tmp_path / "two" / "models" / "piano" / model / "seed0" / "model.json").read_text()
+        )
         assert described["processes"] == 2 and described["steps"] == 6
     count("machines played", 2)
