@@ -19,10 +19,10 @@ import pandas as pd
 from throughput import show
 from tqdm.auto import tqdm
 
+from mss_utils.config import Settings, resolve_settings
 from mss_utils.data import Store, Track, open_store
-from mss_utils.evaluation import oracle
-from mss_utils.metrics import METRICS, Museval, bss_eval, disagreement
-from mss_utils.settings import Settings, resolve
+from mss_utils.evaluation.bsseval import METRICS, MusevalScorer, bss_eval, disagreement
+from mss_utils.models.oracles import oracle
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     for rate, channels in (text.split("x") for text in given.formats):
-        settings = resolve(
+        settings = resolve_settings(
             given.profile,
             given.data,
             "",
@@ -68,7 +68,7 @@ def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
     ours_s = time.perf_counter() - started
     started = time.perf_counter()
     theirs = [
-        Museval(pair[0], store.sample_rate).score(pair[1])
+        MusevalScorer(pair[0], store.sample_rate).score(pair[1])
         for pair in tqdm(pairs, desc="museval", unit="track")
     ]
     museval_s = time.perf_counter() - started

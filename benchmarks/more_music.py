@@ -22,10 +22,17 @@ from pathlib import Path
 
 import pandas as pd
 
+from mss_utils.config import (
+    MODELS,
+    Run,
+    cache_folder,
+    expand_path,
+    resolve_settings,
+    results_folder,
+)
 from mss_utils.data import open_store
 from mss_utils.files import write_text
-from mss_utils.settings import MODELS, Run, cache_folder, from_root, resolve, results_folder
-from mss_utils.training import train
+from mss_utils.training.loop import train
 
 PLAIN = ("random_mix=False", "gain_db=0", "flip_polarity=False", "speed_semitones=0")
 REST = "groups=bass+other+synth+fx->rest"
@@ -69,15 +76,15 @@ def main() -> None:
     given = parser.parse_args()
 
     excerpts, both = (
-        from_root(given.data),
-        with_songs(from_root(given.data), from_root(given.songs), given.leave_out),
+        expand_path(given.data),
+        with_songs(expand_path(given.data), expand_path(given.songs), given.leave_out),
     )
     own = [f"steps={given.steps}", f"valid_every={max(1, given.steps // 12)}", *given.set]
-    of = lambda profile, data, *overrides: resolve(
+    of = lambda profile, data, *overrides: resolve_settings(
         profile, str(data or ""), given.target, [*own, *overrides]
     )
     same_size = [
-        "unet_tall_channels=64",
+        "unet_full_band_channels=64",
         "ema_decay=0.998",
     ]  # what musdb7 has, so that its models can begin as these
     conditions = {

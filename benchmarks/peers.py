@@ -35,16 +35,25 @@ from torch import nn
 from torch.nn.functional import l1_loss, mse_loss, pad
 from torchaudio.models import ConvTasNet, HDemucs
 
-from mss_utils.checkpoints import is_trained
+from mss_utils.config import MODELS, Settings, expand_path, resolve_settings, results_folder
 from mss_utils.data import MIXTURE, Store, Track, open_store
-from mss_utils.evaluation import Estimates, real_time_factor
-from mss_utils.evaluation import score as test_scores
+from mss_utils.evaluation.scores import Estimates, real_time_factor
+from mss_utils.evaluation.scores import score as test_scores
+from mss_utils.evaluation.statistics import median_interval
 from mss_utils.files import write_text
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Settings, from_root, resolve, results_folder
-from mss_utils.statistics import median_interval
-from mss_utils.training import Recipe, copy_of, descend, fit, follow, identity_of, recipe_of, set_up
+from mss_utils.training.checkpoints import is_trained
+from mss_utils.training.loop import (
+    Recipe,
+    build_recipe,
+    copy_network,
+    fit,
+    setup_optimizer,
+    train_step,
+    training_identity,
+    update_ema,
+)
 
 SEED = 0
 WARM_UP_STEPS, MIN_STEPS, MEASURED_S = 2, 3, 12.0
@@ -117,9 +126,9 @@ def main() -> None:
         help="models to work on",
     )
     given = parser.parse_args()
-    settings = resolve(given.profile, given.data, given.target, given.set)
+    settings = resolve_settings(given.profile, given.data, given.target, given.set)
     out = (
-        from_root(given.out)
+        expand_path(given.out)
         if given.out
         else results_folder() / "peers" / f"{given.profile}-{settings.target}"
     )
@@ -293,7 +302,7 @@ def candidates(names: tuple[str, ...]) -> list[tuple[str, str]]:
 def recipe(name: str, size: str, settings: Settings, store: Store) -> Recipe:
     """How one candidate is built and trained, always from the same weights."""
     if name in MODELS:
-        return recipe_of(name, settings, SEED)
+        return build_recipe(name, settings, SEED)
     network, *training = PEERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -322,18 +331,18 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
     """Trained parameters, and seconds a step on all sources, from mixing to the running average."""
     settings, network = bench.settings, candidate.network
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    model, optimizer = set_up(fabric, candidate)
-    average, count = copy_of(network), -WARM_UP_STEPS
+    model, optimizer = setup_optimizer(fabric, candidate)
+    average, count = copy_network(network), -WARM_UP_STEPS
     with closing(
         Mixer(bench.store, settings, settings.target, SEED).batches(
             settings.stage3_step, 10**9, fabric.device
         )
     ) as batches:
         for batch in batches:
-            descend(
+            train_step(
                 fabric, model, optimizer, candidate, batch, candidate.lr
             ).item()  # which waits for the device
-            follow(average, network, settings.ema_decay)
+            update_ema(average, network, settings.ema_decay)
             count += 1
             if count <= 0:
                 started = time.perf_counter()
@@ -411,7 +420,7 @@ def chosen(bench: Bench) -> list[tuple[str, str]]:
 def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> None:
     """Train one candidate in `folder`; model.json says that it is finished."""
     settings, model = schedule(bench.settings, steps), name if name in MODELS else f"{name}-{size}"
-    identity = identity_of(settings, bench.store, settings.target, model, SEED)
+    identity = training_identity(settings, bench.store, settings.target, model, SEED)
     if not is_trained(folder, identity):
         state = fit(
             settings, bench.store, identity, folder, recipe(name, size, settings, bench.store)
@@ -452,7 +461,7 @@ def score(bench: Bench) -> None:
             (name, SEED): estimate[None] for name, estimate in ({MIXTURE: mixture} | found).items()
         }
 
-    tracks = test_scores(bench.settings, bench.store, estimates_of, n_referee=0)["tracks"]
+    tracks = test_scores(bench.settings, bench.store, estimates_of, n_cross_check=0)["tracks"]
     bench.write("tracks", tracks)
     differences = paired(tracks)
     bench.write("paired", differences)

@@ -35,13 +35,19 @@ import soundfile
 import torch
 from lightning_fabric import Fabric
 
+from mss_utils.config import MODELS, Settings, expand_path, resolve_settings
 from mss_utils.data import build_store, find_tracks, open_store
 from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.environment import on_gpu, peak_memory_mb, reset_peak_memory, resident_mb
-from mss_utils.files import replacing
+from mss_utils.files import atomic_write
 from mss_utils.mixing import Batch, Mixer
-from mss_utils.settings import MODELS, Settings, from_root, resolve
-from mss_utils.training import copy_of, descend, follow, recipe_of, set_up
+from mss_utils.training.loop import (
+    build_recipe,
+    copy_network,
+    setup_optimizer,
+    train_step,
+    update_ema,
+)
 
 PARTS = ("decoding", "loading", "steps", "memory")
 SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading
@@ -59,14 +65,14 @@ def main() -> None:
         name, settings = given.measure
         print(peak_of_this_process_mb(name, Settings.model_validate_json(settings)))
         return
-    settings = resolve(given.profile, given.data, "", given.set)
+    settings = resolve_settings(given.profile, given.data, "", given.set)
     if "decoding" in given.part and not given.musdb:
         print(
             "Decoding is left out: name a MUSDB18 folder of stem files with --musdb or MUSDB_PATH."
         )
     elif "decoding" in given.part:
         with fresh_cache() as folder:
-            show("Decoding", decoding(from_root(given.musdb), given.tracks, folder))
+            show("Decoding", decoding(expand_path(given.musdb), given.tracks, folder))
     if "loading" in given.part:
         with fresh_cache() as folder:
             show("Loading", loading(write_hq(folder / "hq"), given.batches))
@@ -74,7 +80,7 @@ def main() -> None:
         show(f"A training step, {in_words(settings)}", steps(settings, given.steps))
     if "memory" in given.part:
         show_memory(
-            settings, given.batch_sizes, given.segments, given.rates, from_root(given.figure)
+            settings, given.batch_sizes, given.segments, given.rates, expand_path(given.figure)
         )
 
 
@@ -229,7 +235,7 @@ def write_hq(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
 
 def loading(root: Path, n_batches: int) -> pd.DataFrame:
     """Batches of 16 segments of 8 s, 44.1 kHz stereo, four stems: what training B1 consumes, what loaders hand over."""
-    settings = resolve("demo", str(root), "vocals", SETTINGS)
+    settings = resolve_settings("demo", str(root), "vocals", SETTINGS)
     mixer = Mixer(open_store(settings), settings, "vocals")
     rows = {"training B1 consumes": training_rate(mixer)}
     rows["our loader: int16 segments"] = loader_rate(mixer.draws(0, n_batches))
@@ -372,13 +378,13 @@ class MarkingFabric(Fabric):
 
 def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
     """A function that makes one training step of a new model, as `training.fit` does."""
-    recipe = recipe_of(name, settings)
-    model, optimizer = set_up(fabric, recipe)
-    average = copy_of(recipe.network)
+    recipe = build_recipe(name, settings)
+    model, optimizer = setup_optimizer(fabric, recipe)
+    average = copy_network(recipe.network)
 
     def step(batch: Batch) -> None:
-        descend(fabric, model, optimizer, recipe, batch, recipe.lr)
-        follow(average, recipe.network, settings.ema_decay)
+        train_step(fabric, model, optimizer, recipe, batch, recipe.lr)
+        update_ema(average, recipe.network, settings.ema_decay)
 
     return step
 
@@ -482,7 +488,7 @@ def peak_of_this_process_mb(name: str, settings: Settings) -> float:
     torch.set_num_threads(1)
     take_steps(
         name,
-        resolve(
+        resolve_settings(
             "smoke",
             overrides=f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}",
         ),
@@ -545,7 +551,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         ax.set_xlim(0, 1.3 * table["segment_s"].max())
     axes[0].set(ylabel=f"peak memory of a step,\nbatches of {table['batch_size'].iloc[0]} (GB)")
     axes[0].set_ylim(bottom=0)
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         fig.savefig(part, dpi=150)
 
 

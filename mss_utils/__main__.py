@@ -13,16 +13,16 @@ from pathlib import Path
 
 INSTALL = "install what it needs with: make setup, or pip install -r requirements.txt"
 try:
-    from mss_utils.settings import (
+    from mss_utils.config import (
         MODELS,
         PROFILES,
         SPLITS,
         Run,
         Settings,
-        begun_run,
-        open_run,
-        resolve,
-        runs_in,
+        collection_runs,
+        create_or_load_run,
+        load_run,
+        resolve_settings,
     )
 except ImportError as missing:
     sys.exit(f"mss_utils: {missing}; {INSTALL}")
@@ -91,7 +91,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _open(given: argparse.Namespace) -> Run:
-    return open_run(given.profile or DEFAULT, given.run, given.data, given.target, given.set)
+    return create_or_load_run(
+        given.profile or DEFAULT, given.run, given.data, given.target, given.set
+    )
 
 
 def _add_run(commands) -> None:
@@ -112,33 +114,33 @@ def _add_run_name(parser: argparse.ArgumentParser) -> None:
 
 def _run(given: argparse.Namespace) -> None:
     """A run from its data to its report; a collection, whose runs are finished, is only reported, or with data scored again."""
-    if runs_in(given.run):
+    if collection_runs(given.run):
         _run_collection(given)
         return
     run = _open(
         given
     )  # before the imports that take seconds: a mistyped setting is answered at once
-    from mss_utils.data import check_target
+    from mss_utils.data import check_target_exists
     from mss_utils.environment import check_device
     from mss_utils.pipeline import run_pipeline
 
     if not (run.folder / "settings.json").exists():  # models that are trained need no device
         check_device(run.settings)
-    check_target(run.settings)
+    check_target_exists(run.settings)
     run.write_settings()
     run_pipeline(run)
 
 
 def _run_collection(given: argparse.Namespace) -> None:
     if given.profile or given.target or given.set:
-        runs = ", ".join(run.name for run in runs_in(given.run))
+        runs = ", ".join(run.name for run in collection_runs(given.run))
         raise ValueError(
             f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings."
         )
     if not given.data:
         _report(given)
         return
-    from mss_utils.publishing import rescore
+    from mss_utils.report.collections import rescore
 
     table = rescore(given.run, given.data)
     print(table.round(4).to_string(index=False))
@@ -178,16 +180,18 @@ def _train(given: argparse.Namespace) -> None:
         raise ValueError(
             f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run."
         )
-    from mss_utils.data import check_target, open_store
-    from mss_utils.training import train, train_here
+    from mss_utils.data import check_target_exists, open_store
+    from mss_utils.training.loop import train, train_in_this_process
 
-    check_target(run.settings)
+    check_target_exists(run.settings)
     store = open_store(run.settings)
     seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
     for stem, model, seed in itertools.product(
         store.targets(given.stem or run.settings.target), given.model, seeds
     ):
-        (train_here if "WORLD_SIZE" in os.environ else train)(run, store, stem, model, seed)
+        (train_in_this_process if "WORLD_SIZE" in os.environ else train)(
+            run, store, stem, model, seed
+        )
 
 
 def _add_report(commands) -> None:
@@ -197,14 +201,14 @@ def _add_report(commands) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    if runs_in(given.run):
-        from mss_utils.publishing import write_report
+    if collection_runs(given.run):
+        from mss_utils.report.collections import write_report
 
         print(*write_report(given.run), sep="\n")
         return
-    from mss_utils.pipeline import build_report
+    from mss_utils.report.typesetting import build_report
 
-    print(build_report(begun_run(given.run)))
+    print(build_report(load_run(given.run)))
 
 
 def _add_export(commands) -> None:
@@ -236,7 +240,7 @@ def _add_export(commands) -> None:
 
 
 def _export(given: argparse.Namespace) -> None:
-    from mss_utils.publishing import export
+    from mss_utils.report.collections import export
 
     folder = export(given.run, given.to, given.complete, given.listen)
     print(
@@ -271,7 +275,7 @@ def _separate(given: argparse.Namespace) -> None:
     import soundfile
 
     from mss_utils.models import load_model
-    from mss_utils.separation import bandwidth_note, separate_file
+    from mss_utils.separation.song_files import bandwidth_note, separate_file
 
     model = load_model(given.model)
     paths = separate_file(given.song, model, given.out, given.flac)
@@ -289,7 +293,7 @@ def _add_check(commands) -> None:
 
 def _check(given: argparse.Namespace) -> None:
     """Each requirement of a run with how to mend it, then, if none would stop it, what is in the dataset."""
-    settings = resolve(given.profile or DEFAULT, given.data, given.target, given.set)
+    settings = resolve_settings(given.profile or DEFAULT, given.data, given.target, given.set)
     from mss_utils.environment import STOP, requirements
 
     needs = []
@@ -314,7 +318,7 @@ def _check(given: argparse.Namespace) -> None:
 
 def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
     """The dataset, decoded (and the built-in songs rendered) where it is not yet: its tracks and their audit, findings are warnings."""
-    from mss_utils.data import audit, co_activity, open_store, warnings_of
+    from mss_utils.data import audit, audit_warnings, co_activity, open_store
 
     store = open_store(settings)
     table = audit(store)
@@ -333,7 +337,7 @@ def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
             )
             for split in SPLITS
         },
-        warnings=warnings_of(store, settings.segment_s),
+        warnings=audit_warnings(store, settings.segment_s),
     )
     if as_json:
         print(json.dumps(found | about))

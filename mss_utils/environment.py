@@ -27,6 +27,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from mss_utils.config import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
 from mss_utils.data import (
     Store,
     Track,
@@ -38,8 +39,7 @@ from mss_utils.data import (
     read_store,
 )
 from mss_utils.data.sources import MUSDB_STEMS, SourceTrack
-from mss_utils.files import replacing, write_text
-from mss_utils.settings import ROOT, SPLITS, Run, Settings, cache_folder, results_folder
+from mss_utils.files import atomic_write, write_text
 
 PACKAGES = (
     "torch",
@@ -209,7 +209,7 @@ def _disk(what: str, folder: Path, variable: str) -> Finding:
 def _writable(what: str, folder: Path, variable: str) -> Finding:
     """Tried, since root may write where permissions say no, and nobody may on a disk that is mounted read-only."""
     try:
-        with replacing(folder / ".writable") as probe:
+        with atomic_write(folder / ".writable") as probe:
             probe.touch()
         (folder / ".writable").unlink(missing_ok=True)
     except OSError as error:
@@ -303,14 +303,14 @@ def record_environment(run: Run, store: Store) -> dict:
         seeds=list(range(run.settings.seeds)),
         data_hash=store.sha,
         date=date.today().isoformat(),
-        dataset=describe(store),
+        dataset=describe_dataset(store),
         sample_rate=store.sample_rate,
     )
     write_text(run.folder / "environment.json", json.dumps(found, indent=2) + "\n")
     return found
 
 
-def describe(store: Store) -> dict:
+def describe_dataset(store: Store) -> dict:
     """Name, stems, and tracks and hours per split of a store."""
     splits = {split: store.split(split) for split in SPLITS}
     hours = {
@@ -321,7 +321,7 @@ def describe(store: Store) -> dict:
     return dict(name=Path(store.source).name, stems=list(store.stems), tracks=tracks, hours=hours)
 
 
-def data_kind(settings: Settings, dataset: dict) -> str:
+def dataset_kind(settings: Settings, dataset: dict) -> str:
     """What the data of a run are, for those who tell of it: songs (built-in), excerpts (of seven seconds), musdb (MUSDB18), or own.
 
     `dataset` is what `describe` says of them.
@@ -358,6 +358,15 @@ def _cpu_name() -> str:
 def on_gpu(settings: Settings) -> bool:
     """Whether a training with these settings runs on a CUDA GPU."""
     return settings.device in ("auto", "cuda") and torch.cuda.is_available()
+
+
+def training_device(settings: Settings) -> torch.device:
+    """The device that a run trains and separates on."""
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def reset_peak_memory(settings: Settings) -> None:

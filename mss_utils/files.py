@@ -37,7 +37,7 @@ def safe_name(name: str) -> str:
     return kept.encode()[:120].decode(errors="ignore") or "_"
 
 
-def is_file_name(name: object) -> bool:
+def is_safe_file_name(name: object) -> bool:
     """Whether `name` can be a file's, or part of it, and stays where it is put: one part of a path, not a way out of its folder."""
     return (
         isinstance(name, str)
@@ -48,25 +48,25 @@ def is_file_name(name: object) -> bool:
     )
 
 
-def readable(name: str | Path) -> str:
+def printable_name(name: str | Path) -> str:
     """A name from the disk as tables, pages and pictures can hold it: those of old archives are not always UTF-8."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader never sees half of it, see `replacing`."""
-    with replacing(path) as part:
+    """Write `text` to `path` so that a reader never sees half of it, see `atomic_write`."""
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; it takes the place of `path` if all goes well, else it is removed.
 
     The content is on the disk before it has its name, so a machine that loses power keeps the old file or the new one. What killed
-    processes left of `path` is removed. Raises OSError as `disk_errors_told` words it.
+    processes left of `path` is removed. Raises OSError as `friendly_disk_errors` words it.
     """
-    with disk_errors_told(path):
+    with friendly_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_forgotten(path.parent, path.name)
         part = path.with_name(_part_name(path.name))
@@ -79,12 +79,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def working_folder(parent: Path) -> Iterator[Path]:
+def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder inside `parent`, on the same disk, that is or holds what is to be renamed when it is finished; removed in the end.
 
-    What killed processes left there is removed too. Raises OSError as `disk_errors_told` words it.
+    What killed processes left there is removed too. Raises OSError as `friendly_disk_errors` words it.
     """
-    with disk_errors_told(parent):
+    with friendly_disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         _remove_forgotten(parent, "work")
         folder = parent / _part_name("work")
@@ -97,12 +97,12 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def file_lock(folder: Path) -> Iterator[None]:
     """Only one process (and one thread) works in `folder`; the others wait for it. A killed process lets go by itself.
 
     On a disk without locks (a cloud drive, say) it is said that nobody is kept out.
     """
-    with disk_errors_told(folder / ".lock"):
+    with friendly_disk_errors(folder / ".lock"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     with lock:
@@ -127,7 +127,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def disk_errors_told(path: Path) -> Iterator[None]:
+def friendly_disk_errors(path: Path) -> Iterator[None]:
     """An OSError that says what to do in the place of one from a full disk, or from a folder of `path` that may not be written to."""
     try:
         yield

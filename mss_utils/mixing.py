@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import torchaudio
 
+from mss_utils.config import Settings
 from mss_utils.data import SILENCE_DB, Store, Track, rms
-from mss_utils.settings import Settings
 
 MAX_TRIES = 100  # of finding a segment in which the target sounds; a target that sounds 5 % of the time is missed in 0.6 % of draws
 MAX_DENOMINATOR = 32  # four cents off at the most

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 import papermill
-import typst
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
 from mss_utils import analysis, evaluation, listening
+from mss_utils.config import ROOT, Run
 from mss_utils.data import open_store
-from mss_utils.environment import data_kind
-from mss_utils.files import one_at_a_time, replacing, write_text
-from mss_utils.settings import ROOT, Run
+from mss_utils.files import atomic_write, file_lock
+from mss_utils.report.notebooks import read_notebook
+from mss_utils.report.typesetting import build_report
+from mss_utils.separation import write_estimates
 
 NOTEBOOKS = ROOT / "notebooks"
-REPORT = ROOT / "report"
 # What each notebook reads of the ones before it: a stage runs again when its own inputs or those of one of these change.
 STAGES = {
     "01_data": (),
@@ -45,21 +42,6 @@ PRODUCTS = {
     ),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
-# What lies in a run's folder and no report reads.
-NOT_READ = (
-    "*.ckpt",
-    "*.safetensors",
-    "*.mp3",
-    "*.ipynb",
-    "*.pdf",
-    "*.html",
-    "*.png",
-    ".*",
-    "songs",
-    "answers",
-    "ablations",
-    "data_study",
-)
 
 
 class StageError(ChildProcessError):
@@ -80,7 +62,7 @@ def run_pipeline(run: Run) -> None:
     Prints one line a stage with its seconds. Of two calls for the same run the second waits for the first. Raises StageError when
     a notebook fails; what it wrote stays for reading.
     """
-    with one_at_a_time(run.folder):
+    with file_lock(run.folder):
         _run_stages(run)
 
 
@@ -88,6 +70,11 @@ def _run_stages(run: Run) -> None:
     started = time.perf_counter()
     print(f"{'data':<18} {_timed(open_store, run.settings):7.1f} s", flush=True)
     for name in STAGES:
+        if name == "05_evaluation":
+            print(
+                f"{'estimates':<18} {_timed(write_estimates, run, open_store(run.settings)):7.1f} s",
+                flush=True,
+            )
         key = stage_key(run, name)
         if is_finished(run, name, key):
             print(f"{name:<18} unchanged, skipped", flush=True)
@@ -125,30 +112,12 @@ def is_finished(run: Run, name: str, key: str) -> bool:
         return False
 
 
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """The notebook in a file; ValueError that names it where there is none in it."""
-    try:
-        return nbformat.read(path, as_version=4)
-    except (
-        ValueError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        RecursionError,
-        nbformat.ValidationError,
-    ) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(
-            f"{path} is no notebook ({reason}): fetch it again, or delete it if it is the copy of a run."
-        ) from None
-
-
 def _execute(run: Run, name: str, key: str) -> None:
     """Run one notebook under papermill; its executed copy, which has `key` if it has run to the end, appears when it has stopped."""
     executed = run.folder / "notebooks" / f"{name}.ipynb"
     values = dict(profile=run.settings.profile, run=run.name)
     _check_notebook(name, values)
-    with replacing(executed) as part:  # papermill writes to it after every cell
+    with atomic_write(executed) as part:  # papermill writes to it after every cell
         try:
             failure, stopped = _failure_of(name, part, values), None
         except KeyboardInterrupt as stop:
@@ -227,61 +196,3 @@ def _timed(function, *arguments) -> float:
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started
-
-
-def build_report(run: Run) -> Path:
-    """Compile `report/report.typ` over the files of `run` to `results/<run>/report.pdf` and return its path.
-
-    Typst reads only below one root: sources and results are copied side by side into a temporary folder. Raises FileNotFoundError
-    naming what is missing when the run has not been evaluated, ValueError as `typeset` does.
-    """
-    for needed in (
-        "settings.json",
-        *(product for products in PRODUCTS.values() for product in products),
-    ):
-        if not any(run.folder.glob(needed)):
-            raise FileNotFoundError(
-                f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name})."
-            )
-    listening.ratings_of(run)  # answers may have come in since the notebooks ran
-    pdf = run.folder / "report.pdf"
-    with tempfile.TemporaryDirectory() as root:
-        lay_out_sources(Path(root))
-        lay_out(run, Path(root) / "run")
-        with replacing(pdf) as part:
-            part.write_bytes(typeset(Path(root), "report.typ", run="/run", name=run.name))
-    return pdf
-
-
-def lay_out_sources(root: Path) -> None:
-    """Copy what the reports are written in to `report/` below the one root that Typst reads."""
-    shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
-
-
-def lay_out(run: Run, copy: Path, **about: object) -> None:
-    """Copy what a report reads of a run to the folder `copy`: tables, figures, histories, all settings, and `about.json`."""
-    shutil.copytree(run.folder, copy, ignore=shutil.ignore_patterns(*NOT_READ))
-    write_text(
-        copy / "settings.json", run.settings.model_dump_json(indent=2)
-    )  # a run of an older version has not all of them
-    try:
-        kind = data_kind(
-            run.settings,
-            json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{run.folder / 'environment.json'} does not tell the dataset ({error!r}): run {run.name!r} again."
-        ) from None
-    write_text(copy / "about.json", json.dumps(about | dict(kind=kind)))
-
-
-def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:
-    """Compile `report/<source>` below `root`, as PDF or HTML; ValueError where a table or file that it reads is damaged."""
-    try:
-        return typst.compile(root / "report" / source, root=root, format=kind, sys_inputs=inputs)
-    except typst.TypstError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again."
-        ) from None

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from mss_utils.files import one_at_a_time
-from mss_utils.metrics import museval_works
-from mss_utils.settings import ROOT, open_run, resolve
+from mss_utils.config import ROOT, create_or_load_run, resolve_settings
+from mss_utils.evaluation.bsseval import museval_is_available
+from mss_utils.files import file_lock
 
 MSS_UTILS = (sys.executable, "-m", "mss_utils")
 STEMS = ("bass", "drums", "piano", "vocals")
@@ -104,7 +104,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_settings(dataset):
     """Smoke settings on the noise dataset."""
-    return resolve("smoke", str(dataset), "piano", SMALL)
+    return resolve_settings("smoke", str(dataset), "piano", SMALL)
 
 
 @pytest.fixture(scope="session")
@@ -119,13 +119,15 @@ def songs_store():
     """The built-in songs of the smoke profile with models of the demo's size: (store, settings)."""
     from mss_utils.data import open_store
 
-    return open_store(resolve("smoke")), resolve("demo", overrides="segment_s=1.5 batch_size=2")
+    return open_store(resolve_settings("smoke")), resolve_settings(
+        "demo", overrides="segment_s=1.5 batch_size=2"
+    )
 
 
 @pytest.fixture(scope="session")
 def museval():
     """museval, which cannot be imported without ffmpeg on the path."""
-    if not museval_works():
+    if not museval_is_available():
         pytest.skip("museval needs ffmpeg and ffprobe")
     return pytest.importorskip("museval")
 
@@ -133,7 +135,7 @@ def museval():
 @pytest.fixture
 def small_run(small_settings, tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
-    return open_run("smoke", "small", small_settings.data, "piano", SMALL)
+    return create_or_load_run("smoke", "small", small_settings.data, "piano", SMALL)
 
 
 def command(*arguments, **environment) -> subprocess.CompletedProcess:
@@ -155,7 +157,7 @@ def smoke_run(own_folders, tmp_path_factory):
     """
     own = tmp_path_factory.getbasetemp()
     shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke_run"
-    with one_at_a_time(shared):
+    with file_lock(shared):
         if not (shared / "call.json").exists():
             done = command(
                 "run",
@@ -186,7 +188,7 @@ def little_run(folder: Path, monkeypatch):
     monkeypatch.setattr(pipeline, "build_report", lambda run: None)
     monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
     monkeypatch.setenv("MSS_RESULTS", str(folder / "results"))
-    run = open_run("smoke", "little")
+    run = create_or_load_run("smoke", "little")
     write_notebook(
         notebooks / "one.ipynb",
         f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')",

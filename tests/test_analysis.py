@@ -10,19 +10,25 @@ import torch
 from conftest import write_dataset
 
 from mss_utils import figures
-from mss_utils.analysis import TABLES, analyse, repetition, transients, verdicts
-from mss_utils.analysis.phase import ONE_CHANNEL, bands, phase_scores, phase_share, with_phase_of
-from mss_utils.analysis.timing import beat_and_bar_s, onsets
+from mss_utils.analysis import TABLES, analyse, attack, hypotheses, repetition
+from mss_utils.analysis.onsets import beat_and_bar_s, find_onsets
+from mss_utils.analysis.phase import (
+    ONE_CHANNEL,
+    bands,
+    combine_magnitude_phase,
+    phase_scores,
+    phase_share,
+)
+from mss_utils.config import MODELS, create_or_load_run
 from mss_utils.data import build_store, open_store
-from mss_utils.evaluation import evaluate
+from mss_utils.evaluation.bsseval import utterance_sdr
+from mss_utils.evaluation.scores import evaluate
 from mss_utils.listening import questions
-from mss_utils.metrics import utterance_sdr
 from mss_utils.mixing import Mixer, share_of
 from mss_utils.models import build_model
 from mss_utils.models.level import Level
 from mss_utils.models.unet import STFT
-from mss_utils.settings import MODELS, open_run
-from mss_utils.training import train
+from mss_utils.training.loop import train
 
 RATE = 16000
 STFT_A = STFT(1024, 256)
@@ -127,7 +133,7 @@ def test_the_angle_between_channels():
 
 def test_a_signal_with_its_own_phase_is_itself():
     reference = noise()
-    assert np.abs(with_phase_of(reference, reference, STFT_A) - reference).max() < 1e-4
+    assert np.abs(combine_magnitude_phase(reference, reference, STFT_A) - reference).max() < 1e-4
 
 
 # --- reach ---------------------------------------------------------------------------------------------------------------
@@ -332,7 +338,7 @@ def test_a_smeared_click_has_the_pre_echo_that_was_put_in():
     for onset in (TIMES * RATE).round().astype(int):
         energy = np.square(reference[:, onset : onset + 800], dtype=float).sum()
         estimate[:, onset - 800 : onset] += np.sqrt(0.01 * energy / 800)
-    row = transients.transient_scores(reference, estimate, TIMES, RATE)
+    row = attack.transient_scores(reference, estimate, TIMES, RATE)
     assert (
         row["n_onsets"] == len(TIMES)
         and row["pre_echo_db"] == pytest.approx(-20, abs=0.05)
@@ -345,7 +351,7 @@ def test_errors_are_counted_where_they_are():
     for onset in (TIMES * RATE).round().astype(int):
         estimate[:, onset : onset + 800] *= 0.9  # the first 50 ms
         estimate[:, onset + 800 : onset + 6400] *= 0.99
-    row = transients.transient_scores(reference, estimate, TIMES, RATE)
+    row = attack.transient_scores(reference, estimate, TIMES, RATE)
     assert row["attack_sdr"] == pytest.approx(20, abs=0.01) and row["sustain_sdr"] == pytest.approx(
         40, abs=0.05
     )
@@ -355,11 +361,11 @@ def test_errors_are_counted_where_they_are():
 
 
 def test_a_slow_attack_is_late_by_what_it_is_slower():
-    row = transients.transient_scores(clicks(0.002), clicks(0.032), TIMES, RATE)
+    row = attack.transient_scores(clicks(0.002), clicks(0.032), TIMES, RATE)
     assert row["attack_time_error_ms"] == pytest.approx(
         0.8 * 30, abs=5
     )  # from a tenth to nine tenths, seen through 4 ms
-    assert transients.transient_scores(clicks(), clicks(), TIMES, RATE)["attack_time_error_ms"] == 0
+    assert attack.transient_scores(clicks(), clicks(), TIMES, RATE)["attack_time_error_ms"] == 0
 
 
 def test_attacks_too_smeared_to_be_seen_whole_count_as_late():
@@ -367,25 +373,21 @@ def test_attacks_too_smeared_to_be_seen_whole_count_as_late():
         clicks()
         + 0.2 * np.sin(2 * np.pi * 1000 * np.arange(10 * RATE) / RATE, dtype=np.float32)[None]
     )  # never quiet before an onset
-    late_ms = transients.transient_scores(clicks(), smeared, TIMES, RATE)["attack_time_error_ms"]
+    late_ms = attack.transient_scores(clicks(), smeared, TIMES, RATE)["attack_time_error_ms"]
     assert 40 < late_ms < 60, "all that is looked at before an onset"
     some = clicks()
     some[:, : 4 * RATE] = smeared[:, : 4 * RATE]  # seven of the eighteen
-    assert abs(transients.transient_scores(clicks(), some, TIMES, RATE)["attack_time_error_ms"]) < 2
+    assert abs(attack.transient_scores(clicks(), some, TIMES, RATE)["attack_time_error_ms"]) < 2
 
 
 def test_only_onsets_with_rest_before_them_count():
-    at = transients.isolated(np.array([0.01, 0.5, 0.6, 0.8, 9.95]), RATE, 10 * RATE)
+    at = attack.isolated(np.array([0.01, 0.5, 0.6, 0.8, 9.95]), RATE, 10 * RATE)
     assert (at / RATE).tolist() == [
         0.5,
         0.8,
     ]  # one too near the start, one after 100 ms, one too near the end
-    row = transients.transient_scores(clicks(), clicks(), np.array([]), RATE)
-    assert (
-        row["n_onsets"] == 0
-        and row["reason"] == transients.NO_ONSET
-        and np.isnan(row["attack_sdr"])
-    )
+    row = attack.transient_scores(clicks(), clicks(), np.array([]), RATE)
+    assert row["n_onsets"] == 0 and row["reason"] == attack.NO_ONSET and np.isnan(row["attack_sdr"])
 
 
 def test_built_in_songs_know_their_onsets_and_bars_and_others_are_listened_to(
@@ -393,7 +395,7 @@ def test_built_in_songs_know_their_onsets_and_bars_and_others_are_listened_to(
 ):
     store, _ = songs_store
     track = store.split("test")[0]
-    assert len(onsets(store, track, "piano")) > 5
+    assert len(find_onsets(store, track, "piano")) > 5
     beat_s, bar_s = beat_and_bar_s(store, track)
     assert 0.2 < beat_s < 1.5 and bar_s > 2 * beat_s - 1e-9
     for split in ("train", "valid", "test"):
@@ -403,7 +405,7 @@ def test_built_in_songs_know_their_onsets_and_bars_and_others_are_listened_to(
         )
         soundfile.write(tmp_path / split / "song" / "rest.wav", 0.1 * noise(10).T, RATE)
     other = build_store(tmp_path, RATE, 1)
-    found = onsets(other, other.split("test")[0], "piano")
+    found = find_onsets(other, other.split("test")[0], "piano")
     assert len(found) == len(TIMES) and np.abs(found - TIMES).max() < 0.03
 
 
@@ -424,13 +426,13 @@ def test_built_in_songs_know_their_onsets_and_bars_and_others_are_listened_to(
     ],
 )
 def test_the_rule(low, high, unit, by_seed, said):
-    assert verdicts.verdict(0.5 * (low + high), low, high, unit, np.array(by_seed)) == said
+    assert hypotheses.verdict(0.5 * (low + high), low, high, unit, np.array(by_seed)) == said
 
 
 def test_a_rank_correlation_is_found_with_its_interval():
     rng = np.random.default_rng(0)
     index = pd.Series(rng.random(30), [f"track {i}" for i in range(30)])
-    found = verdicts.rank_correlation(
+    found = hypotheses.rank_correlation(
         index, pd.DataFrame({0: index**3, 1: index, 2: np.exp(index)})
     )
     assert (
@@ -438,9 +440,9 @@ def test_a_rank_correlation_is_found_with_its_interval():
         and found["verdict"] == "supported"
         and found["tracks"] == 30
     )
-    unrelated = verdicts.rank_correlation(index, pd.DataFrame({0: rng.random(30)}, index.index))
+    unrelated = hypotheses.rank_correlation(index, pd.DataFrame({0: rng.random(30)}, index.index))
     assert unrelated["ci_low"] < 0 < unrelated["ci_high"] and unrelated["verdict"] == "cannot tell"
-    assert np.isnan(verdicts.rank_correlation(index[:3], pd.DataFrame({0: index[:3]}))["effect"])
+    assert np.isnan(hypotheses.rank_correlation(index[:3], pd.DataFrame({0: index[:3]}))["effect"])
 
 
 def made_up_tables(b1=0.0, b2=0.0, a=0.0):
@@ -530,7 +532,7 @@ def test_every_effect_has_the_sign_that_its_hypothesis_says(
     small_settings, quality, positive, negative
 ):
     settings = small_settings.model_copy(update=dict(data_study=True, segment_s=3.0))
-    table = verdicts.hypotheses(settings, made_up_tables(**quality))
+    table = hypotheses.hypotheses(settings, made_up_tables(**quality))
     table = table[~table["verdict"].eq("not askable")].assign(
         measure=lambda rows: rows["measure"].str.removeprefix("piano: ")
     )
@@ -553,7 +555,7 @@ def test_the_slope_is_what_ten_times_the_music_brings():
         for share in (0.1, 0.3, 1.0)
     ]
     for model, gain in (("demucs_lstm", 2.0), ("demucs_attention", 3.0)):
-        assert np.allclose(verdicts.slopes(pd.DataFrame(rows), model), gain)
+        assert np.allclose(hypotheses.slopes(pd.DataFrame(rows), model), gain)
 
 
 def test_a_share_of_the_training_tracks_is_used_and_smaller_shares_lie_in_larger_ones(
@@ -580,7 +582,7 @@ def test_a_stereo_run_on_a_folder_has_every_table_and_says_what_it_lacks(tmp_pat
     root = write_dataset(tmp_path / "data", n_train=2, n_test=2, channels=2)
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
     changes = "channels=2 segment_s=0.5 valid_s=2 steps=2 valid_every=2 excerpt_s=1 demucs_channels=16 ablations= data_study=False"
-    run = open_run("smoke", "stereo", str(root), "piano", changes)
+    run = create_or_load_run("smoke", "stereo", str(root), "piano", changes)
     store = open_store(run.settings)
     for name in MODELS:
         train(run, store, "piano", name)
@@ -626,7 +628,7 @@ def test_a_stereo_run_on_a_folder_has_every_table_and_says_what_it_lacks(tmp_pat
 @pytest.fixture
 def finished(smoke_run):
     """The finished smoke run with its store and tables as they are read back."""
-    run = open_run("smoke")
+    run = create_or_load_run("smoke")
     return (
         run,
         open_store(run.settings),
@@ -735,16 +737,16 @@ def test_a_row_is_said_in_one_sentence():
         verdict="not supported",
     )
     assert (
-        verdicts.said(row)
+        hypotheses.said(row)
         == "piano: SDR, B2 − B1: −0.25 dB [−0.50, −0.12], 20 tracks, 1 seed: **not supported**."
     )
-    assert "takes 3 seeds that agree" in verdicts.said(
+    assert "takes 3 seeds that agree" in hypotheses.said(
         row | dict(effect=0.25, ci_low=0.125, ci_high=0.5, verdict="cannot tell")
     )
     assert (
-        verdicts.said(row | dict(effect=np.nan, verdict="not askable"))
+        hypotheses.said(row | dict(effect=np.nan, verdict="not askable"))
         == "piano: SDR, B2 − B1: not askable."
     )
-    assert "takes 6 tracks" in verdicts.said(
+    assert "takes 6 tracks" in hypotheses.said(
         row | dict(ci_low=np.nan, ci_high=np.nan, tracks=3, verdict="cannot tell")
     )

@@ -10,12 +10,12 @@ import pytest
 from matplotlib.image import imread
 from nbconvert import HTMLExporter
 
+from mss_utils.config import MODELS, Run, Settings
 from mss_utils.listening import cut_excerpt, document, players, recoded
+from mss_utils.listening.blind_test import RATED, read_answers
 from mss_utils.listening.page import excerpts_section, page_of
 from mss_utils.listening.player import figure, gain_with_residuals
-from mss_utils.listening.ratings import RATED, read_answers
-from mss_utils.publishing import PLAYERS_MARK, with_players
-from mss_utils.settings import MODELS, Run, Settings
+from mss_utils.report.collections import PLAYERS_MARK, with_players
 
 RATE = 16000
 FREQUENCIES = dict(

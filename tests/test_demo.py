@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import soundfile
 
-from mss_utils import demo
-from mss_utils.demo import composing, playing
-from mss_utils.settings import ROOT
+from mss_utils import songs
+from mss_utils.config import ROOT
+from mss_utils.songs import composing, playing
 
-SHORT = (8.0, 12.0)
+SHORT_LABELS = (8.0, 12.0)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Three training songs, one for validation, two for testing."""
-    return demo.render_songs(
-        tmp_path_factory.mktemp("songs"), 3, 1, 2, duration_s=SHORT, n_jobs=1, progress=False
+    return songs.render_songs(
+        tmp_path_factory.mktemp("songs"), 3, 1, 2, duration_s=SHORT_LABELS, n_jobs=1, progress=False
     )
 
 
@@ -41,33 +41,35 @@ def read(song, stem):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_any_order(root, tmp_path):
-    demo.render_songs(tmp_path, 1, 1, 1, duration_s=SHORT, n_jobs=1, progress=False)
-    demo.render_songs(tmp_path, 3, 1, 2, duration_s=SHORT, n_jobs=2, progress=False)
+    songs.render_songs(tmp_path, 1, 1, 1, duration_s=SHORT_LABELS, n_jobs=1, progress=False)
+    songs.render_songs(tmp_path, 3, 1, 2, duration_s=SHORT_LABELS, n_jobs=2, progress=False)
     assert fingerprints(tmp_path) == fingerprints(root)
 
 
 def test_what_a_killed_call_left_is_cleared_away(root, tmp_path):
-    half = "import os, sys; from pathlib import Path; from mss_utils.files import working_folder\nwith working_folder(Path(sys.argv[1])) as work: (work / 'bass.flac').write_bytes(b'half'); os._exit(9)"
+    half = "import os, sys; from pathlib import Path; from mss_utils.files import temporary_folder\nwith temporary_folder(Path(sys.argv[1])) as work: (work / 'bass.flac').write_bytes(b'half'); os._exit(9)"
     assert subprocess.run(
         [sys.executable, "-c", half, str(tmp_path)], cwd=ROOT
     ).returncode == 9 and list(tmp_path.glob(".part-*"))
-    demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
+    songs.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT_LABELS, n_jobs=1, progress=False)
     assert [path.name for path in tmp_path.glob(".*")] == [".lock"] and len(songs(tmp_path)) == 1
 
 
 def test_another_seed_gives_other_songs():
-    first, second = (demo.compose("train", 0, seed, SHORT) for seed in (0, 1))
+    first, second = (songs.compose("train", 0, seed, SHORT_LABELS) for seed in (0, 1))
     assert [part.notes for part in first.parts] != [part.notes for part in second.parts]
 
 
 def test_finished_songs_are_kept_and_contradictions_refused(root, tmp_path):
-    demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
+    songs.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT_LABELS, n_jobs=1, progress=False)
     (song,) = songs(tmp_path)
     (song / "song.json").write_text("mine")
-    demo.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT, n_jobs=1, progress=False)
+    songs.render_songs(tmp_path, 1, 0, 0, duration_s=SHORT_LABELS, n_jobs=1, progress=False)
     assert (song / "song.json").read_text() == "mine"
     with pytest.raises(ValueError, match="rendered with.*asked for"):
-        demo.render_songs(tmp_path, 1, 0, 0, seed=1, duration_s=SHORT, n_jobs=1, progress=False)
+        songs.render_songs(
+            tmp_path, 1, 0, 0, seed=1, duration_s=SHORT_LABELS, n_jobs=1, progress=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -76,15 +78,15 @@ def test_finished_songs_are_kept_and_contradictions_refused(root, tmp_path):
 )
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        demo.compose(*arguments)
+        songs.compose(*arguments)
 
 
 def test_stems_add_up_without_clipping(root):
     for song in songs(root):
         mixture = read(song, "mixture").astype(int)
-        assert np.array_equal(mixture, sum(read(song, stem).astype(int) for stem in demo.STEMS))
+        assert np.array_equal(mixture, sum(read(song, stem).astype(int) for stem in songs.STEMS))
         assert 0.5 < np.abs(mixture).max() / 32768 < 0.9
-        for stem in demo.STEMS:
+        for stem in songs.STEMS:
             sound = read(song, stem) / 32768
             assert np.sqrt(np.mean(sound**2)) > 1e-3, f"{stem} of {song.name} is silent"
             assert abs(sound.mean()) < 1e-4
@@ -101,8 +103,8 @@ def test_musdb_reads_it(root):
     test = musdb.DB(root=str(root), setup_file="mus.yaml", is_wav=True, subsets="test")
     assert (len(train), len(valid), len(test)) == (3, 1, 2)
     track = test[0]
-    assert track.rate == demo.SAMPLE_RATE and set(demo.STEMS) <= set(track.targets)
-    total = sum(track.targets[stem].audio for stem in demo.STEMS)
+    assert track.rate == songs.SAMPLE_RATE and set(songs.STEMS) <= set(track.targets)
+    total = sum(track.targets[stem].audio for stem in songs.STEMS)
     assert np.allclose(track.audio, total, atol=1e-6)
     assert np.allclose(
         track.targets["piano"].audio, read(root / "test" / track.name, "piano") / 32768, atol=1e-6
@@ -117,7 +119,7 @@ def test_energy_rises_at_the_onsets(root, stem):
         for onset, before in zip(
             *(lambda t: (t[1:], t[:-1]))(json.loads((song / "onsets.json").read_text())[stem])
         ):
-            at = int(onset * demo.SAMPLE_RATE)
+            at = int(onset * songs.SAMPLE_RATE)
             if onset - before > 0.1 and at + 700 < len(sound):  # chords and rolls aside
                 power = [np.mean(np.diff(sound[a : a + 600]) ** 2) + 1e-10 for a in (at - 620, at)]
                 rises.append(power[1] > power[0])
@@ -128,10 +130,10 @@ def test_splits_share_no_seed_tempo_or_pair():
     """The plan is what `compose` draws first; over 1,000 training songs nearly every free tempo and pair turns up."""
     plans = {
         split: [composing._start(split, i, 0, (45.0, 90.0))[1] for i in range(n)]
-        for split, n in zip(demo.SPLITS, (1000, 12, 20))
+        for split, n in zip(songs.SPLITS, (1000, 12, 20))
     }
     for what in (lambda plan: plan.bpm, lambda plan: (plan.harmony, plan.groove)):
-        train, valid, test = ({what(plan) for plan in plans[split]} for split in demo.SPLITS)
+        train, valid, test = ({what(plan) for plan in plans[split]} for split in songs.SPLITS)
         assert not train & valid and not train & test and not valid & test
     assert (
         len({plan.harmony for plan in plans["test"]}) > 8
@@ -140,10 +142,14 @@ def test_splits_share_no_seed_tempo_or_pair():
 
 
 def test_song_facts_are_the_plan_that_was_checked():
-    songs = [demo.compose(split, i, 0, SHORT).metadata for split in demo.SPLITS for i in range(4)]
+    songs = [
+        songs.compose(split, i, 0, SHORT_LABELS).metadata
+        for split in songs.SPLITS
+        for i in range(4)
+    ]
     assert len({tuple(song["seed"]) for song in songs}) == len(songs)
     for song in songs:
-        plan = composing._start(song["split"], song["index"], 0, SHORT)[1]
+        plan = composing._start(song["split"], song["index"], 0, SHORT_LABELS)[1]
         assert (song["tempo_bpm"], song["harmony"], song["groove"]) == (
             plan.bpm,
             plan.harmony,
@@ -153,11 +159,11 @@ def test_song_facts_are_the_plan_that_was_checked():
 
 def test_songs_have_a_form_and_every_player():
     for i in range(20):
-        song = demo.compose("test", i)
+        song = songs.compose("test", i)
         assert 45.0 <= song.duration_s <= 90.0
         assert sum(bars for _, bars in song.metadata["form"]) == song.metadata["bars"]
         onsets = song.onsets()
-        assert all(len(onsets[stem]) > 10 for stem in demo.STEMS)
+        assert all(len(onsets[stem]) > 10 for stem in songs.STEMS)
         assert all(0.0 <= times[0] and times[-1] < song.duration_s for times in onsets.values())
         gaps = np.diff([0.0, *onsets["piano"], song.duration_s])
         assert gaps[gaps > 4.0].sum() < 0.3 * song.duration_s
@@ -167,7 +173,7 @@ def test_the_piano_lies_below_the_mixture():
     """The unscaled mixture as the estimate of the piano, in dB: spread over songs around -6.5."""
     found = []
     for i in range(5):
-        stems = demo.render(demo.compose("test", i, duration_s=SHORT))
+        stems = songs.render(songs.compose("test", i, duration_s=SHORT_LABELS))
         mono = {stem: sound.astype(float).mean(1) for stem, sound in stems.items()}
         residual = sum(mono.values()) - mono["piano"]
         found.append(10 * np.log10(np.sum(mono["piano"] ** 2) / np.sum(residual**2)))
@@ -183,7 +189,7 @@ def test_keys_are_in_tune(program, key):
     spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 1 << 16))
     cents = np.arange(-600, 601, 5)
     combs = [
-        440 * 2 ** ((key - 69 + c / 100) / 12) * np.arange(1, 7) / demo.SAMPLE_RATE * (1 << 16)
+        440 * 2 ** ((key - 69 + c / 100) / 12) * np.arange(1, 7) / songs.SAMPLE_RATE * (1 << 16)
         for c in cents
     ]
     strength = [

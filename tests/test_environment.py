@@ -11,8 +11,8 @@ from conftest import command, write_dataset
 
 from mss_utils import environment
 from mss_utils.__main__ import main
+from mss_utils.config import resolve_settings
 from mss_utils.environment import FINE, STOP, WARNING, requirements
-from mss_utils.settings import resolve
 
 NAMES = [
     "Python",
@@ -29,7 +29,7 @@ NAMES = [
 
 
 def found(settings=None):
-    return {need.name: need for need in requirements(settings or resolve("smoke"))}
+    return {need.name: need for need in requirements(settings or resolve_settings("smoke"))}
 
 
 def test_a_machine_that_has_everything_is_fine(museval):
@@ -116,7 +116,7 @@ def test_nothing_is_fetched_to_be_looked_at(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "mss_utils.data.sources._download_excerpts", lambda root: pytest.fail("fetched")
     )
-    needs = found(resolve("musdb7"))
+    needs = found(resolve_settings("musdb7"))
     assert needs["ffmpeg"].state == STOP and "which musdb fetches" in needs["dataset"].found
 
 
@@ -124,15 +124,15 @@ def test_nothing_is_fetched_to_be_looked_at(monkeypatch, tmp_path):
 def test_what_is_lacking_is_told_with_how_to_mend_it(name, monkeypatch, tmp_path):
     strike, settings, state, mend = LACKING[name]
     strike(monkeypatch, tmp_path)
-    need = found(resolve("smoke", **settings))[name]
+    need = found(resolve_settings("smoke", **settings))[name]
     assert need.state == state and mend in need.mend and need.found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_asked_for_and_not_there_stops_a_run():
-    need = found(resolve("smoke", overrides="device=cuda"))["device"]
+    need = found(resolve_settings("smoke", overrides="device=cuda"))["device"]
     assert need.state == STOP and "device=auto" in need.mend
-    assert found(resolve("musdb18", data="x"))["device"].state == WARNING
+    assert found(resolve_settings("musdb18", data="x"))["device"].state == WARNING
 
 
 def test_stem_files_need_ffmpeg(monkeypatch, tmp_path):
@@ -141,7 +141,7 @@ def test_stem_files_need_ffmpeg(monkeypatch, tmp_path):
         for number in range(2):
             (tmp_path / split / f"{number}.stem.mp4").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert found(resolve("musdb7", data=str(tmp_path)))["ffmpeg"].state == STOP
+    assert found(resolve_settings("musdb7", data=str(tmp_path)))["ffmpeg"].state == STOP
 
 
 def test_check_says_all_of_it_and_stops_only_for_what_would_stop_a_run(tmp_path, capsys):

@@ -10,18 +10,33 @@ import soundfile
 import torch
 from conftest import STEMS, write_dataset
 
+from mss_utils.config import MODELS, Run, resolve_settings
 from mss_utils.data import open_store
-from mss_utils.evaluation import ORACLES, ROWS, TABLES, estimates, evaluate, oracle, score, wiener
-from mss_utils.metrics import METRICS, TRACK_METRICS, bss_eval, score_track, utterance_sdr
-from mss_utils.settings import MODELS, Run, resolve
-from mss_utils.statistics import compare, detectable, holm, median_interval, sentence, summarise
-from mss_utils.training import train
+from mss_utils.evaluation.bsseval import (
+    METRICS,
+    TRACK_METRICS,
+    bss_eval,
+    score_track,
+    utterance_sdr,
+)
+from mss_utils.evaluation.scores import TABLES, evaluate, score
+from mss_utils.evaluation.statistics import (
+    compare,
+    detectable_difference,
+    holm,
+    median_interval,
+    paired_sentence,
+    summarise,
+)
+from mss_utils.models.oracles import ORACLES, oracle, wiener
+from mss_utils.separation.estimates import ROWS, estimates
+from mss_utils.training.loop import train
 
 COLUMNS = {
     "frames": "references target track model seed frame SDR ISR SIR SAR",
     "tracks": "references target track model seed SDR ISR SIR SAR utterance_SDR SI_SDR frames usable_frames",
     "lost_frames": "references target track model seed reason frames",
-    "referee": "metric scores largest_difference_db unequal_nan tracks",
+    "cross_check": "metric scores largest_difference_db unequal_nan tracks",
     "summary": "references target model metric median mean ci_low ci_high tracks seeds",
     "paired": "target a b metric median_difference ci_low ci_high p_wilcoxon p_corrected tracks seeds",
     "cost": "target model seed parameters train_s steps audio_s_per_s inference_rtf peak_memory_mb",
@@ -48,7 +63,7 @@ def test_the_tables_have_the_columns_of_the_contract(evaluated):
         written = pd.read_csv(run.table(name))
         assert list(written.columns) == columns.split()
         assert len(written) == len(tables[name])
-        assert len(written) > 0 or name in ("lost_frames", "referee")
+        assert len(written) > 0 or name in ("lost_frames", "cross_check")
     assert list(tables["tracks"]["model"].unique()) == list(ROWS)
     assert set(tables["tracks"]["references"]) == {"target+residual"}
     assert len(tables["frames"]) == 2 * len(ROWS) * 3, "two test tracks of three seconds"
@@ -134,20 +149,20 @@ def test_paired_differences_and_their_sentences():
     )
     assert math.isnan(table.loc["demucs_attention", "unet"]["p_wilcoxon"])
     rows = table.reset_index()
-    assert sentence(rows.iloc[0]).startswith(
+    assert paired_sentence(rows.iloc[0]).startswith(
         "B1 is 0.60 dB better than A in SDR for these trained weights [0."
     )
-    assert sentence(rows.iloc[1]).startswith("The data cannot tell B2 from A in SDR")
-    assert sentence(rows.iloc[2]).startswith("B1 is 0.60 dB better than B2")
-    assert sentence(rows.iloc[0]).endswith(", 8 tracks, 1 seed.")
-    assert sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07)).endswith(
+    assert paired_sentence(rows.iloc[1]).startswith("The data cannot tell B2 from A in SDR")
+    assert paired_sentence(rows.iloc[2]).startswith("B1 is 0.60 dB better than B2")
+    assert paired_sentence(rows.iloc[0]).endswith(", 8 tracks, 1 seed.")
+    assert paired_sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07)).endswith(
         "; the corrected Wilcoxon test does not confirm it."
     )
     three = compare(track_table(differences, seeds=3)).query("metric == 'SDR'").iloc[0]
-    assert "trained weights" not in sentence(three) and "3 seeds" in sentence(three)
+    assert "trained weights" not in paired_sentence(three) and "3 seeds" in paired_sentence(three)
     one = compare(track_table(differences[:1])).query("metric == 'SDR'").iloc[0]
     assert (
-        sentence(one)
+        paired_sentence(one)
         == "B1 and A cannot be compared in SDR: 1 track, 1 seed with a score of both, at least 6 tracks are needed."
     )
 
@@ -210,13 +225,15 @@ def test_a_detectable_difference_is_found_four_times_out_of_five():
     low, high = median_interval(first)
     size = np.mean(
         [
-            detectable(dict(zip(("ci_low", "ci_high"), median_interval(rng.standard_normal(n)))))
+            detectable_difference(
+                dict(zip(("ci_low", "ci_high"), median_interval(rng.standard_normal(n))))
+            )
             for _ in range(40)
         ]
     )
     found = [median_interval(rng.standard_normal(n) + size)[0] > 0 for _ in range(300)]
     assert 0.7 < np.mean(found) < 0.92
-    assert detectable(dict(ci_low=low, ci_high=high)) == pytest.approx(
+    assert detectable_difference(dict(ci_low=low, ci_high=high)) == pytest.approx(
         (high - low) / 2 * 2.8 / 1.96, rel=0.01
     )
 
@@ -269,7 +286,9 @@ def gaps(tmp_path_factory):
     for stem in STEMS:
         audio, rate = soundfile.read(songs[3] / f"{stem}.wav")
         soundfile.write(songs[3] / f"{stem}.wav", audio[:4800], rate)
-    settings = without_ablations(resolve("smoke", str(root), "piano", "referee_tracks=4"))
+    settings = without_ablations(
+        resolve_settings("smoke", str(root), "piano", "cross_check_tracks=4")
+    )
     return open_store(settings), settings
 
 
@@ -286,7 +305,7 @@ def half_mixture(store, targets=1):
 
 def test_lost_frames_are_counted_and_explained(gaps):
     store, settings = gaps
-    tables = score(settings, store, half_mixture(store), n_referee=0)
+    tables = score(settings, store, half_mixture(store), n_cross_check=0)
     tracks = tables["tracks"].set_index("track")
     assert tracks["frames"].tolist() == [3, 3, 3, 1] and tracks["usable_frames"].tolist() == [
         2,
@@ -309,19 +328,22 @@ def test_lost_frames_are_counted_and_explained(gaps):
     )
     assert dict(lost["frames"]) == {"test song 0": 1, "test song 1": 3}
     assert set(tables["frames"]["frame"]) == {0, 1, 2}, "a lost frame keeps its row"
-    assert tables["referee"].empty and list(tables["referee"].columns) == COLUMNS["referee"].split()
+    assert (
+        tables["cross_check"].empty
+        and list(tables["cross_check"].columns) == COLUMNS["cross_check"].split()
+    )
 
 
 def test_museval_checks_the_shortest_tracks(gaps, museval):
     store, settings = gaps
-    referee = score(settings, store, half_mixture(store))["referee"].set_index("metric")
+    referee = score(settings, store, half_mixture(store))["cross_check"].set_index("metric")
     assert (referee["tracks"] == 3).all(), "one of the four has no piano"
     assert (referee.loc[["SDR", "ISR"], "largest_difference_db"] < 1e-6).all()
 
 
 def test_stems_beside_a_silent_one_are_scored(gaps):
     store, settings = gaps
-    settings = settings.model_copy(update=dict(target="all", referee_tracks=0))
+    settings = settings.model_copy(update=dict(target="all", cross_check_tracks=0))
     tables = score(settings, store, half_mixture(store, len(STEMS)))
     usable = tables["tracks"].pivot(index="track", columns="target", values="usable_frames")
     assert usable.loc["test song 0"].tolist() == [2] * 4, (
@@ -336,7 +358,10 @@ def test_stems_beside_a_silent_one_are_scored(gaps):
 def test_several_targets_are_scored_as_if_each_were_alone(gaps):
     store, settings = gaps
     of = lambda target, n: score(
-        settings.model_copy(update=dict(target=target)), store, half_mixture(store, n), n_referee=0
+        settings.model_copy(update=dict(target=target)),
+        store,
+        half_mixture(store, n),
+        n_cross_check=0,
     )
     alone = {target: of(target, 1) for target in ("vocals", "drums")}
     both = of("vocals,drums", 2)
@@ -353,7 +378,7 @@ def test_several_targets_are_scored_as_if_each_were_alone(gaps):
 def test_a_model_that_says_nothing_has_zero_db(gaps):
     store, settings = gaps
     silence = lambda track: {("silence", 0): np.zeros((1, 1, track.samples), np.float32)}
-    tables = score(settings, store, silence, n_referee=0)
+    tables = score(settings, store, silence, n_cross_check=0)
     assert (
         tables["tracks"]["utterance_SDR"].tolist()[0] == 0 and tables["tracks"]["SDR"].isna().all()
     )
@@ -400,20 +425,20 @@ class Fatal(int):
 
 def test_a_killed_scoring_process_costs_no_score(gaps):
     store, settings = gaps
-    undisturbed = score(settings, store, half_mixture(store), n_referee=0)
+    undisturbed = score(settings, store, half_mixture(store), n_cross_check=0)
     with pytest.warns(UserWarning, match="was killed"):
         again = score(
-            settings, replace(store, sample_rate=Fatal(16000)), half_mixture(store), n_referee=0
+            settings, replace(store, sample_rate=Fatal(16000)), half_mixture(store), n_cross_check=0
         )
     for name in ("frames", "tracks", "lost_frames"):
         pd.testing.assert_frame_equal(again[name], undisturbed[name])
 
 
-def test_without_ffmpeg_there_is_no_referee(gaps, monkeypatch):
+def test_without_ffmpeg_there_is_no_cross_check(gaps, monkeypatch):
     store, settings = gaps
-    monkeypatch.setattr("mss_utils.evaluation.museval_works", lambda: False)
+    monkeypatch.setattr("mss_utils.evaluation.museval_is_available", lambda: False)
     with pytest.warns(UserWarning, match="Without ffmpeg"):
-        assert score(settings, store, half_mixture(store))["referee"].empty
+        assert score(settings, store, half_mixture(store))["cross_check"].empty
 
 
 def test_museval_can_score_instead(gaps, museval):
@@ -451,14 +476,14 @@ def test_an_ablation_is_the_same_training_without_one_thing(evaluated):
         and row["tracks"] == 2
         and row["with_it"] != row["without_it"]
     )
-    kept = resolve("smoke").model_validate_json(
+    kept = resolve_settings("smoke").model_validate_json(
         (run.folder / "ablations" / "curriculum" / "settings.json").read_text()
     )
     assert kept == without_ablations(run.settings, curriculum=False, data_study=False)
 
 
 def test_without_the_setting_no_ablation_is_run(small_settings, store, tmp_path):
-    from mss_utils.evaluation import ablate
+    from mss_utils.analysis.studies import ablate
 
     table = ablate(Run("none", without_ablations(small_settings), tmp_path), store, pd.DataFrame())
     assert (

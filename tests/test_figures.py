@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 
 from mss_utils import figures
+from mss_utils.config import MODELS, Run, Settings, resolve_settings
+from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.figures.data import mean_between
 from mss_utils.models import build_model, count_parameters
-from mss_utils.settings import MODELS, Run, Settings, resolve
-from mss_utils.statistics import compare, summarise
 
 RATE = 16000
 
@@ -109,7 +109,7 @@ def test_means_between_edges_keep_the_sum():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_architecture_is_read_from_the_model(name):
-    settings = resolve("smoke", overrides="unet_channels=3 demucs_channels=6")
+    settings = resolve_settings("smoke", overrides="unet_channels=3 demucs_channels=6")
     model = build_model(name, settings)
     said = texts(figures.architecture(model.train(), settings))
     assert f"{count_parameters(model):,} parameters" in said
@@ -239,13 +239,13 @@ def test_opinion_stands_beside_the_scores_of_the_same_version(tracks):
 
 
 def test_scores_are_written_with_no_digits_of_noise():
-    assert [figures.number(value) for value in (-1.234, 79.999, 80.01, np.inf)] == [
+    assert [figures.format_number(value) for value in (-1.234, 79.999, 80.01, np.inf)] == [
         "−1.23",
         "80.00",
         "> 80",
         "> 80",
     ]
-    assert figures.number(0.5, 1, "+") == "+0.5" and figures.decibels(-3.0) == "−3.0 dB"
+    assert figures.format_number(0.5, 1, "+") == "+0.5" and figures.format_db(-3.0) == "−3.0 dB"
 
 
 def test_figures_survive_a_table_without_intervals(tracks):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from mss_utils import files
-from mss_utils.files import one_at_a_time, replacing, safe_name, working_folder, write_text
+from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
 
 
 def test_safe_names():
@@ -27,7 +27,7 @@ def test_one_at_a_time(tmp_path):
     order, inside = [], threading.Event()
 
     def first():
-        with pytest.raises(ZeroDivisionError), one_at_a_time(tmp_path / "place"):
+        with pytest.raises(ZeroDivisionError), file_lock(tmp_path / "place"):
             inside.set()
             time.sleep(0.2)  # the other comes to wait
             order.append("first")
@@ -36,7 +36,7 @@ def test_one_at_a_time(tmp_path):
     thread = threading.Thread(target=first)
     thread.start()
     inside.wait()
-    with one_at_a_time(tmp_path / "place"):
+    with file_lock(tmp_path / "place"):
         order.append("second")
     thread.join()
     assert order == ["first", "second"]
@@ -48,16 +48,16 @@ def test_a_disk_without_locks_is_said(error, tmp_path, monkeypatch, capsys):
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with one_at_a_time(tmp_path / "drive"):
+    with file_lock(tmp_path / "drive"):
         assert "is on a disk without locks" in capsys.readouterr().err
 
 
 def test_a_refusal_to_read_is_not_taken_for_one_to_write(tmp_path):
-    with pytest.raises(PermissionError, match="song.wav"), working_folder(tmp_path / "out"):
+    with pytest.raises(PermissionError, match="song.wav"), temporary_folder(tmp_path / "out"):
         raise PermissionError(13, "Permission denied", str(tmp_path / "song.wav"))
     with (
         pytest.raises(OSError, match="cannot be written.*make its folder writable"),
-        replacing(tmp_path / "table.csv") as part,
+        atomic_write(tmp_path / "table.csv") as part,
     ):
         raise PermissionError(13, "Permission denied", str(part))
 
@@ -77,7 +77,7 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path):
         (tmp_path / name).touch()
     os.utime(tmp_path / names["reused"], (time.time() - 3600, time.time() - 3600))
     os.utime(tmp_path / names["yesterday"], (0, 0))
-    with replacing(tmp_path / "a.txt") as part:
+    with atomic_write(tmp_path / "a.txt") as part:
         part.touch()
         files._remove_forgotten(tmp_path, "a.txt")
         assert {path.name for path in tmp_path.glob(".part-*")} == {part.name, names["elsewhere"]}

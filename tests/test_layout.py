@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mss_utils.settings import ROOT
+from mss_utils.config import ROOT
 
 PACKAGE = ROOT / "mss_utils"
 LINE = re.sub(

@@ -17,14 +17,14 @@ import torch
 from scipy import stats
 
 from mss_utils import listening
+from mss_utils.config import MODELS, Run, Settings
 from mss_utils.data import Track, level_db, loudest_start
 from mss_utils.listening import widgets
+from mss_utils.listening.blind_test import RATED, low_anchor, opinion, read_answers, screened
 from mss_utils.listening.excerpts import excerpt_scores, write_excerpt
 from mss_utils.listening.page import excerpts_section
 from mss_utils.listening.player import coded_rate, common_gain, gain_with_residuals
-from mss_utils.listening.ratings import RATED, low_anchor, opinion, read_answers, screened
-from mss_utils.settings import MODELS, Run, Settings
-from mss_utils.training import train
+from mss_utils.training.loop import train
 
 RATE = 16000
 

@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from mss_utils.metrics import (
+from mss_utils.evaluation.bsseval import (
+    MAX_SCORE_DB,
     METRICS,
-    ROUNDING_DB,
     BSSEval,
-    Museval,
+    MusevalScorer,
     bss_eval,
     disagreement,
     score_track,
@@ -53,11 +53,11 @@ def assert_equal_scores(found, expected):
         ours, theirs = found[metric], expected[metric]
         assert ours.shape == theirs.shape and ours.dtype == np.float64
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=metric)
-        exact = theirs < ROUNDING_DB
+        exact = theirs < MAX_SCORE_DB
         np.testing.assert_allclose(
             ours[exact], theirs[exact], rtol=0, atol=TOLERANCE_DB, err_msg=metric
         )
-        assert (ours[theirs >= ROUNDING_DB] > ROUNDING_DB - 1).all(), metric
+        assert (ours[theirs >= MAX_SCORE_DB] > MAX_SCORE_DB - 1).all(), metric
 
 
 # --- equal to museval ---------------------------------------------------------------------------------------------
@@ -143,16 +143,17 @@ def test_the_referee_answers_as_museval_and_where_museval_raises(museval):
     references = music(3, 2)
     estimates = separated(references)
     assert_equal_scores(
-        Museval(references, RATE).score(estimates),
+        MusevalScorer(references, RATE).score(estimates),
         museval_scores(museval, references, estimates, RATE),
     )
-    few = Museval(references, RATE).score(estimates[[2, 0]], [2, 0])
+    few = MusevalScorer(references, RATE).score(estimates[[2, 0]], [2, 0])
     np.testing.assert_array_equal(
         few["SAR"], museval_scores(museval, references, estimates, RATE)["SAR"][[2, 0]]
     )
     estimates[1] = 0
     assert all(
-        np.isnan(values).all() for values in Museval(references, RATE).score(estimates).values()
+        np.isnan(values).all()
+        for values in MusevalScorer(references, RATE).score(estimates).values()
     )
 
 
@@ -167,14 +168,14 @@ def test_where_museval_stops_the_referee_has_no_score(museval, monkeypatch):
     if np.lib.NumpyVersion(np.__version__) >= "2.0.0":
         with pytest.raises(AttributeError):
             museval_scores(museval, references, separated(references), RATE)
-    scores = Museval(references, RATE).score(separated(references))
+    scores = MusevalScorer(references, RATE).score(separated(references))
     assert scores["SDR"].shape == (2, 3) and np.isnan(scores["SDR"]).all()
 
 
 def test_without_ffmpeg_the_referee_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="ffmpeg and ffprobe.*scorer=bss_eval"):
-        Museval(music(2, 1), RATE)
+        MusevalScorer(music(2, 1), RATE)
 
 
 def test_some_stems_score_as_among_all():
@@ -279,7 +280,7 @@ def test_identical_references_have_scores():
     scores = bss_eval(references, separated(references), RATE)
     assert all(np.isfinite(values).all() for values in scores.values())
     assert (
-        scores["SIR"] > ROUNDING_DB
+        scores["SIR"] > MAX_SCORE_DB
     ).all()  # nothing can interfere that the own reference does not explain
 
 

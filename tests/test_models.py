@@ -5,11 +5,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mss_utils.config import MODELS, PROFILES, resolve_settings
 from mss_utils.models import build_model, count_parameters, load_model, receptive_field_s
 from mss_utils.models.demucs import sinusoidal_positions
 from mss_utils.models.unet import STFT
-from mss_utils.settings import MODELS, PROFILES, resolve
-from mss_utils.training import snr_loss
+from mss_utils.training.loop import snr_loss
 
 WAVE_MODELS = ("demucs_lstm", "demucs_attention")
 
@@ -41,7 +41,9 @@ def test_the_mask_is_soft_and_covers_every_bin(small_settings):
 
 
 def test_the_baseline_has_no_recurrence_and_no_attention():
-    kinds = {type(layer).__name__ for layer in build_model("unet", resolve("demo")).modules()}
+    kinds = {
+        type(layer).__name__ for layer in build_model("unet", resolve_settings("demo")).modules()
+    }
     own = {"UNet", "TallPath", "STFT", "Level", "Down", "Up"}
     assert kinds <= own | {
         "ModuleList",
@@ -85,19 +87,20 @@ def test_one_batch_can_be_learnt_by_heart(small_settings, name):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_two_bottlenecks_cost_the_same(profile):
     sizes = [
-        count_parameters(build_model(name, resolve(profile)).bottleneck) for name in WAVE_MODELS
+        count_parameters(build_model(name, resolve_settings(profile)).bottleneck)
+        for name in WAVE_MODELS
     ]
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
 
 
 def test_b1_and_b2_start_from_the_same_encoder_and_decoder():
     lstm, attention = (
-        build_model(name, resolve("demo"), seed=5).state_dict() for name in WAVE_MODELS
+        build_model(name, resolve_settings("demo"), seed=5).state_dict() for name in WAVE_MODELS
     )
     shared = [key for key in lstm if not key.startswith("bottleneck")]
     assert shared == [key for key in attention if not key.startswith("bottleneck")]
     assert all(torch.equal(lstm[key], attention[key]) for key in shared)
-    again = build_model("demucs_lstm", resolve("demo"), seed=6).state_dict()
+    again = build_model("demucs_lstm", resolve_settings("demo"), seed=6).state_dict()
     assert not torch.equal(lstm["encoder.0.0.weight"], again["encoder.0.0.weight"])
 
 

@@ -10,8 +10,8 @@ from conftest import command, little_run, write_notebook
 import mss_utils.pipeline as pipeline
 from mss_utils import analysis, evaluation, listening
 from mss_utils.__main__ import main
+from mss_utils.config import MODELS, ROOT, create_or_load_run
 from mss_utils.pipeline import STAGES, StageError, is_finished, stage_key
-from mss_utils.settings import MODELS, ROOT, open_run
 
 CONTRACT = [
     "settings.json",
@@ -233,7 +233,7 @@ def test_a_parameter_that_a_notebook_does_not_declare_is_an_error(little):
 
 def test_the_report_says_what_a_run_lacks(tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
-    run = open_run("smoke", "begun")
+    run = create_or_load_run("smoke", "begun")
     run.write_settings()
     with pytest.raises(FileNotFoundError, match="environment.json.*finish the run"):
         pipeline.build_report(run)

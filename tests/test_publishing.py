@@ -17,12 +17,18 @@ import torch
 from conftest import command
 from safetensors.torch import load_file
 
-from mss_utils import publishing
+from mss_utils import report
+from mss_utils.config import MODELS, ROOT, collection_runs, results_folder
 from mss_utils.listening import recoded
 from mss_utils.listening.player import SOUND
 from mss_utils.models import load_model
-from mss_utils.publishing import collected, export, lightened, rescore, write_report
-from mss_utils.settings import MODELS, ROOT, results_folder, runs_in
+from mss_utils.report.collections import (
+    collected,
+    export,
+    rescore,
+    strip_heavy_outputs,
+    write_report,
+)
 
 needs_pdftotext = pytest.mark.skipif(
     not shutil.which("pdftotext"), reason="pdftotext (poppler-utils) is not installed"
@@ -56,7 +62,7 @@ def collection(smoke_run):
 def exported(collection):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            publishing, "MAX_TABLE", 5_000
+            report, "MAX_TABLE", 5_000
         )  # frames.csv and phase.csv are longer, paired.csv is not
         return export(collection, "small", complete=["piano"])
 
@@ -65,7 +71,11 @@ def test_a_collection_is_a_folder_of_runs(collection):
     assert [run.name for run in collected(collection)] == ["full/own", "full/songs"], (
         "built-in songs last"
     )
-    assert runs_in("smoke") == [] and runs_in("nothing") == [] and runs_in("") == []
+    assert (
+        collection_runs("smoke") == []
+        and collection_runs("nothing") == []
+        and collection_runs("") == []
+    )
     with pytest.raises(ValueError, match="No collection 'smoke': expected runs under"):
         collected("smoke")
 
@@ -75,7 +85,7 @@ def test_what_is_exported_is_small_and_whole(collection, exported):
     assert not [
         path for path in exported.rglob("*") if path.suffix in (".ckpt", ".png", ".mp3", ".pdf")
     ]
-    for table in publishing.TABLES:
+    for table in report.TABLES:
         before, after = (
             pd.read_csv(full / "tables" / f"{table}.csv"),
             pd.read_csv(*(small / "tables").glob(f"{table}.csv*")),
@@ -139,7 +149,7 @@ def test_notebooks_keep_words_and_lose_weight(exported):
     heavy = nbformat.v4.new_code_cell(
         outputs=[nbformat.v4.new_output("display_data", data={"text/html": "x" * 30_000})]
     )
-    assert lightened(nbformat.v4.new_notebook(cells=[heavy])).cells[0].outputs == []
+    assert strip_heavy_outputs(nbformat.v4.new_notebook(cells=[heavy])).cells[0].outputs == []
 
 
 def test_an_export_loses_no_answers_and_overwrites_no_run(collection, exported, smoke_run):

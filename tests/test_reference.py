@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mss_utils.config import MODELS, ROOT, expand_path, results_folder
 from mss_utils.data import open_store
-from mss_utils.publishing import (
+from mss_utils.report.collections import (
     REFERENCE,
     collected,
     is_study,
@@ -20,7 +21,6 @@ from mss_utils.publishing import (
     targets_of,
     write_report,
 )
-from mss_utils.settings import MODELS, ROOT, from_root, results_folder
 
 FOLDER = ROOT / "results" / REFERENCE
 needs_pdftotext = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def assert_scores_stay(name, store):
     not os.environ.get("MUSDB_PATH"), reason="MUSDB_PATH names no folder of MUSDB18"
 )
 def test_scores_of_musdb_excerpts_stay(reference, tmp_path):
-    dataset = from_root(os.environ["MUSDB_PATH"])
+    dataset = expand_path(os.environ["MUSDB_PATH"])
     for split, count in (("train", 2), ("test", 4)):
         (tmp_path / split).mkdir()
         for path in sorted((dataset / split).glob("*.stem.mp4"))[:count]:

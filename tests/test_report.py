@@ -9,9 +9,9 @@ import subprocess
 import pytest
 import typst
 
-from mss_utils.environment import data_kind
-from mss_utils.publishing import RULES
-from mss_utils.settings import MODELS, PROFILES, ROOT, Settings
+from mss_utils.config import MODELS, PROFILES, ROOT, Settings
+from mss_utils.environment import dataset_kind
+from mss_utils.report.collections import RULES
 
 METRICS = ("SDR", "ISR", "SIR", "SAR", "utterance_SDR", "SI_SDR")
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
@@ -140,7 +140,7 @@ class FakeRun:
                 for model in MEDIANS
                 for frames in (3, 5)
             ],
-            referee=[
+            cross_check=[
                 dict(metric=metric, scores=100, largest_difference_db=3e-8, unequal_nan=0, tracks=2)
                 for metric in METRICS[:4]
             ],
@@ -310,7 +310,7 @@ class FakeRun:
 
     def tell(self, **more):
         """What the pipeline adds to the files of a run."""
-        kind = data_kind(Settings(**self.settings), self.environment["dataset"])
+        kind = dataset_kind(Settings(**self.settings), self.environment["dataset"])
         (self.folder / "about.json").write_text(json.dumps(dict(kind=kind) | more))
 
     def _write_model(self, target, model, valid_sdr=5.0):
@@ -548,11 +548,11 @@ def test_what_has_no_score_is_said_and_so_is_who_checked(tmp_path):
         text, "is below 10−7 dB"
     )
     run.change("summary", dict(model="mixture", metric="SAR"), median=254.37)
-    run.change("referee", dict(metric="SIR"), largest_difference_db=0.25, unequal_nan=3)
+    run.change("cross_check", dict(metric="SIR"), largest_difference_db=0.25, unequal_nan=3)
     text = run.text()
     assert says(text, "> 80") and not says(text, "254.37")
     assert says(text, "is below 100 dB; 3 scores exist in one program only")
-    run.tables |= dict(referee=[], lost_frames=[])
+    run.tables |= dict(cross_check=[], lost_frames=[])
     assert says(run.text(), "in this run no score was computed by both")
     run.settings["scorer"] = "museval"
     assert says(run.text(), "The scores are computed by museval 0.4.1; in this run")

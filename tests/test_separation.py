@@ -11,7 +11,8 @@ from conftest import command
 from mss_utils import separation
 from mss_utils.__main__ import main
 from mss_utils.models import build_model
-from mss_utils.separation import bandwidth_note, separate, separate_file, separated_blocks
+from mss_utils.separation.overlap_add import separate, separated_blocks
+from mss_utils.separation.song_files import bandwidth_note, separate_file
 
 needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs ffmpeg")
 

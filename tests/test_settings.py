@@ -2,13 +2,20 @@ import json
 
 import pytest
 
+from mss_utils.config import (
+    PROFILES,
+    ROOT,
+    cache_folder,
+    create_or_load_run,
+    resolve_settings,
+    results_folder,
+)
 from mss_utils.files import write_text
-from mss_utils.settings import PROFILES, ROOT, cache_folder, open_run, resolve, results_folder
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_profile_resolves(profile):
-    settings = resolve(profile)
+    settings = resolve_settings(profile)
     assert settings.profile == profile
     assert settings.stage2_step <= settings.stage3_step < settings.steps
 
@@ -51,7 +58,7 @@ def test_every_profile_resolves(profile):
 )
 def test_a_wrong_setting_is_one_sentence(arguments, words):
     with pytest.raises(ValueError) as error:
-        resolve(**arguments)
+        resolve_settings(**arguments)
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -59,47 +66,47 @@ def test_a_wrong_setting_is_one_sentence(arguments, words):
 
 def test_stored_settings_win_and_contradictions_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
-    run = open_run("smoke", "mine", overrides="steps=20 demucs_strides=4,4,2,2")
+    run = create_or_load_run("smoke", "mine", overrides="steps=20 demucs_strides=4,4,2,2")
     assert not list(tmp_path.iterdir()), "opening a run writes nothing"
     run.write_settings()
-    again = open_run("smoke", "mine")
+    again = create_or_load_run("smoke", "mine")
     assert (
         again.settings == run.settings
         and again.settings.steps == 20
         and again.settings.demucs_strides == (4, 4, 2, 2)
     )
-    assert open_run("smoke", "mine", overrides="steps=20") == again
+    assert create_or_load_run("smoke", "mine", overrides="steps=20") == again
     with pytest.raises(ValueError, match="steps=20.*30.*another run name"):
-        open_run("smoke", "mine", overrides="steps=30")
+        create_or_load_run("smoke", "mine", overrides="steps=30")
     with pytest.raises(ValueError, match="profile='smoke'.*'demo'"):
-        open_run("demo", "mine")
+        create_or_load_run("demo", "mine")
 
 
 def test_stem_groups_are_read_stored_and_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
     text = ["groups=synth + fx -> other, kick+my snare->drums"]
-    run = open_run("smoke", "mine", overrides=text)
+    run = create_or_load_run("smoke", "mine", overrides=text)
     assert run.settings.groups == {"other": ("synth", "fx"), "drums": ("kick", "my snare")}
     run.write_settings()
     assert (
-        open_run("smoke", "mine").settings
+        create_or_load_run("smoke", "mine").settings
         == run.settings
-        == open_run("smoke", "mine", overrides=text).settings
+        == create_or_load_run("smoke", "mine", overrides=text).settings
     )
     with pytest.raises(ValueError, match="groups=.*this call asks for"):
-        open_run("smoke", "mine", overrides="groups=synth+fx->rest")
+        create_or_load_run("smoke", "mine", overrides="groups=synth+fx->rest")
 
 
 def test_a_damaged_settings_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
     write_text(tmp_path / "old" / "settings.json", json.dumps({"profile": "smoke", "gone": 1}))
     with pytest.raises(ValueError, match="gone"):
-        open_run("smoke", "old")
+        create_or_load_run("smoke", "old")
 
 
 def test_a_run_name_cannot_leave_the_results():
     with pytest.raises(ValueError, match="run name"):
-        open_run("smoke", "../elsewhere")
+        create_or_load_run("smoke", "../elsewhere")
 
 
 def test_paths_are_relative_to_the_repository(monkeypatch, tmp_path):

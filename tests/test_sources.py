@@ -12,18 +12,18 @@ import pytest
 import soundfile
 from conftest import STEMS, write_dataset
 
+from mss_utils.config import expand_path, resolve_settings
 from mss_utils.data import (
+    audit_warnings,
     build_store,
-    check_target,
+    check_target_exists,
     find_tracks,
     level_db,
     open_store,
     sources,
-    warnings_of,
 )
-from mss_utils.settings import from_root, resolve
 
-MUSDB = from_root(os.environ["MUSDB_PATH"]) if os.environ.get("MUSDB_PATH") else None
+MUSDB = expand_path(os.environ["MUSDB_PATH"]) if os.environ.get("MUSDB_PATH") else None
 needs_musdb = pytest.mark.skipif(
     not (MUSDB and MUSDB.is_dir()), reason="MUSDB_PATH names no folder with MUSDB18 excerpts"
 )
@@ -221,7 +221,7 @@ def test_the_audit_finds_what_is_odd_in_the_real_excerpts(tmp_path):
         "test/PR - Oh No",
         "test/Triviul feat. The Fiend - Widow",
     )
-    assert warnings_of(build_store(tmp_path, 16000, 1)) == [
+    assert audit_warnings(build_store(tmp_path, 16000, 1)) == [
         "1 track whose stems do not add up to the mixture: PR - Oh No (off by -10 dB)",
         "1 artist on both sides of the split, in test and in train or valid: Triviul",
     ]
@@ -259,7 +259,7 @@ def test_the_excerpts_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
 
     fetching = Fetching()
     monkeypatch.setattr(sources, "import_musdb", lambda: fetching)
-    settings = resolve("musdb7")
+    settings = resolve_settings("musdb7")
     fetching.whole = False
     with pytest.raises(
         ConnectionError, match="could not fetch.*connection lost.*--data DIR or set MUSDB_PATH"
@@ -276,7 +276,7 @@ def test_the_excerpts_are_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def grouped(text):
-    return resolve("smoke", overrides=[f"groups={text}"]).groups
+    return resolve_settings("smoke", overrides=[f"groups={text}"]).groups
 
 
 def test_stem_groups_are_added_up(tmp_path):
@@ -322,18 +322,22 @@ def test_a_group_that_cannot_be_formed(tmp_path, text, words):
 
 
 def test_a_target_may_be_a_group(tmp_path):
-    check_target(resolve("demo", target="band", overrides="groups=bass+drums->band"))
+    check_target_exists(
+        resolve_settings("demo", target="band", overrides="groups=bass+drums->band")
+    )
     with pytest.raises(ValueError, match="No stem 'bass'.*band"):
-        check_target(resolve("demo", target="bass", overrides="groups=bass+drums->band"))
+        check_target_exists(
+            resolve_settings("demo", target="bass", overrides="groups=bass+drums->band")
+        )
 
 
 def test_an_unknown_target_lists_the_stems(store, small_settings):
     with pytest.raises(ValueError, match="No stem 'violin'.*bass, drums, piano, vocals"):
         store.stem_index("violin")
-    for settings in (small_settings, resolve("demo")):
+    for settings in (small_settings, resolve_settings("demo")):
         with pytest.raises(ValueError, match="No stem 'violin'.*piano"):
-            check_target(settings.model_copy(update=dict(target="violin")))
-    check_target(resolve("demo", target="all"))
+            check_target_exists(settings.model_copy(update=dict(target="violin")))
+    check_target_exists(resolve_settings("demo", target="all"))
 
 
 # --- broken input: an error that says what was found, what was expected and what to do
@@ -549,7 +553,7 @@ def warnings_after(tmp_path, change, segment_s=0.0):
     root = write_dataset(tmp_path / "data", 3, 1, 1, seconds=1.2)
     change(root)
     return build_store(root, 16000, 1), "\n".join(
-        warnings_of(build_store(root, 16000, 1), segment_s)
+        audit_warnings(build_store(root, 16000, 1), segment_s)
     )
 
 

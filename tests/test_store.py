@@ -16,17 +16,17 @@ import soundfile
 from conftest import STEMS, write_dataset
 
 from mss_utils.__main__ import main
+from mss_utils.config import ROOT, resolve_settings
 from mss_utils.data import (
     audit,
+    audit_warnings,
     build_store,
     co_activity,
     level_db,
     open_store,
     read_store,
-    warnings_of,
 )
 from mss_utils.data import store as store_module
-from mss_utils.settings import ROOT, resolve
 
 
 def stamps(store):
@@ -231,11 +231,11 @@ def test_training_and_separation_read_the_store_alone(small_settings, store, tmp
     carried = shutil.copytree(store.folder, tmp_path / "carried")
     script = f"""
 import sys
-from mss_utils.settings import open_run
+from mss_utils.settings import create_or_load_run
 from mss_utils.data import open_store
 from mss_utils.training import train
 from mss_utils.separation import separate
-run = open_run("smoke", "carried", {str(carried)!r}, "piano", "segment_s=0.5 valid_s=1 steps=2 valid_every=2")
+run = create_or_load_run("smoke", "carried", {str(carried)!r}, "piano", "segment_s=0.5 valid_s=1 steps=2 valid_every=2")
 store = open_store(run.settings)
 model = train(run, store, "piano", "unet")
 mixture, _ = store.load(store.split("test")[0])
@@ -259,13 +259,13 @@ def test_a_carried_store_that_does_not_fit_says_so(store, tmp_path):
         ("groups=bass+drums->low", "decoded already, into bass, drums"),
     ):
         with pytest.raises(ValueError, match=words):
-            open_store(resolve("smoke", str(carried), "piano", overrides))
+            open_store(resolve_settings("smoke", str(carried), "piano", overrides))
     next(carried.glob("*.npy")).unlink()
     with pytest.raises(ValueError, match="lacks 1 files"):
-        open_store(resolve("smoke", str(carried), "piano"))
+        open_store(resolve_settings("smoke", str(carried), "piano"))
     (carried / "index.json").write_text('{"format": 1}')
     with pytest.raises(ValueError, match="no index of a stem store of format 2"):
-        open_store(resolve("smoke", str(carried), "piano"))
+        open_store(resolve_settings("smoke", str(carried), "piano"))
 
 
 # --- the audit
@@ -284,7 +284,7 @@ def test_the_audit_finds_what_is_wrong(tmp_path):
     assert len(table) == 4 * 5
     silent = table[(table["stem"] == "drums") & (table["track"] == "train song 1")].iloc[0]
     assert silent["silent_share"] == 1 and silent["level_db"] == -np.inf
-    found = warnings_of(store, segment_s=1.5)
+    found = audit_warnings(store, segment_s=1.5)
     assert found[0].startswith(
         "1 track whose stems do not add up to the mixture: train song 0 (off by "
     )
@@ -323,7 +323,7 @@ def test_leaks_between_the_splits_are_named(tmp_path):
         ("test/test song 1", "Bob - Four"),
     ):
         (root / path).rename((root / path).with_name(name))
-    found = warnings_of(build_store(root, 16000, 1))
+    found = audit_warnings(build_store(root, 16000, 1))
     assert "1 recording more than once: train/train song 0, test/a copy" in found
     assert "2 artists on both sides of the split, in test and in train or valid: Ada, Bob" in found
 

@@ -13,11 +13,17 @@ from conftest import SMALL, command
 from safetensors.torch import load_file, save_file
 
 import mss_utils.training as training
-from mss_utils.checkpoints import is_trained
+from mss_utils.config import MODELS, ROOT, Run
 from mss_utils.data import Store
 from mss_utils.mixing import Mixer
-from mss_utils.settings import MODELS, ROOT, Run
-from mss_utils.training import collapse, identity_of, learning_rate, reconstruction_check, train
+from mss_utils.training.checkpoints import is_trained
+from mss_utils.training.loop import (
+    collapse,
+    learning_rate,
+    reconstruction_check,
+    train,
+    training_identity,
+)
 
 
 def test_the_learning_rate_rises_and_falls(small_settings):
@@ -125,7 +131,7 @@ KILLED = """
 import os, signal, sys
 from mss_utils import checkpoints, training
 from mss_utils.data import open_store
-from mss_utils.settings import open_run
+from mss_utils.settings import create_or_load_run
 where, count, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 module = training if where == "descend" else checkpoints
 original, calls = getattr(module, where), 0
@@ -133,19 +139,19 @@ def deadly(*given):
     global calls
     calls += 1
     if calls == count:
-        if where == "replacing":
+        if where == "atomic_write":
             original(*given).__enter__().write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*given)
 setattr(module, where, deadly)
 training.SAVE_EVERY_S = training.LOOK_EVERY_S = 0.0  # look, and save, after every step
-run = open_run(*arguments)
+run = create_or_load_run(*arguments)
 training.train(run, open_store(run.settings), "piano", "unet")
 """
 
 
 @pytest.mark.parametrize(
-    "where, count", [("descend", 5), ("replacing", 1), ("replacing", 3), ("replacing", 4)]
+    "where, count", [("descend", 5), ("atomic_write", 1), ("atomic_write", 3), ("atomic_write", 4)]
 )
 def test_a_killed_training_goes_on(small_run, store, small_settings, tmp_path, where, count):
     """SIGKILL at a step, and in the middle of a checkpoint or of weights (the 3rd file): the next call ends with the same weights."""
@@ -351,7 +357,7 @@ def test_the_waveform_models_can_reconstruct_an_unseen_song(name, songs_store):
 
 
 def test_a_setting_that_came_later_had_its_default(store, small_settings, tmp_path):
-    identity = identity_of(small_settings, store, "piano", "unet", 0)
+    identity = training_identity(small_settings, store, "piano", "unet", 0)
     older = identity | dict(
         settings={key: value for key, value in identity["settings"].items() if key != "train_share"}
     )

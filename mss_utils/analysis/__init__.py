@@ -15,8 +15,17 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from mss_utils.analysis import repetition, transients
-from mss_utils.analysis.phase import phase_scores, with_phase_of
+from mss_utils.analysis import attack, repetition
+from mss_utils.analysis.hypotheses import (
+    format_hypothesis,
+    hypotheses,
+    pivot_by_seed,
+    repetition_gains,
+    slopes,
+    whole_band_rows,
+)
+from mss_utils.analysis.onsets import beat_and_bar_s, find_onsets
+from mss_utils.analysis.phase import combine_magnitude_phase, phase_scores
 from mss_utils.analysis.repetition import (
     CONDITIONS,
     askable,
@@ -25,28 +34,27 @@ from mss_utils.analysis.repetition import (
     loop_starts,
     spread,
 )
-from mss_utils.analysis.timing import beat_and_bar_s, onsets
-from mss_utils.analysis.verdicts import gains, hypotheses, said, slopes, whole_band, wide
+from mss_utils.analysis.studies import score_variants
+from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
 from mss_utils.data import Store, Track, loudest_start
-from mss_utils.evaluation import all_estimates, model_of, score_variants
 from mss_utils.files import write_text
 from mss_utils.models.unet import STFT
-from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run
+from mss_utils.separation import read_all_estimates, trained_model
 
 __all__ = [
     "CONDITIONS",
     "TABLES",
     "analyse",
-    "gains",
+    "repetition_gains",
     "hypotheses",
-    "loops_of",
-    "onsets",
-    "said",
+    "find_loops",
+    "find_onsets",
+    "format_hypothesis",
     "slopes",
-    "transients",
-    "whole_band",
-    "wide",
-    "with_phase_of",
+    "attack",
+    "whole_band_rows",
+    "pivot_by_seed",
+    "combine_magnitude_phase",
 ]
 
 TABLES = ("phase", "transients", "envelopes", "long_range", "data_amount", "hypotheses")
@@ -127,9 +135,9 @@ def _by_track(run: Run, store: Store) -> dict[str, pd.DataFrame]:
     rows: dict[str, list] = dict(phase=[], transients=[], envelopes=[])
     for track in tqdm(store.split("test"), desc="Analysis", unit="track"):
         _, stems = store.load(track)
-        found = all_estimates(run, store, track)
+        found = read_all_estimates(run, store, track)
         for index, target in enumerate(store.targets(run.settings.target)):
-            reference, times = stems[store.stem_index(target)], onsets(store, track, target)
+            reference, times = stems[store.stem_index(target)], find_onsets(store, track, target)
             estimates = {key: estimate[index] for key, estimate in found.items()}
             for (model, seed), estimate in estimates.items():
                 key = dict(target=target, track=track.name, model=model, seed=seed)
@@ -137,7 +145,7 @@ def _by_track(run: Run, store: Store) -> dict[str, pd.DataFrame]:
                     key | row for row in phase_scores(reference, estimate, store.sample_rate, stft)
                 ]
                 rows["transients"].append(
-                    key | transients.transient_scores(reference, estimate, times, store.sample_rate)
+                    key | attack.transient_scores(reference, estimate, times, store.sample_rate)
                 )
             rows["envelopes"] += _envelopes(target, reference, estimates, times, store.sample_rate)
     tables = {name: _table(name, found) for name, found in rows.items()}
@@ -148,15 +156,13 @@ def _envelopes(
     target: str, reference: np.ndarray, estimates: dict, times: np.ndarray, sample_rate: int
 ) -> Iterator[dict]:
     """The mean envelope around the onsets of one track, of each estimate and of the reference, whose peaks are 1."""
-    curves, seconds = transients.envelopes(reference, times, sample_rate)
+    curves, seconds = attack.envelopes(reference, times, sample_rate)
     sounding = curves.max(axis=1, initial=0) > 0
     if not sounding.any():
         return
     peaks = curves[sounding].max(axis=1, keepdims=True)
     for (model, seed), estimate in {("reference", 0): reference, **estimates}.items():
-        levels = (transients.envelopes(estimate, times, sample_rate)[0][sounding] / peaks).mean(
-            axis=0
-        )
+        levels = (attack.envelopes(estimate, times, sample_rate)[0][sounding] / peaks).mean(axis=0)
         for second, level in zip(seconds, levels):
             yield dict(
                 target=target,
@@ -222,7 +228,7 @@ def _reach(run: Run, store: Store, target: str) -> Iterator[dict]:
         key, profiles = dict(model=model, seed=seed), []
         for name, window in windows.items():
             profiles.append(
-                repetition.reach_profile(model_of(run, target, model, seed), window, block)
+                repetition.reach_profile(trained_model(run, target, model, seed), window, block)
             )
             for share in repetition.SHARES:
                 radius = repetition.radius_s(profiles[-1], share, block_s)
@@ -273,7 +279,7 @@ def _attention(run: Run, store: Store, target: str) -> Iterator[dict]:
     """Attention of B2 by lag: of every track over all layers, of every layer over all tracks; and at each track's bar."""
     frame_s = math.prod(run.settings.demucs_strides) / store.sample_rate
     for seed in range(run.settings.seeds):
-        model, profiles = model_of(run, target, "demucs_attention", seed), []
+        model, profiles = trained_model(run, target, "demucs_attention", seed), []
         key, by_lag = (
             dict(model="demucs_attention", seed=seed),
             dict(probe="attention", unit="times uniform"),
@@ -345,14 +351,14 @@ def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
                 reason=f"not askable: training segments last {run.settings.segment_s:g} s, less than twice the lag"
             )
             continue
-        loops = loops_of(run, store, target, lag_s)
+        loops = find_loops(run, store, target, lag_s)
         if not loops:
             yield key | dict(
                 reason="no track in which target and residual sound has three stretches so long"
             )
         for model, seed in itertools.product(WAVEFORM_MODELS, range(run.settings.seeds)):
             found = repetition.repeat_scores(
-                model_of(run, target, model, seed), list(loops.values())
+                trained_model(run, target, model, seed), list(loops.values())
             )
             for item, scores in zip(loops, found):
                 yield from (
@@ -362,7 +368,7 @@ def _damaged_repeat(run: Run, store: Store, target: str) -> Iterator[dict]:
                 )
 
 
-def loops_of(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dict]:
+def find_loops(run: Run, store: Store, target: str, lag_s: float) -> dict[str, dict]:
     """The loops of `damaged_repeat` by "track @ start": as many from every test track as it takes to have 40, where there is room."""
     lag, found = round(lag_s * store.sample_rate), {}
 

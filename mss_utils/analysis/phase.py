@@ -111,7 +111,7 @@ def phase_share(sdr: np.ndarray, sdr_true_phase: np.ndarray) -> np.ndarray:
     return 1 - 10 ** ((sdr - sdr_true_phase) / 10)
 
 
-def with_phase_of(magnitude: np.ndarray, phase: np.ndarray, stft: STFT) -> np.ndarray:
+def combine_magnitude_phase(magnitude: np.ndarray, phase: np.ndarray, stft: STFT) -> np.ndarray:
     """The magnitude of one signal with the phase of another, as sound; all `(channels, samples)`."""
     size, angle = (
         stft(torch.from_numpy(np.ascontiguousarray(signal))[None]) for signal in (magnitude, phase)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mss_utils.analysis.onsets import onset_strength
 from mss_utils.analysis.phase import ratio_db
-from mss_utils.analysis.timing import onset_strength
 from mss_utils.models.level import Level
 
 SHARES = (0.5, 0.9, 0.99)

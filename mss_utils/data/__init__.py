@@ -2,19 +2,19 @@
 
     dataset root --find_tracks, read_track (sources.py)--> stems at their own rate
                  --build_store (store.py)--> Store, memory-mapped int16 at the working rate --> segments, whole tracks
-                 --audit, co_activity, warnings_of (auditing.py)--> what a user should know
+                 --audit, co_activity, audit_warnings (auditing.py)--> what a user should know
 
 Taught in notebook 01.
 """
 
-from mss_utils.data.auditing import audit, co_activity, warnings_of
+from mss_utils.data.auditing import audit, audit_warnings, co_activity
 from mss_utils.data.levels import SILENCE_DB, level_db, loudest_start, rms, window_levels_db
 from mss_utils.data.sources import MIXTURE, dataset_root, find_tracks, is_built_in, needs_ffmpeg
 from mss_utils.data.store import (
     Store,
     Track,
     build_store,
-    check_target,
+    check_target_exists,
     is_decoded,
     open_store,
     read_store,
@@ -27,7 +27,7 @@ __all__ = [
     "Track",
     "audit",
     "build_store",
-    "check_target",
+    "check_target_exists",
     "co_activity",
     "dataset_root",
     "find_tracks",
@@ -39,6 +39,6 @@ __all__ = [
     "open_store",
     "read_store",
     "rms",
-    "warnings_of",
+    "audit_warnings",
     "window_levels_db",
 ]

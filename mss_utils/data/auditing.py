@@ -60,7 +60,7 @@ def co_activity(store: Store) -> pd.DataFrame:
     return pd.DataFrame(share, index=store.stems, columns=store.stems)
 
 
-def warnings_of(store: Store, segment_s: float = 0.0) -> list[str]:
+def audit_warnings(store: Store, segment_s: float = 0.0) -> list[str]:
     """What a user should know of a store, one sentence for each kind of finding, with its count and names.
 
     `segment_s` is the length of a training segment: training tracks shorter than it are not used.

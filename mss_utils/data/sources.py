@@ -24,9 +24,9 @@ import numpy as np
 import soundfile
 import yaml
 
-from mss_utils import demo
-from mss_utils.files import flush, readable, working_folder
-from mss_utils.settings import SPLITS, Settings, cache_folder, from_root, is_stem_name
+from mss_utils import songs
+from mss_utils.config import SPLITS, Settings, cache_folder, expand_path, is_valid_stem_name
+from mss_utils.files import flush, printable_name, temporary_folder
 
 MIXTURE = "mixture"
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
@@ -58,7 +58,9 @@ class SourceTrack:
     def stems(self) -> tuple[str, ...]:
         if self.is_stem_file:
             return MUSDB_STEMS
-        return tuple(sorted(readable(file.stem) for file in self.files if file.stem != MIXTURE))
+        return tuple(
+            sorted(printable_name(file.stem) for file in self.files if file.stem != MIXTURE)
+        )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -84,18 +86,18 @@ def is_built_in(settings: Settings) -> bool:
 def dataset_root(settings: Settings) -> Path:
     """Folder of the run's dataset; the built-in songs are rendered and the 7-second excerpts fetched where missing."""
     if settings.data:
-        return from_root(settings.data)
+        return expand_path(settings.data)
     if not is_built_in(settings):
         return _musdb_root(settings.profile)
     counts = settings.n_train_songs, settings.n_valid_songs, settings.n_test_songs
     durations = settings.song_min_s, settings.song_max_s
     name = "songs-{}-{:g}-{:g}s".format("-".join(map(str, counts)), *durations)
-    return demo.render_songs(cache_folder() / name, *counts, duration_s=durations)
+    return songs.render_songs(cache_folder() / name, *counts, duration_s=durations)
 
 
 def _musdb_root(profile: str) -> Path:
     if os.environ.get("MUSDB_PATH"):
-        return from_root(os.environ["MUSDB_PATH"])
+        return expand_path(os.environ["MUSDB_PATH"])
     if profile == "musdb18":
         raise FileNotFoundError(
             "The musdb18 profile needs the dataset: pass --data DIR or set MUSDB_PATH to the MUSDB18 folder."
@@ -109,7 +111,7 @@ def _musdb_root(profile: str) -> Path:
 def _download_excerpts(root: Path) -> None:
     """Let musdb fetch the 7-second excerpts; `root` appears only when all of them are there."""
     musdb = import_musdb()
-    with working_folder(root.parent) as part:
+    with temporary_folder(root.parent) as part:
         try:
             musdb.DB(root=str(part / root.name), download=True)
         except OSError as error:
@@ -212,7 +214,9 @@ def _find_split(root: Path, split: str) -> Iterator[SourceTrack]:
         if twice:
             raise ValueError(f"{path} holds two files for stem {twice[0]!r}: remove one of them.")
         if files:
-            yield SourceTrack(readable(path.name.removesuffix(STEM_SUFFIX)), split, path, files)
+            yield SourceTrack(
+                printable_name(path.name.removesuffix(STEM_SUFFIX)), split, path, files
+            )
 
 
 def _validation_names(root: Path) -> set[str]:
@@ -265,7 +269,7 @@ def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tupl
         raise ValueError(
             f"The tracks under {root} have the stem {only} only; expected two or more stems in each."
         )
-    if odd := sorted(stem for stem in stems if not is_stem_name(stem)):
+    if odd := sorted(stem for stem in stems if not is_valid_stem_name(stem)):
         message = f"A stem under {root} cannot be called {odd[0][:100]!r}: it becomes a folder, a target and a word on pages"
         raise ValueError(f"{message}. Rename its files, or name it by a group.")
     return tuple(sorted(stems))
@@ -316,7 +320,7 @@ def read_track(source: SourceTrack) -> dict[str, Recording]:
     parts = (
         _read_musdb(source)
         if needs_ffmpeg(source)
-        else {readable(file.stem): _read_file(file) for file in source.files}
+        else {printable_name(file.stem): _read_file(file) for file in source.files}
     )
     for name, (audio, rate) in parts.items():
         if not RATES[0] <= rate <= RATES[1]:

@@ -26,7 +26,8 @@ import torchaudio
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 from tqdm.auto import tqdm
 
-from mss_utils import demo
+from mss_utils import songs
+from mss_utils.config import SPLITS, Settings, cache_folder, is_valid_stem_name
 from mss_utils.data.levels import active_windows, rms
 from mss_utils.data.sources import (
     MIXTURE,
@@ -42,8 +43,14 @@ from mss_utils.data.sources import (
     read_track,
     sha,
 )
-from mss_utils.files import is_file_name, one_at_a_time, readable, replacing, safe_name, write_text
-from mss_utils.settings import SPLITS, Settings, cache_folder, is_stem_name
+from mss_utils.files import (
+    atomic_write,
+    file_lock,
+    is_safe_file_name,
+    printable_name,
+    safe_name,
+    write_text,
+)
 
 FULL_SCALE = 32767
 FORMAT = 2
@@ -59,8 +66,8 @@ def _checked(name: str, right: Callable[[str], bool]) -> str:
     return name
 
 
-FileName = Annotated[str, AfterValidator(partial(_checked, right=is_file_name))]
-StemName = Annotated[str, AfterValidator(partial(_checked, right=is_stem_name))]
+FileName = Annotated[str, AfterValidator(partial(_checked, right=is_safe_file_name))]
+StemName = Annotated[str, AfterValidator(partial(_checked, right=is_valid_stem_name))]
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ def open_store(settings: Settings) -> Store:
     return store
 
 
-def check_target(settings: Settings) -> None:
+def check_target_exists(settings: Settings) -> None:
     """Raise ValueError listing the stems when the dataset has no stem `settings.target`; nothing is rendered or decoded."""
     stems = _stems_of(settings)
     for target in settings.target.split(",") if settings.target != "all" else []:
@@ -205,7 +212,7 @@ def check_target(settings: Settings) -> None:
 
 def _stems_of(settings: Settings) -> tuple[str, ...]:
     if is_built_in(settings):
-        return tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in demo.STEMS))
+        return tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in songs.STEMS))
     root = dataset_root(settings)
     return (
         read_store(root).stems
@@ -258,7 +265,7 @@ def build_store(
     """
     folder, wanted, head = _plan(root, sample_rate, channels, groups)
     if not _is_current(folder, wanted, head):
-        with one_at_a_time(folder):
+        with file_lock(folder):
             tracks = _current(folder, _index_of(folder), wanted, head)
             _decode_missing(
                 folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS)
@@ -283,7 +290,7 @@ def _plan(
     sources = find_tracks(root)
     head = Index(
         format=FORMAT,
-        source=readable(root),
+        source=printable_name(root),
         sample_rate=sample_rate,
         channels=channels,
         stems=common_stems(sources, root, groups),
@@ -438,7 +445,7 @@ def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) 
         name=source.name,
         split=source.split,
         file=path.name,
-        source=readable(source.path),
+        source=printable_name(source.path),
         fingerprint=source.fingerprint,
         sha=hashlib.sha256(samples.tobytes()).hexdigest(),
         samples=lengths[-1],
@@ -487,7 +494,7 @@ def _stack(
 
 def _write_samples(path: Path, samples: np.ndarray) -> None:
     """As `np.save` does, but with an error that says why where the disk is full."""
-    with replacing(path) as part, part.open("wb") as file:
+    with atomic_write(path) as part, part.open("wb") as file:
         file.write(_header(samples.shape))
         file.write(samples.data)
 

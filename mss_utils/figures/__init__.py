@@ -7,6 +7,7 @@ colours differ in lightness too, so a grey print stays readable. Used by all not
     style.py --> data.py, architecture.py, training.py, scores.py, questions.py
 """
 
+from mss_utils.figures.analysis import attack, data_amount, phase, reach, repeat, verdict_table
 from mss_utils.figures.architecture import architecture, pipeline, positions
 from mss_utils.figures.data import (
     LOWEST_HZ,
@@ -18,7 +19,6 @@ from mss_utils.figures.data import (
     spectrogram_db,
     spectrograms,
 )
-from mss_utils.figures.questions import attack, data_amount, phase, reach, repeat, verdict_table
 from mss_utils.figures.scores import (
     ablation_table,
     cost,
@@ -34,10 +34,10 @@ from mss_utils.figures.style import (
     COLOURS,
     LABELS,
     MARKERS,
-    SHORT,
+    SHORT_LABELS,
     WIDTH,
-    decibels,
-    number,
+    format_db,
+    format_number,
     save,
     save_vector,
     show,
@@ -49,7 +49,7 @@ __all__ = [
     "LABELS",
     "LOWEST_HZ",
     "MARKERS",
-    "SHORT",
+    "SHORT_LABELS",
     "WIDTH",
     "ablation_table",
     "architecture",
@@ -59,11 +59,11 @@ __all__ = [
     "curriculum",
     "data_amount",
     "data_levels",
-    "decibels",
+    "format_db",
     "excerpt",
     "live_curves",
     "mixing",
-    "number",
+    "format_number",
     "opinion",
     "overview",
     "paired",

@@ -10,9 +10,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from mss_utils.figures.style import INK, WIDTH, figure_of, make
+from mss_utils.config import Settings
+from mss_utils.figures.style import INK, WIDTH, create_axes, figure_of
 from mss_utils.models import count_parameters
-from mss_utils.settings import Settings
 
 
 def architecture(model: torch.nn.Module, settings: Settings, ax: Axes | None = None) -> Axes:
@@ -295,7 +295,7 @@ def pipeline(ax: Axes | None = None) -> Axes:
 
 def positions(table: np.ndarray, rate_hz: float, axes: np.ndarray | None = None) -> np.ndarray:
     """Positional embedding `(frames, width)` as pictures of its sines and its cosines; `rate_hz` is frames a second. Two axes."""
-    axes = make(axes, 5.4, 1, 2, sharey=True)
+    axes = create_axes(axes, 5.4, 1, 2, sharey=True)
     for ax, part, name in zip(axes, (table[:, 0::2], table[:, 1::2]), ("sines", "cosines")):
         extent = (0, len(part) / rate_hz, 0, part.shape[1])
         shown = ax.imshow(

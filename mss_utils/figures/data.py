@@ -10,19 +10,19 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 
+from mss_utils.config import Settings
 from mss_utils.data import SILENCE_DB, window_levels_db
 from mss_utils.figures.style import (
     COLOURS,
     INK,
     LABELS,
     PALE,
-    SPLITS,
-    decibels,
+    SPLIT_COLOURS,
+    create_axes,
     figure_of,
+    format_db,
     jitter,
-    make,
 )
-from mss_utils.settings import Settings
 
 LOWEST_HZ = 50.0
 RANGE_DB = 70.0
@@ -31,9 +31,9 @@ RANGE_DB = 70.0
 def data_levels(audit: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarray:
     """Durations, stem levels and silent shares of an `audit` table, one dot a track, coloured by split. Three axes."""
     stems = list(dict.fromkeys(audit["stem"]))
-    axes = make(axes, 6.2 + 0.25 * len(stems), 1, 3, width_ratios=(1, 1.5, 1.5))
+    axes = create_axes(axes, 6.2 + 0.25 * len(stems), 1, 3, width_ratios=(1, 1.5, 1.5))
     durations = audit.drop_duplicates(["split", "track"])
-    _strips(axes[0], durations, "duration_s", "split", list(SPLITS), spread=0.25)
+    _strips(axes[0], durations, "duration_s", "split", list(SPLIT_COLOURS), spread=0.25)
     axes[0].set(title="Tracks", xlabel="duration (s)")
     axes[0].set_xlim(left=0)
     _strips(axes[1], audit, "level_db", "stem", stems)
@@ -41,7 +41,7 @@ def data_levels(audit: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
     axes[1].xaxis.set_major_locator(plt.MaxNLocator(5, integer=True))
     _strips(axes[2], audit.assign(silent=100 * audit["silent_share"]), "silent", "stem", stems)
     axes[2].set(
-        title="Silence", xlabel=f"half seconds under {decibels(SILENCE_DB, 0)} (%)", xlim=(-3, 103)
+        title="Silence", xlabel=f"half seconds under {format_db(SILENCE_DB, 0)} (%)", xlim=(-3, 103)
     )
     axes[2].tick_params(labelleft=False)
     figure_of(axes).legend(
@@ -52,7 +52,7 @@ def data_levels(audit: pd.DataFrame, axes: np.ndarray | None = None) -> np.ndarr
 
 def co_activity(shares: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Where the row's stem sounds, how often the column's does too: `data.co_activity` as a table of shades and per cents."""
-    ax = make(ax, 2.6 + 0.7 * len(shares))
+    ax = create_axes(ax, 2.6 + 0.7 * len(shares))
     values = 100 * shares.to_numpy()
     ax.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
@@ -88,7 +88,7 @@ def _strips(
     spread: float = 0.12,
 ) -> None:
     """Horizontal strips of dots, one row a group from the top down; splits lie beside each other within a row."""
-    for offset, (split, colour) in zip((-0.25, 0, 0.25), SPLITS.items()):
+    for offset, (split, colour) in zip((-0.25, 0, 0.25), SPLIT_COLOURS.items()):
         part = table[table["split"] == split]
         centre = part[group].map(groups.index) + (0 if group == "split" else offset)
         y = centre + jitter(len(part), spread)
@@ -156,7 +156,7 @@ def spectrograms(
     columns = min(columns, len(signals))
     rows = -(-len(signals) // columns)
     axes = np.reshape(
-        make(axes, 0.8 + 3.7 * rows, rows, columns, sharex=True, sharey=True, squeeze=False),
+        create_axes(axes, 0.8 + 3.7 * rows, rows, columns, sharex=True, sharey=True, squeeze=False),
         (rows, columns),
     )
     # Near the resolution of print; more would only make the files larger.
@@ -208,7 +208,7 @@ def mixing(
 
     Left the level of every stem over time, right the spectrogram of their sum. Returns axes `(2, 2)`.
     """
-    axes = make(None, 9.6, 2, 2, sharex=True, width_ratios=(1.25, 1))
+    axes = create_axes(None, 9.6, 2, 2, sharex=True, width_ratios=(1.25, 1))
     images = [spectrogram_db(example.sum(axis=0), sample_rate) for example in (before, after)]
     loudest = max(image.max() for image in images)
     for row, example, image, title in zip(
@@ -234,7 +234,7 @@ def stem_levels(
     example: np.ndarray, stems: Sequence[str], target: str, sample_rate: int, ax: Axes | None = None
 ) -> Axes:
     """Level over time of every stem of `(stems, channels, samples)`; the target is the thick line."""
-    ax = make(ax, 5)
+    ax = create_axes(ax, 5)
     window_s = min(0.1, example.shape[-1] / sample_rate)
     shades = plt.colormaps["viridis"](np.linspace(0.05, 0.9, len(stems)))
     for name, audio, shade, line in zip(
@@ -251,7 +251,7 @@ def stem_levels(
 
 def curriculum(settings: Settings, n_stems: int, ax: Axes | None = None) -> Axes:
     """How many sources a training example has at each step of the training."""
-    ax = make(ax, 4.4)
+    ax = create_axes(ax, 4.4)
     edges, counts = [0, settings.steps], [n_stems]
     if settings.curriculum:
         inner = [
@@ -288,7 +288,7 @@ def excerpt(
 ) -> np.ndarray:
     """Spectrograms of all versions of an excerpt; `scores`, SDR in dB by version, are written into the titles."""
     titles = {
-        name: f"{LABELS.get(name, name)}\nSDR {decibels(scores[name])}"
+        name: f"{LABELS.get(name, name)}\nSDR {format_db(scores[name])}"
         for name in versions
         if name in scores
     }

@@ -9,24 +9,24 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mss_utils.data import MIXTURE
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.figures.style import (
     COLOURS,
     INK,
     LABELS,
     MARKERS,
-    METRICS,
-    SHORT,
+    SHORT_LABELS,
+    SHOWN_METRICS,
     TABLE_METRICS,
+    create_axes,
     difference_text,
     dots,
     figure_of,
+    format_number,
     interval,
     limit,
-    make,
     model_legend,
-    number,
 )
-from mss_utils.metrics import ROUNDING_DB
 
 LOWEST_SHOWN_DB = -15.0  # single tracks below leave the overview
 
@@ -35,10 +35,12 @@ def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -
     """The table `summary` for reading: a row a model, a column a metric, in dB; "median [interval]", or the `mean` over tracks."""
     rows = summary[(summary["target"] == target) & summary["metric"].isin(TABLE_METRICS)]
     brackets = lambda row: (
-        f" [{number(row.ci_low, 1)}, {number(row.ci_high, 1)}]" if aggregate == "median" else ""
+        f" [{format_number(row.ci_low, 1)}, {format_number(row.ci_high, 1)}]"
+        if aggregate == "median"
+        else ""
     )
     cells = rows.assign(
-        cell=[number(getattr(row, aggregate)) + brackets(row) for row in rows.itertuples()]
+        cell=[format_number(getattr(row, aggregate)) + brackets(row) for row in rows.itertuples()]
     )
     table = cells.pivot(index="model", columns="metric", values="cell")
     table = table.reindex(
@@ -56,14 +58,14 @@ def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -
 
 def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
     """The table `ablations` for reading: a row an ablation and metric, scores in dB with and without, and the difference."""
-    rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(METRICS)]
+    rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(SHOWN_METRICS)]
     return pd.DataFrame(
         {
             "model": rows["model"].map(LABELS),
             "left out": rows["ablation"].str.replace("_", " "),
             "metric": rows["metric"],
-            "with": rows["with_it"].map(number),
-            "without": rows["without_it"].map(number),
+            "with": rows["with_it"].map(format_number),
+            "without": rows["without_it"].map(format_number),
             "difference [95 % interval]": [difference_text(row) for row in rows.itertuples()],
         }
     ).reset_index(drop=True)
@@ -77,10 +79,10 @@ def scores(
     Dots are means over seeds. A value far outside the models' range (the mixture's SAR has no meaning: nothing was
     processed) is written at the edge as an arrow with its number.
     """
-    axes = make(axes, 8, 1, len(METRICS))
+    axes = create_axes(axes, 8, 1, len(SHOWN_METRICS))
     table = tracks[tracks["target"] == target]
     models = [name for name in LABELS if name in set(table["model"])]
-    for ax, metric in zip(axes, METRICS):
+    for ax, metric in zip(axes, SHOWN_METRICS):
         _clouds(ax, table, summary, target, metric, models)
         ax.set(title=metric)
     axes[0].set_ylabel("score (dB): tracks; median, 95 % interval")
@@ -93,7 +95,7 @@ def overview(
     axes: np.ndarray | None = None,
 ) -> np.ndarray:
     """SDR of every track for every model, an axis a part: `{(music, target): (tracks, summary)}`, tables of those names."""
-    axes = np.ravel(make(axes, 7.2, 1, len(parts), sharey=True))
+    axes = np.ravel(create_axes(axes, 7.2, 1, len(parts), sharey=True))
     models = [
         name for name in LABELS if any(name in set(tracks["model"]) for tracks, _ in parts.values())
     ]
@@ -129,7 +131,7 @@ def _clouds(
         dots(ax, x, values.to_numpy(), model)
         interval(ax, x, _summary_row(summary, target, model, metric), "median", model)
     ax.set_xticks(
-        range(len(models)), ["mix." if name == MIXTURE else SHORT[name] for name in models]
+        range(len(models)), ["mix." if name == MIXTURE else SHORT_LABELS[name] for name in models]
     )
     ax.set_xlim(-0.6, len(models) - 0.4)
     ax.grid(axis="x", visible=False)
@@ -147,7 +149,7 @@ def slopes(
 
     `table` is `tables/paired.csv`, whose median difference and interval stand above each pair.
     """
-    axes = make(axes, 7, 1, 3, sharey=True)
+    axes = create_axes(axes, 7, 1, 3, sharey=True)
     rows = table[(table["target"] == target) & (table["metric"] == "SDR")]
     wide = (
         tracks[tracks["target"] == target]
@@ -172,13 +174,13 @@ def slopes(
             )
             ax.scatter([x] * len(both), both[model], s=13, zorder=3, **look)
         ahead = int((both[row.a] > both[row.b]).sum())
-        title = f"{SHORT[row.a]} − {SHORT[row.b]}: {difference_text(row)} dB"
+        title = f"{SHORT_LABELS[row.a]} − {SHORT_LABELS[row.b]}: {difference_text(row)} dB"
         ax.set_title(
-            f"{title}\n{SHORT[row.a]} ahead on {ahead} of {len(both)}",
+            f"{title}\n{SHORT_LABELS[row.a]} ahead on {ahead} of {len(both)}",
             fontsize=7.2,
             fontweight="normal",
         )
-        ax.set_xticks((0, 1), [SHORT[model] for model in ends])
+        ax.set_xticks((0, 1), [SHORT_LABELS[model] for model in ends])
         ax.set_xlim(-0.3, 1.3)
         ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("SDR (dB), a line a track")
@@ -192,13 +194,15 @@ def trade_off(
 
     The mixture is left out: untouched, it has no artifacts to measure.
     """
-    axes = make(axes, 7.6, 1, 2, sharey=True)
+    axes = create_axes(axes, 7.6, 1, 2, sharey=True)
     rows = tracks[tracks["target"] == target]
     models = [name for name in LABELS if name in set(rows["model"]) and name != MIXTURE]
     means = (
-        rows.groupby(["model", "track"])[list(METRICS)].mean().replace([np.inf, -np.inf], np.nan)
+        rows.groupby(["model", "track"])[list(SHOWN_METRICS)]
+        .mean()
+        .replace([np.inf, -np.inf], np.nan)
     )
-    means = means.mask(means > ROUNDING_DB)
+    means = means.mask(means > MAX_SCORE_DB)
     for ax, metric in zip(axes, ("SIR", "SAR")):
         for model in models:
             look = dict(marker=MARKERS[model], color=COLOURS[model], edgecolors="white")
@@ -214,7 +218,7 @@ def trade_off(
             middle = [
                 _summary_row(summary, target, model, name)["median"] for name in (metric, "SDR")
             ]
-            if max(middle) >= ROUNDING_DB:
+            if max(middle) >= MAX_SCORE_DB:
                 continue
             ax.scatter(
                 *middle,
@@ -235,16 +239,16 @@ def paired(
     tracks: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndarray | None = None
 ) -> np.ndarray:
     """Differences between two models track by track, with the median and its interval from `tables/paired.csv`. Three axes."""
-    axes = make(axes, 7, 1, len(METRICS))
+    axes = create_axes(axes, 7, 1, len(SHOWN_METRICS))
     rows = table[table["target"] == target]
     pairs = list(dict.fromkeys(zip(rows["a"], rows["b"])))
     wide = (
         tracks[tracks["target"] == target]
-        .groupby(["track", "model"])[list(METRICS)]
+        .groupby(["track", "model"])[list(SHOWN_METRICS)]
         .mean()
         .unstack("model")
     )
-    for ax, metric in zip(axes, METRICS):
+    for ax, metric in zip(axes, SHOWN_METRICS):
         ax.axhline(0, color=INK, linewidth=0.9)
         differences = {(a, b): (wide[metric][a] - wide[metric][b]).dropna() for a, b in pairs}
         limit(ax, pd.concat([*differences.values(), pd.Series([0.0])]), None)
@@ -252,7 +256,9 @@ def paired(
             dots(ax, x, differences[a, b].to_numpy(), a)
             match = rows.query("a == @a and b == @b and metric == @metric")
             interval(ax, x, match.iloc[0] if len(match) else None, "median_difference", a)
-        ax.set_xticks(range(len(pairs)), [f"{SHORT[a]} − {SHORT[b]}" for a, b in pairs])
+        ax.set_xticks(
+            range(len(pairs)), [f"{SHORT_LABELS[a]} − {SHORT_LABELS[b]}" for a, b in pairs]
+        )
         ax.set(title=metric, xlim=(-0.6, len(pairs) - 0.4))
         ax.grid(axis="x", visible=False)
     axes[0].set_ylabel("difference (dB): tracks; median, 95 % interval")
@@ -263,7 +269,7 @@ def opinion(
     table: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None
 ) -> np.ndarray:
     """Mean opinion of the listeners, `tables/opinion.csv`, beside the median SDR of the same models; both with intervals. Two axes."""
-    axes = make(axes, 5.2, 1, 2, sharey=True)
+    axes = create_axes(axes, 5.2, 1, 2, sharey=True)
     rows = table[table["target"] == target].set_index("model")
     names = list(rows.index)[::-1]
     for y, name in enumerate(names):
@@ -295,7 +301,7 @@ def cost(
     table: pd.DataFrame, summary: pd.DataFrame, target: str, axes: np.ndarray | None = None
 ) -> np.ndarray:
     """Median SDR against training time and against time to separate, between mixture (floor) and oracle (ceiling). Two axes."""
-    axes = make(axes, 6.4, 1, 2, sharey=True)
+    axes = create_axes(axes, 6.4, 1, 2, sharey=True)
     rows = table[table["target"] == target]
     divisor, unit = (60, "min") if rows["train_s"].max() > 300 else (1, "s")
     for model in [name for name in LABELS if name in set(rows["model"])]:

@@ -13,9 +13,9 @@ from IPython.display import HTML, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mss_utils.files import replacing, safe_name
-from mss_utils.metrics import ROUNDING_DB
-from mss_utils.settings import LETTERS, Run
+from mss_utils.config import MODEL_LETTERS, Run
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB
+from mss_utils.files import atomic_write, safe_name
 
 LABELS = {
     "mixture": "mixture",
@@ -27,7 +27,7 @@ LABELS = {
     "reference": "reference",
     "anchor": "low anchor",
 }
-SHORT = LABELS | LETTERS | {"irm": "IRM", "mwf": "MWF"}
+SHORT_LABELS = LABELS | MODEL_LETTERS | {"irm": "IRM", "mwf": "MWF"}
 # A works on spectrograms (cold), B1 and B2 on waveforms (warm); lightness rises from the oracle to B2.
 COLOURS = {
     "mixture": "#9a9a9a",
@@ -47,9 +47,9 @@ MARKERS = {
     "irm": "^",
     "mwf": "p",
 }
-SPLITS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
-METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
-TABLE_METRICS = (*METRICS, "ISR", "utterance_SDR", "SI_SDR")
+SPLIT_COLOURS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
+SHOWN_METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
+TABLE_METRICS = (*SHOWN_METRICS, "ISR", "utterance_SDR", "SI_SDR")
 
 WIDTH = 16 / 2.54  # inches: the text width of the report
 DPI = 200
@@ -89,7 +89,7 @@ def save(fig: Figure, run: Run, name: str, kinds: Sequence[str] = ("svg", "png")
     """Write `figures/<name>.svg` and `.png` of a run, each through a temporary name; return the path of the last of `kinds`."""
     for suffix in kinds:
         path = run.figure(f"{safe_name(name)}.{suffix}")
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             # Without a date the same figure is the same file, and git sees a change only where there is one.
             fig.savefig(
                 part, format=suffix, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None
@@ -126,25 +126,25 @@ def figure_of(axes: Axes | np.ndarray) -> Figure:
     return np.ravel(axes)[0].figure
 
 
-def decibels(value: float, digits: int = 1) -> str:
+def format_db(value: float, digits: int = 1) -> str:
     """A level or score as text."""
-    return f"{number(value, digits)} dB"
+    return f"{format_number(value, digits)} dB"
 
 
-def number(value: float, digits: int = 2, sign: str = "") -> str:
+def format_number(value: float, digits: int = 2, sign: str = "") -> str:
     """Decibels without the unit, with a real minus sign (and a plus for `sign="+"`); from 80 dB on, where digits are rounding
     noise, "> 80"; NaN is a dash.
     """
     if np.isnan(value):
         return "–"
     return (
-        f"> {ROUNDING_DB:.0f}"
-        if value >= ROUNDING_DB
+        f"> {MAX_SCORE_DB:.0f}"
+        if value >= MAX_SCORE_DB
         else f"{value:{sign}.{digits}f}".replace("-", "−")
     )
 
 
-def make(
+def create_axes(
     axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options
 ) -> Axes | np.ndarray:
     """The given axes, or those of a new figure of report width."""
@@ -190,7 +190,7 @@ def dots(ax: Axes, x: float, values: np.ndarray, model: str) -> None:
     )
     if len(outside := values[values >= high]):
         ax.annotate(
-            decibels(np.median(outside), 0),
+            format_db(np.median(outside), 0),
             (x, high),
             (x, high - 0.14 * (high - low)),
             ha="center",
@@ -239,6 +239,6 @@ def model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
 def difference_text(row) -> str:
     """Median difference and interval of a row of paired statistics, with signs, in dB."""
     median, low, high = (
-        number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high)
+        format_number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high)
     )
     return f"{median} [{low}, {high}]"

@@ -11,7 +11,7 @@ import pandas as pd
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
 
-from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, figure_of, make
+from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, create_axes, figure_of
 
 
 def training_curves(
@@ -22,7 +22,7 @@ def training_curves(
     `histories` is `{model: [history of each seed]}` with the columns of `training.history`. Returns axes `(2, 2)`: the
     rows are loss and SDR, the columns steps and time.
     """
-    axes = make(axes, 8.4, 2, 2, sharex="col", sharey="row")
+    axes = create_axes(axes, 8.4, 2, 2, sharex="col", sharey="row")
     longest = max(history["train_s"].max() for seeds in histories.values() for history in seeds)
     divisor, unit = (60, "min") if longest > 300 else (1, "s")
     for model, seeds in histories.items():
@@ -75,7 +75,7 @@ def live_curves(model: str) -> Iterator:
 
 def reconstruction(table: pd.DataFrame, model: str, ax: Axes | None = None) -> Axes:
     """SDR in dB against step of a network that learns to return its input, beside the 20 dB line; columns step, sdr_db."""
-    ax = make(ax, 5)
+    ax = create_axes(ax, 5)
     ax.plot(table["step"], table["sdr_db"], color=COLOURS[model], marker=MARKERS[model])
     ax.axhline(20, color=INK, linewidth=0.9, linestyle="--")
     ax.annotate(

@@ -7,6 +7,13 @@
 Taught in notebook 06; the players are used in notebooks 01 to 04 too.
 """
 
+from mss_utils.listening.blind_test import (
+    TABLES,
+    add_answers,
+    answer_files,
+    opinion_sentence,
+    ratings_of,
+)
 from mss_utils.listening.excerpts import (
     RANKS,
     VERSIONS,
@@ -20,13 +27,6 @@ from mss_utils.listening.excerpts import (
 )
 from mss_utils.listening.page import listening_page, write_page
 from mss_utils.listening.player import document, encode_mp3, frame, players, recoded
-from mss_utils.listening.ratings import (
-    TABLES,
-    add_answers,
-    answer_files,
-    opinion_sentence,
-    ratings_of,
-)
 from mss_utils.listening.widgets import answers_field, chooser, own_song
 
 __all__ = [

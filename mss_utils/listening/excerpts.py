@@ -13,15 +13,14 @@ import pandas as pd
 import torch
 from IPython.display import HTML
 
+from mss_utils.config import MODELS, Run
 from mss_utils.data import Store, Track, loudest_start
-from mss_utils.evaluation import estimates
-from mss_utils.figures import decibels
-from mss_utils.figures.style import METRICS
-from mss_utils.files import replacing
+from mss_utils.evaluation.bsseval import score_track, utterance_sdr
+from mss_utils.figures import format_db
+from mss_utils.figures.style import SHOWN_METRICS
+from mss_utils.files import atomic_write
 from mss_utils.listening.player import encode_mp3, gain_with_residuals, players
-from mss_utils.metrics import score_track, utterance_sdr
-from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Run
+from mss_utils.separation import read_estimates, separate
 
 VERSIONS = ("mixture", "reference", *MODELS, "irm")
 RANKS = ("best", "median", "worst")
@@ -53,7 +52,7 @@ class Excerpt:
     def notes(self) -> dict[str, dict[str, str]]:
         """The scores as a player shows them."""
         return {
-            name: {metric: decibels(value) for metric, value in scores.items()}
+            name: {metric: format_db(value) for metric, value in scores.items()}
             for name, scores in self.scores.items()
         }
 
@@ -162,7 +161,7 @@ def excerpt_scores(
     found = {"mixture": pair(mixture, mixture)} | found
     scored = score_track(pair(reference, mixture - reference), found, sample_rate)
     tables = {
-        name: pd.DataFrame({metric: values[metric][0] for metric in METRICS}).dropna()
+        name: pd.DataFrame({metric: values[metric][0] for metric in SHOWN_METRICS}).dropna()
         for name, values in scored.items()
     }
     return {name: table.median().to_dict() for name, table in tables.items() if len(table)}
@@ -175,7 +174,9 @@ def track_versions(
     _, stems = store.load(track)
     everything = {
         "reference": stems[store.stem_index(target)],
-        **estimates(run, store, track, target, rows=set(names) - {"reference"}),
+        **read_estimates(
+            run, store, track, target, [name for name in names if name != "reference"]
+        ),
     }
     return {name: everything[name] for name in names}
 
@@ -226,7 +227,7 @@ def excerpts(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> dict[
 def write_excerpt(run: Run, excerpt: Excerpt, sample_rate: int) -> None:
     """Write every version of an excerpt as mp3, each through a temporary name."""
     for name, audio in excerpt.versions.items():
-        with replacing(run.audio(excerpt.track, excerpt.target) / f"{name}.mp3") as part:
+        with atomic_write(run.audio(excerpt.track, excerpt.target) / f"{name}.mp3") as part:
             part.write_bytes(encode_mp3(audio, sample_rate))
 
 

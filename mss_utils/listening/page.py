@@ -11,14 +11,12 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from mss_utils.config import Run
 from mss_utils.data import Store
-from mss_utils.figures import LABELS, SHORT
-from mss_utils.figures.style import METRICS
+from mss_utils.figures import LABELS, SHORT_LABELS
+from mss_utils.figures.style import SHOWN_METRICS
 from mss_utils.files import write_text
-from mss_utils.listening.excerpts import SAME_DB, Excerpt, same_score, track_excerpt, track_named
-from mss_utils.listening.player import KEYS, SCRIPTS, WEB, audio_tag, document, figure
-from mss_utils.listening.questions import Heard, attack_versions, phase_versions, repeat_versions
-from mss_utils.listening.ratings import (
+from mss_utils.listening.blind_test import (
     ANCHOR,
     ANCHOR_HZ,
     LETTERS_SHOWN,
@@ -26,7 +24,14 @@ from mss_utils.listening.ratings import (
     low_anchor,
     models_of,
 )
-from mss_utils.settings import Run
+from mss_utils.listening.demonstrations import (
+    Heard,
+    attack_versions,
+    phase_versions,
+    repeat_versions,
+)
+from mss_utils.listening.excerpts import SAME_DB, Excerpt, same_score, track_excerpt, track_named
+from mss_utils.listening.player import KEYS, SCRIPTS, WEB, audio_tag, document, figure
 
 EXCERPTS_TEXT = """
 <h2>{target}: excerpts</h2>
@@ -147,12 +152,12 @@ def _pair_section(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> 
     rows = tracks[
         (tracks["target"] == target) & (tracks["track"] == name) & (tracks["seed"] == 0)
     ].set_index("model")
-    scores = rows.loc[models, list(METRICS)].to_dict("index")
+    scores = rows.loc[models, list(SHOWN_METRICS)].to_dict("index")
     excerpt = track_excerpt(
         run, store, target, track_named(store, name), ("mixture", "reference", *models), scores
     )
     text = (
-        f"<p>On this track {SHORT[models[0]]} and {SHORT[models[1]]} are within {SAME_DB:g} dB of SDR, and of all such pairs differ most in how they "
+        f"<p>On this track {SHORT_LABELS[models[0]]} and {SHORT_LABELS[models[1]]} are within {SAME_DB:g} dB of SDR, and of all such pairs differ most in how they "
         "are wrong: a higher SIR means less of the other instruments, a higher SAR fewer artifacts. Scores are those of the whole track. "
         "Which would you keep?</p>"
     )

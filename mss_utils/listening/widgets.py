@@ -12,15 +12,15 @@ import numpy as np
 import soundfile
 from IPython.display import HTML, display
 
+from mss_utils.config import MODELS, Run, expand_path
 from mss_utils.data import Store, Track, loudest_start
-from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
-from mss_utils.files import replacing, safe_name
+from mss_utils.files import atomic_write, safe_name
+from mss_utils.listening.blind_test import add_answers, opinion_sentence, ratings_of
 from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerpt
 from mss_utils.listening.player import players
-from mss_utils.listening.ratings import add_answers, opinion_sentence, ratings_of
-from mss_utils.separation import bandwidth_note, separate_file
-from mss_utils.settings import MODELS, Run, from_root
+from mss_utils.separation import trained_model
+from mss_utils.separation.song_files import bandwidth_note, separate_file
 
 
 def chooser(
@@ -101,7 +101,7 @@ def own_song(run: Run, targets: tuple[str, ...]) -> None:
         out.clear_output()
         with out:
             try:
-                song = from_root(path.value) if path.value else _uploaded(run, upload.value)
+                song = expand_path(path.value) if path.value else _uploaded(run, upload.value)
                 display(separated_song(run, song, *menu.value))
             except (ValueError, OSError) as error:
                 print(error)
@@ -114,7 +114,7 @@ def _uploaded(run: Run, files: tuple) -> Path:
     if not files:
         raise FileNotFoundError("No song yet: upload one, or give its path.")
     song = run.folder / "songs" / safe_name(files[0]["name"])
-    with replacing(song) as part:
+    with atomic_write(song) as part:
         part.write_bytes(files[0]["content"])
     return song
 
@@ -124,7 +124,7 @@ def separated_song(run: Run, song: Path, target: str, model: str) -> HTML:
 
     Raises as `separate_file` does.
     """
-    network = model_of(run, target, model)
+    network = trained_model(run, target, model)
     paths = separate_file(song, network, run.folder / "songs" / target / model)
     start, rate = _loudest(paths[0], run.settings.excerpt_s)
     length = round(run.settings.excerpt_s * rate)

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mss_utils.config import MODELS, Settings, is_valid_stem_name, upgrade_settings
 from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
 from mss_utils.models.unet import UNet
-from mss_utils.settings import MODELS, Settings, is_stem_name
 
 
 def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module:
@@ -42,7 +42,7 @@ def _built(name: str, settings: Settings, seed: int) -> torch.nn.Module:
                 settings.unet_depth,
                 settings.n_fft,
                 settings.hop,
-                settings.unet_tall_channels,
+                settings.unet_full_band_channels,
             )
             return UNet(settings.channels, *size)
         demucs = Demucs(
@@ -100,8 +100,8 @@ def _described(path: Path) -> tuple[torch.nn.Module, Settings, str]:
     """The untrained model of a model.json, its settings and its target."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        settings = Settings.model_validate(description["settings"])
-        if not is_stem_name(description["target"]):
+        settings = Settings.model_validate(upgrade_settings(description["settings"]))
+        if not is_valid_stem_name(description["target"]):
             raise ValueError(f"the target cannot be called {description['target']!r}")
         return build_model(description["model"], settings), settings, description["target"]
     except (

@@ -21,16 +21,16 @@ os.environ |= dict(MSS_RESULTS=str(DISK / "results"), MSS_CACHE=str(DISK / "cach
 from conftest import SMALL, write_notebook
 
 from mss_utils import figures, pipeline
+from mss_utils.config import MODELS, Run, create_or_load_run
 from mss_utils.data import build_store, open_store
-from mss_utils.demo import render_songs
 from mss_utils.environment import record_environment
-from mss_utils.evaluation import evaluate
+from mss_utils.evaluation.scores import evaluate
 from mss_utils.listening.excerpts import cut_excerpt, write_excerpt
 from mss_utils.models import load_model
-from mss_utils.publishing import export
-from mss_utils.separation import separate_file
-from mss_utils.settings import MODELS, Run, open_run
-from mss_utils.training import train
+from mss_utils.report.collections import export
+from mss_utils.separation.song_files import separate_file
+from mss_utils.songs import render_songs
+from mss_utils.training.loop import train
 
 NEARLY = 16 * 1024  # bytes that are left on a disk that is nearly full
 
@@ -108,7 +108,7 @@ def little_notebook(folder: Path) -> None:
     pipeline.NOTEBOOKS = folder
 
 
-run = open_run("smoke", "small", str(DATASET), "piano", SMALL)
+run = create_or_load_run("smoke", "small", str(DATASET), "piano", SMALL)
 tried(
     "songs",
     lambda: render_songs(DISK / "songs", 1, 1, 1, duration_s=(4, 5), n_jobs=1, progress=False),
@@ -134,7 +134,9 @@ shutil.copytree(
     ignore=shutil.ignore_patterns("*.ckpt", "ablations", "data_study"),
 )
 finished = Run(
-    "full/smoke", open_run("smoke", "full/smoke").settings, DISK / "results" / "full" / "smoke"
+    "full/smoke",
+    create_or_load_run("smoke", "full/smoke").settings,
+    DISK / "results" / "full" / "smoke",
 )
 tried("report", lambda: pipeline.build_report(finished))
 tried("export", lambda: export("full", "copy"))

@@ -21,12 +21,12 @@ from hypothesis import strategies as some
 from safetensors.torch import load_file, save_file
 
 from mss_utils.__main__ import main
-from mss_utils.checkpoints import is_trained
+from mss_utils.config import MODELS, Settings, create_or_load_run, load_run, resolve_settings
 from mss_utils.data import build_store, read_store
 from mss_utils.models import build_model, load_model
-from mss_utils.separation import separate_file
-from mss_utils.settings import MODELS, Settings, begun_run, open_run, resolve
-from mss_utils.training import identity_of, train
+from mss_utils.separation.song_files import separate_file
+from mss_utils.training.checkpoints import is_trained
+from mss_utils.training.loop import train, training_identity
 
 ANSWERS = (
     ValueError,
@@ -388,11 +388,11 @@ def test_any_setting_is_taken_or_refused_and_what_is_taken_can_be_built(
     def taken(case):
         text = [f"{key}={value}" for key, value in case]
         with watched(tmp_path):
-            run = answer(open_run, "smoke", "wild", "", "", text)
+            run = answer(create_or_load_run, "smoke", "wild", "", "", text)
             if isinstance(run, Exception):
                 return
             run.write_settings()
-            assert open_run("smoke", "wild").settings == run.settings, (
+            assert create_or_load_run("smoke", "wild").settings == run.settings, (
                 "what is stored is what is read"
             )
             if (
@@ -417,14 +417,14 @@ def test_any_setting_is_taken_or_refused_and_what_is_taken_can_be_built(
 
 def test_the_settings_of_a_run_in_any_state_are_read_or_refused(cases, tmp_path, monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
-    document = resolve("smoke").model_dump(mode="json")
+    document = resolve_settings("smoke").model_dump(mode="json")
     (tmp_path / "old").mkdir()
 
     def read(damage):
         (tmp_path / "old" / "settings.json").write_bytes(damaged(document, damage))
         with watched():
-            answer(begun_run, "old")
-            answer(open_run, "smoke", "old")
+            answer(load_run, "old")
+            answer(create_or_load_run, "smoke", "old")
 
     cases("stored", DAMAGE, read)
 
@@ -437,7 +437,7 @@ def trained(small_settings, store, tmp_path_factory):
     """A trained model's folder, of which each case has a copy: files, and what it was trained with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MSS_RESULTS", str(tmp_path_factory.mktemp("trained")))
-        run = open_run("smoke", "small", small_settings.data, "piano", SMALL)
+        run = create_or_load_run("smoke", "small", small_settings.data, "piano", SMALL)
         train(run, store, "piano", "unet")
         folder = run.model_folder("piano", "unet")
         yield run, {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
@@ -463,7 +463,7 @@ def test_a_model_folder_in_any_state_is_loaded_or_refused_and_trained_again(case
             assert isinstance(model, Exception) or "/" not in model.target
             if name == "last.ckpt":
                 (folder / "model.json").unlink()
-            if not is_trained(folder, identity_of(run.settings, store, "piano", "unet", 0)):
+            if not is_trained(folder, training_identity(run.settings, store, "piano", "unet", 0)):
                 trainings.append(name)
                 train(run, store, "piano", "unet")  # goes on, or begins anew
                 assert pd.read_csv(folder / "history.csv")["step"].tolist() == [3, 6]
@@ -586,7 +586,7 @@ def test_a_track_of_any_name_goes_from_the_dataset_to_its_tables_and_files(
             excerpt = cut_excerpt(
                 dict(mixture=mixture, reference=stems[0]), track.name, "piano", RATE, 0.1
             )
-            write_excerpt(open_run("smoke", "names"), excerpt, RATE)
+            write_excerpt(create_or_load_run("smoke", "names"), excerpt, RATE)
         assert (
             pd.read_csv(tmp_path / "results" / "tracks.csv", keep_default_na=False)["track"][
                 0

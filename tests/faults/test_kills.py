@@ -18,9 +18,9 @@ import soundfile
 from conftest import MSS_UTILS, command, little_run
 from safetensors.torch import save_file
 
-from mss_utils import pipeline, publishing
+from mss_utils import pipeline, report
+from mss_utils.config import ROOT, resolve_settings
 from mss_utils.models import build_model
-from mss_utils.settings import ROOT, resolve
 
 LONGEST_S = 14.0  # a run lives between one second and this before it is killed
 CLOCKS = {
@@ -103,7 +103,7 @@ def test_an_export_that_is_killed_again_and_again_ends_as_one_that_is_not(
 ):
     def exported(place):
         monkeypatch.setenv("MSS_RESULTS", str(place))
-        return publishing.export("full", "copy")
+        return report.export("full", "copy")
 
     places = {name: tmp_path / name for name in ("killed", "whole")}
     for place in places.values():
@@ -148,7 +148,7 @@ def test_an_export_killed_between_two_names_loses_nothing(smoke_run, tmp_path, m
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path))
     (tmp_path / ".older-copy" / "songs").mkdir(parents=True)
     shutil.copy(smoke_run[1] / "settings.json", tmp_path / ".older-copy" / "songs")
-    assert publishing._destination("copy") == tmp_path / "copy"
+    assert report._destination("copy") == tmp_path / "copy"
     assert (tmp_path / "copy" / "songs" / "settings.json").exists() and not (
         tmp_path / ".older-copy"
     ).exists()
@@ -158,7 +158,7 @@ def test_an_export_killed_between_two_names_loses_nothing(smoke_run, tmp_path, m
 def song_and_model(tmp_path_factory):
     """A song that takes a while, and a model to separate it with."""
     folder = tmp_path_factory.mktemp("song")
-    settings = resolve("smoke")
+    settings = resolve_settings("smoke")
     weights = build_model("unet", settings).state_dict()
     save_file(
         {name: tensor.contiguous() for name, tensor in weights.items()},

@@ -11,12 +11,12 @@ import soundfile
 import torch
 from conftest import write_dataset
 
+from mss_utils.config import resolve_settings
 from mss_utils.data import build_store
 from mss_utils.data import store as store_module
 from mss_utils.data.store import Index, Store, Track
 from mss_utils.environment import resident_mb
 from mss_utils.mixing import Mixer
-from mss_utils.settings import resolve
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="memory is read from /proc"
@@ -28,9 +28,9 @@ import sys
 from pathlib import Path
 from mss_utils.models import build_model
 from mss_utils.separation import separate_file
-from mss_utils.settings import resolve
+from mss_utils.settings import resolve_settings
 from mss_utils.environment import resident_mb
-settings = resolve("smoke")
+settings = resolve_settings("smoke")
 model = build_model("unet", settings).eval()
 model.sample_rate, model.channels, model.segment_s, model.target = 16000, 1, 2.0, "piano"
 separate_file(Path(sys.argv[1]), model, Path(sys.argv[2]))
@@ -123,7 +123,7 @@ def test_three_hours_of_music_go_through_the_loader_in_flat_memory(tmp_path, lon
     """What the kernel keeps of the file it can drop; what this process holds must not grow with what it has read."""
     hours = 3
     store = hours_of_music(hours, tmp_path)
-    settings = resolve(
+    settings = resolve_settings(
         "demo",
         overrides="segment_s=6 batch_size=16 random_mix=False curriculum=False loader_workers=2",
     )

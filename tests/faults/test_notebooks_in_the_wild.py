@@ -13,8 +13,8 @@ from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
 from mss_utils import pipeline
+from mss_utils.config import ROOT
 from mss_utils.pipeline import NOTEBOOKS, STAGES, StageError
-from mss_utils.settings import ROOT
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from conftest import SMALL
 
+from mss_utils.config import MODELS, ROOT, create_or_load_run
 from mss_utils.data import open_store
-from mss_utils.evaluation import evaluate
-from mss_utils.settings import MODELS, ROOT, open_run
-from mss_utils.training import train
+from mss_utils.evaluation.scores import evaluate
+from mss_utils.training.loop import train
 
 
 def started(*command, **environment):
@@ -63,7 +63,7 @@ def test_two_dask_workers_make_the_same_tables(
     from dask.distributed import Client
 
     monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
-    run = open_run("smoke", "small", small_settings.data, "piano", f"{SMALL} ablations=")
+    run = create_or_load_run("smoke", "small", small_settings.data, "piano", f"{SMALL} ablations=")
     store = open_store(run.settings)
     for model in MODELS:
         train(run, store, "piano", model)
@@ -82,7 +82,7 @@ def test_two_dask_workers_make_the_same_tables(
 
 
 def test_a_cluster_that_is_not_there_is_said(small_settings, store, monkeypatch, tmp_path):
-    from mss_utils.evaluation import _workers
+    from mss_utils.evaluation.scores import _workers
 
     monkeypatch.setenv("MSS_DASK", str(tmp_path / "none.json"))
     with (

@@ -12,11 +12,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -24,38 +23,22 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from mss_utils.config import MODELS, Run, Settings, expand_path
 from mss_utils.data import MIXTURE, Store, Track
+from mss_utils.evaluation.bsseval import (
+    METRICS,
+    WHOLE_TRACK,
+    disagreement,
+    museval_is_available,
+    score_track,
+)
+from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.files import write_text
-from mss_utils.metrics import METRICS, WHOLE_TRACK, disagreement, museval_works, score_track
-from mss_utils.models import load_model
-from mss_utils.models.unet import STFT
-from mss_utils.separation import separate
-from mss_utils.settings import MODELS, Run, Settings, from_root
-from mss_utils.statistics import by_seed, compare, summarise
-from mss_utils.training import train
+from mss_utils.separation import read_all_estimates, separate, trained_model
 
-ORACLES = ("irm", "mwf")
-ROWS = (MIXTURE, *MODELS, *ORACLES)
-ABLATIONS = ("random_mix", "curriculum")  # settings that are turned round
-TABLES = ("frames", "tracks", "lost_frames", "referee", "summary", "paired", "cost", "ablations")
-ABLATION_COLUMNS = [
-    "target",
-    "model",
-    "ablation",
-    "metric",
-    "with_it",
-    "without_it",
-    "median_difference",
-    "ci_low",
-    "ci_high",
-    "p_wilcoxon",
-    "p_corrected",
-    "tracks",
-    "seeds",
-    "steps",
-]
+TABLES = ("frames", "tracks", "lost_frames", "cross_check", "summary", "paired", "cost")
 KEY = ["references", "target", "track", "model", "seed"]
-OTHER_SCORER = {"bss_eval": "museval", "museval": "bss_eval"}
+CROSS_SCORER = {"bss_eval": "museval", "museval": "bss_eval"}
 MAX_SCORERS = 8  # a four-minute stereo track with all its estimates takes about a gigabyte
 
 Estimates = dict[tuple[str, int], np.ndarray]  # by model and seed: (targets, channels, samples)
@@ -65,129 +48,16 @@ Job = tuple[Track, tuple[str, ...]]  # a track, and the targets that are scored 
 def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
     """Score every test track, write all of `TABLES` as `tables/<name>.csv` and return them by name.
 
-    Nothing is written before every model is scored; the ablations, which train more, come last. Raises ValueError naming model
+    The estimates are read, see `write_estimates`. Raises ValueError naming model
     and track when an estimate cannot be scored (another length, NaN), FileNotFoundError when a model is not trained.
     """
-    tables = score(run.settings, store, lambda track: all_estimates(run, store, track))
+    tables = score(run.settings, store, lambda track: read_all_estimates(run, store, track))
     tables["summary"] = summarise(tables["tracks"])
     tables["paired"] = compare(tables["tracks"])
     tables["cost"] = cost(run, store)
     for name, table in tables.items():
         write_text(run.table(name), table.to_csv(index=False))
-    tables["ablations"] = ablate(run, store, tables["tracks"])
-    write_text(run.table("ablations"), tables["ablations"].to_csv(index=False))
     return tables
-
-
-# --- estimates ----------------------------------------------------------------------------------------------------------
-
-
-def estimates(
-    run: Run, store: Store, track: Track, target: str, seed: int = 0, rows: Iterable[str] = ROWS
-) -> dict[str, np.ndarray]:
-    """Estimates of `target` in one track by these rows of the score table, each `(channels, samples)` float32."""
-    mixture, stems = store.load(track)
-    reference = stems[store.stem_index(target)]
-
-    def row(name: str) -> np.ndarray:
-        if name in MODELS:
-            return estimate_of(run, store, mixture, target, name, seed)
-        return oracle(name, mixture, reference, run.settings) if name in ORACLES else mixture
-
-    return {name: row(name) for name in rows}
-
-
-def estimate_of(
-    run: Run, store: Store, mixture: np.ndarray, target: str, model: str, seed: int = 0
-) -> np.ndarray:
-    """Estimate of `target` by one trained model of a run, `(channels, samples)` like the mixture."""
-    return separate(model_of(run, target, model, seed), mixture, store.sample_rate)
-
-
-def oracle(name: str, mixture: np.ndarray, target: np.ndarray, settings: Settings) -> np.ndarray:
-    """What a filter that knows the true target makes of the mixture, with the STFT of model A; all arrays `(channels, samples)`.
-
-    `irm` is the ideal ratio mask |T| / (|T| + |R|) with R the residual; it keeps the mixture's phase, as A does. `mwf` is the
-    multichannel Wiener filter, for one channel the mask |T|^2 / (|T|^2 + |R|^2). Both are reference points for A, no bounds
-    for B. Source: F.-R. Stoeter et al., "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018, section 3.2.
-    """
-    stft = STFT(settings.n_fft, settings.hop)
-    signals = [
-        torch.from_numpy(np.ascontiguousarray(signal))[None]
-        for signal in (mixture, target, mixture - target)
-    ]
-    mixed, wanted, rest = map(stft, signals)  # (1, channels, bins, frames)
-    found = (
-        mixed * (wanted.abs() / (wanted.abs() + rest.abs() + 1e-10))
-        if name == "irm"
-        else wiener(mixed, wanted, rest)
-    )
-    return stft.inverse(found, mixture.shape[-1])[0].numpy()
-
-
-def wiener(
-    mixed: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor, bins_at_once: int = 64
-) -> torch.Tensor:
-    """The mixture under the Wiener filter of the true target and residual, all complex `(1, channels, bins, frames)`.
-
-    Target and residual are Gaussian with a power v of their own in every bin and frame and one spatial covariance R a bin; the
-    filter is v_T R_T (v_T R_T + v_R R_R)^-1. Source: N. Duong, E. Vincent, R. Gribonval, "Under-determined reverberant audio
-    source separation using a full-rank spatial covariance model", IEEE TASLP 18(7), 2010.
-    """
-    blocks = []
-    for parts in zip(*(signal[0].split(bins_at_once, dim=1) for signal in (mixed, wanted, rest))):
-        x, t, r = (
-            part.permute(1, 2, 0)[..., None] for part in parts
-        )  # (bins, frames, channels, 1)
-        target, residual = _gaussian(t), _gaussian(r)
-        floor = 1e-10 * torch.eye(len(mixed[0]), dtype=mixed.dtype)
-        blocks.append(
-            (target @ torch.linalg.solve(target + residual + floor, x))[..., 0].permute(2, 0, 1)
-        )
-    return torch.cat(blocks, dim=1)[None]
-
-
-def _gaussian(vectors: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
-    """v R of every bin and frame, `(bins, frames, channels, channels)`, fitted to complex `(bins, frames, channels, 1)`."""
-    outer, n_channels = vectors @ vectors.mH, vectors.shape[2]
-    unit = torch.eye(n_channels, dtype=vectors.dtype)
-    spatial = unit.expand(len(vectors), 1, n_channels, n_channels)
-    for _ in range(n_iterations):
-        power = (
-            torch.linalg.solve(spatial, outer).diagonal(dim1=-2, dim2=-1).sum(-1).real / n_channels
-        )  # (bins, frames)
-        power = power.clamp(min=1e-12)[..., None, None]
-        sounding = (
-            (power > 1e-12).sum(dim=1, keepdim=True).clamp(min=1)
-        )  # frames of digital silence say nothing of the place
-        spatial = (outer / power).sum(dim=1, keepdim=True) / sounding + 1e-5 * unit
-    return power * spatial
-
-
-def model_of(run: Run, target: str, model: str, seed: int = 0) -> torch.nn.Module:
-    """One trained model of a run, in evaluation mode."""
-    folder = run.model_folder(target, model, seed)
-    written = folder / "model.json"
-    return _loaded(folder, written.stat().st_mtime_ns if written.exists() else 0)
-
-
-@lru_cache(maxsize=32)
-def _loaded(folder: Path, _written_ns: int) -> torch.nn.Module:
-    """A model stays in memory until its folder is written anew."""
-    return load_model(folder)
-
-
-def all_estimates(run: Run, store: Store, track: Track) -> Estimates:
-    """Estimates of one track by every row of the score table; what is not trained has one seed."""
-    found = {}
-    for seed in range(run.settings.seeds):
-        names = MODELS if seed else ROWS
-        by_target = [
-            estimates(run, store, track, target, seed, names)
-            for target in store.targets(run.settings.target)
-        ]
-        found |= {(name, seed): np.stack([rows[name] for rows in by_target]) for name in names}
-    return found
 
 
 # --- scores -------------------------------------------------------------------------------------------------------------
@@ -197,18 +67,18 @@ def score(
     settings: Settings,
     store: Store,
     estimates_of: Callable[[Track], Estimates],
-    n_referee: int | None = None,
+    n_cross_check: int | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Score what `estimates_of` makes of every test track: tables frames, tracks, lost_frames and referee.
 
-    `n_referee` tracks (default: the setting) are scored by the other program too, see `_refereed`, with the estimates of the
+    `n_cross_check` tracks (default: the setting) are scored by the other program too, see `_cross_check_tracks`, with the estimates of the
     first seed.
     """
     jobs = list(itertools.product(store.split("test"), scored_together(settings, store)))
-    refereed = _refereed(
-        settings, store, settings.referee_tracks if n_referee is None else n_referee
+    cross_checked = _cross_check_tracks(
+        settings, store, settings.cross_check_tracks if n_cross_check is None else n_cross_check
     )
-    refereed = [job for job in jobs if job[0] in refereed]
+    cross_checked = [job for job in jobs if job[0] in cross_checked]
     targets, found_in = store.targets(settings.target), lru_cache(maxsize=1)(estimates_of)
     keys, kept = {}, {}  # keys: what the label of an estimate, which errors name, stands for
 
@@ -222,9 +92,9 @@ def score(
             f"{model}, seed {seed}, on {track.name!r}": (model, seed) for model, seed in pairs
         }
         keys.update(labels)
-        if job in refereed:
+        if job in cross_checked:
             first = {label: pairs[key] for label, key in labels.items() if key[1] == 0}
-            kept[job] = references, first, store.sample_rate, OTHER_SCORER[settings.scorer]
+            kept[job] = references, first, store.sample_rate, CROSS_SCORER[settings.scorer]
         return (
             references,
             {label: pairs[key] for label, key in labels.items()},
@@ -244,9 +114,9 @@ def score(
     }
     again = [
         rows(job, scored)["frames"]
-        for job, scored in zip(refereed, _in_parallel(score_track, refereed, kept.get))
+        for job, scored in zip(cross_checked, _in_parallel(score_track, cross_checked, kept.get))
     ]
-    return tables | dict(referee=_referee(tables["frames"], again))
+    return tables | dict(cross_check=_cross_check_table(tables["frames"], again))
 
 
 def scored_together(settings: Settings, store: Store) -> list[tuple[str, ...]]:
@@ -255,9 +125,9 @@ def scored_together(settings: Settings, store: Store) -> list[tuple[str, ...]]:
     return [targets] if settings.target == "all" else [(target,) for target in targets]
 
 
-def _refereed(settings: Settings, store: Store, count: int) -> list[Track]:
+def _cross_check_tracks(settings: Settings, store: Store, count: int) -> list[Track]:
     """The `count` shortest test tracks in which every target sounds: museval takes minutes for a song."""
-    if count and not museval_works():
+    if count and not museval_is_available():
         warnings.warn(
             "Without ffmpeg and ffprobe museval cannot be imported: no score is checked by it.",
             stacklevel=3,
@@ -332,13 +202,13 @@ def _workers() -> Iterator[int]:
     if not cluster:
         yield min(joblib.effective_n_jobs(-1), MAX_SCORERS)
         return
-    if not from_root(cluster).is_file():
+    if not expand_path(cluster).is_file():
         raise FileNotFoundError(
-            f"MSS_DASK names no scheduler file ({from_root(cluster)}); start one with: dask scheduler --scheduler-file FILE"
+            f"MSS_DASK names no scheduler file ({expand_path(cluster)}); start one with: dask scheduler --scheduler-file FILE"
         )
     from dask.distributed import Client
 
-    with Client(scheduler_file=str(from_root(cluster))), joblib.parallel_config("dask"):
+    with Client(scheduler_file=str(expand_path(cluster))), joblib.parallel_config("dask"):
         yield min(
             joblib.effective_n_jobs(-1), 2 * MAX_SCORERS
         )  # all they are given is held here first
@@ -397,7 +267,7 @@ def _why_lost(silent: tuple[np.ndarray, np.ndarray], stems: Sequence[str], row: 
     return pd.Series(list(map(reason, blamed.T)), dtype=str)
 
 
-def _referee(frames: pd.DataFrame, again: list[pd.DataFrame]) -> pd.DataFrame:
+def _cross_check_table(frames: pd.DataFrame, again: list[pd.DataFrame]) -> pd.DataFrame:
     """What the two programs differ by in each metric, see `disagreement`."""
     columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
     if not again:
@@ -412,79 +282,6 @@ def _referee(frames: pd.DataFrame, again: list[pd.DataFrame]) -> pd.DataFrame:
         )
         rows.append((metric, count, largest, unequal, len(again)))
     return pd.DataFrame(rows, columns=columns)
-
-
-# --- ablations ----------------------------------------------------------------------------------------------------------
-
-
-def ablation_runs(run: Run) -> dict[str, Run]:
-    """For every ablation the same run with that one setting turned round: what was on is off."""
-    return {
-        name: run.variant(f"ablations/{name}", **{name: not getattr(run.settings, name)})
-        for name in ABLATIONS
-    }
-
-
-def ablate(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
-    """What random mixing and the curriculum bring: differences of a model trained with to one trained without, on the test tracks.
-
-    Trains what is missing, `steps` steps like the run's own models, whose scores are in `tracks`. Columns: those of `compare` but
-    for a and b: model, the setting that was left out, and the medians with and without it. Nothing is chosen by these scores.
-    """
-    if not run.settings.ablations:
-        return pd.DataFrame(columns=ABLATION_COLUMNS)
-    runs = ablation_runs(run)
-    both = pd.concat([tracks, score_variants(run, store, runs, run.settings.ablations)])
-    # In a run that goes without by its settings it is the ablation that has it.
-    pair_of = lambda model, name: (model, f"{model} {name}")[
-        :: 1 if getattr(run.settings, name) else -1
-    ]
-    pairs = {
-        (model, name): pair_of(model, name)
-        for model, name in itertools.product(run.settings.ablations, runs)
-    }
-    keys = {pair: dict(zip(("model", "ablation"), key)) for key, pair in pairs.items()}
-
-    def median(target: str, label: str, metric: str) -> float:
-        return (
-            by_seed(both[(both["target"] == target) & (both["model"] == label)], metric)
-            .mean(axis=1)
-            .median()
-        )
-
-    rows = []
-    for row in compare(both, list(keys)).to_dict("records"):
-        target, metric, sides = row["target"], row["metric"], (row["a"], row["b"])
-        scores = dict(
-            zip(("with_it", "without_it"), (median(target, side, metric) for side in sides))
-        )
-        rows.append(row | keys[sides] | scores | dict(steps=run.settings.steps))
-    return pd.DataFrame(rows, columns=ABLATION_COLUMNS).sort_values(
-        ["target", "model", "ablation"], kind="stable", ignore_index=True
-    )
-
-
-def score_variants(
-    run: Run, store: Store, variants: Mapping[str, Run], models: Iterable[str]
-) -> pd.DataFrame:
-    """Train what is missing of `models` in each variant of a run, and score it on the test tracks.
-
-    Returns the table `tracks` of them; a model is called "<model> <variant>" there.
-    """
-    targets = store.targets(run.settings.target)
-    todo = list(itertools.product(models, variants, range(run.settings.seeds)))
-    for model, name, seed in todo:
-        for target in targets:
-            train(variants[name], store, target, model, seed)
-
-    def estimates_of(track: Track) -> Estimates:
-        mixture, _ = store.load(track)
-        of = lambda model, name, seed: np.stack(
-            [estimate_of(variants[name], store, mixture, target, model, seed) for target in targets]
-        )
-        return {(f"{model} {name}", seed): of(model, name, seed) for model, name, seed in todo}
-
-    return score(run.settings, store, estimates_of, n_referee=0)["tracks"]
 
 
 # --- cost ---------------------------------------------------------------------------------------------------------------
@@ -508,7 +305,7 @@ def cost(run: Run, store: Store) -> pd.DataFrame:
                 train_s=known["train_s"],
                 steps=known["steps"],
                 audio_s_per_s=trained_s / known["train_s"],
-                inference_rtf=real_time_factor(model_of(run, target, name, seed), store),
+                inference_rtf=real_time_factor(trained_model(run, target, name, seed), store),
                 peak_memory_mb=known["peak_memory_mb"],
             )
         )

@@ -24,15 +24,15 @@ from pydantic import (
     model_validator,
 )
 
-from mss_utils.files import is_file_name, safe_name, write_text
+from mss_utils.files import is_safe_file_name, safe_name, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-LETTERS = {
+MODEL_LETTERS = {
     "unet": "A",
     "demucs_lstm": "B1",
     "demucs_attention": "B2",
 }  # what prose calls the models
-MODELS = tuple(LETTERS)
+MODELS = tuple(MODEL_LETTERS)
 WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
 RESERVED = (
@@ -42,9 +42,9 @@ RESERVED = (
 )  # no stem can be called what a target, or what is no stem, is called
 
 
-def is_stem_name(name: object) -> bool:
+def is_valid_stem_name(name: object) -> bool:
     """Whether a stem can be called so: stems become folders, targets and words on pages."""
-    return is_file_name(name) and name not in RESERVED and not set(name) & set("<>")
+    return is_safe_file_name(name) and name not in RESERVED and not set(name) & set("<>")
 
 
 def _known_profile(value: str) -> str:
@@ -72,7 +72,7 @@ def _groups(value: object) -> object:
         members, arrow, group = text.partition("->")
         if not (arrow and group.strip() and all(stem.strip() for stem in members.split("+"))):
             raise ValueError(f"a group is written stem+stem->name, not {text!r}")
-        if not is_stem_name(group.strip()):
+        if not is_valid_stem_name(group.strip()):
             raise ValueError(
                 f"a group becomes a stem and a folder, and cannot be called {_short(group.strip())}"
             )
@@ -150,7 +150,7 @@ class Settings(BaseModel):
     hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1, le=1024)
     unet_depth: int = Field(5, ge=2, le=10)
-    unet_tall_channels: int = Field(
+    unet_full_band_channels: int = Field(
         256, ge=1, le=16_384, description="of the path that sees all bins of a frame at once"
     )
     demucs_channels: int = Field(
@@ -203,7 +203,7 @@ class Settings(BaseModel):
     scorer: Literal["bss_eval", "museval"] = Field(
         "bss_eval", description="museval gives the same scores, many times slower"
     )
-    referee_tracks: int = Field(
+    cross_check_tracks: int = Field(
         2,
         ge=0,
         le=10_000,
@@ -258,6 +258,16 @@ class Settings(BaseModel):
         return round(self.segment_s * self.sample_rate)
 
 
+RENAMED_SETTINGS = dict(
+    referee_tracks="cross_check_tracks", unet_tall_channels="unet_full_band_channels"
+)
+
+
+def upgrade_settings(values: dict) -> dict:
+    """Stored settings with the present names of settings that were renamed since."""
+    return {RENAMED_SETTINGS.get(name, name): value for name, value in values.items()}
+
+
 # What each profile changes. `smoke` is for tests, `demo` for two CPU cores, `musdb7` for the 7-second excerpts,
 # `musdb18` for the full dataset on a GPU.
 PROFILES: dict[str, dict] = {
@@ -273,7 +283,7 @@ PROFILES: dict[str, dict] = {
         stage3_step=6,
         unet_channels=4,
         unet_depth=3,
-        unet_tall_channels=16,
+        unet_full_band_channels=16,
         demucs_channels=16,
         demucs_max_channels=16,
         attention_heads=2,
@@ -283,14 +293,14 @@ PROFILES: dict[str, dict] = {
         valid_s=5.0,
         excerpt_s=3.0,
         ablations=("unet",),
-        referee_tracks=1,
+        cross_check_tracks=1,
         data_study=True,
     ),
     "demo": dict(),
     "musdb7": dict(
         target="vocals",
         speed_semitones=2,
-        unet_tall_channels=64,
+        unet_full_band_channels=64,
         steps=4000,
         ema_decay=0.998,
         valid_s=7.0,
@@ -303,7 +313,7 @@ PROFILES: dict[str, dict] = {
         segment_s=6.0,
         batch_size=16,
         unet_channels=32,
-        unet_tall_channels=512,
+        unet_full_band_channels=512,
         demucs_channels=512,
         demucs_max_channels=768,
         steps=60000,
@@ -346,7 +356,7 @@ class Run:
         return self.folder / "audio" / safe_name(track) / target
 
 
-def resolve(
+def resolve_settings(
     profile: str = "demo", data: str = "", target: str = "", overrides: str | Iterable[str] = ()
 ) -> Settings:
     """The profile's settings with what is given on top; empty arguments mean "as the profile has it".
@@ -362,7 +372,7 @@ def resolve(
     )
 
 
-def open_run(
+def create_or_load_run(
     profile: str = "demo",
     run: str = "",
     data: str = "",
@@ -374,10 +384,10 @@ def open_run(
     Nothing is written yet, see `Run.write_settings`. Raises ValueError as `resolve` does, for an argument that
     contradicts the run's own settings.json, and for the name of a collection.
     """
-    settings = resolve(profile, data, target, overrides)
+    settings = resolve_settings(profile, data, target, overrides)
     name = run or profile
     folder = _folder_of(name)
-    if runs := runs_in(name):
+    if runs := collection_runs(name):
         raise ValueError(
             f"{name!r} is a collection of runs ({', '.join(run.name for run in runs)}): name one of them, or choose another name."
         )
@@ -388,7 +398,7 @@ def open_run(
     return Run(name, settings, folder)
 
 
-def begun_run(name: str) -> Run:
+def load_run(name: str) -> Run:
     """The run called `name` with the settings it has; FileNotFoundError with the names there are where none is called so."""
     folder = _folder_of(name)
     if not (folder / "settings.json").is_file():
@@ -415,7 +425,7 @@ def _folder_of(name: str) -> Path:
     return results_folder() / name
 
 
-def runs_in(collection: str) -> list[Run]:
+def collection_runs(collection: str) -> list[Run]:
     """The runs of a collection, a folder of `results/` that holds runs and has no settings of its own; none where it is a run, or nothing.
 
     Raises ValueError for what cannot be a name.
@@ -434,15 +444,15 @@ def runs_in(collection: str) -> list[Run]:
 
 def results_folder() -> Path:
     """Where runs live: `results/` of this repository, or MSS_RESULTS (the tests use it)."""
-    return from_root(os.environ.get("MSS_RESULTS") or "results")
+    return expand_path(os.environ.get("MSS_RESULTS") or "results")
 
 
 def cache_folder() -> Path:
     """Where stem stores and built-in songs are kept: `.cache/` of this repository, or MSS_CACHE."""
-    return from_root(os.environ.get("MSS_CACHE") or ".cache")
+    return expand_path(os.environ.get("MSS_CACHE") or ".cache")
 
 
-def from_root(path: str | Path) -> Path:
+def expand_path(path: str | Path) -> Path:
     """A path as the user wrote it: absolute, below the home folder (~), or relative to the repository root, never the cwd."""
     return ROOT / Path(path).expanduser()
 
@@ -507,4 +517,4 @@ def _stored_values(path: Path) -> dict:
         raise ValueError(
             f"{path} holds no settings ({_short(values)}); expected an object of names and values: mend it, or choose another run name."
         )
-    return values
+    return upgrade_settings(values)

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
-from mss_utils.files import replacing, write_text
-from mss_utils.settings import Settings
+from mss_utils.config import Settings, upgrade_settings
+from mss_utils.files import atomic_write, write_text
 
 # Settings that leave the trained weights alone; a run may be told other values of these without a new training.
 NO_EFFECT_ON_WEIGHTS = (
@@ -29,7 +29,7 @@ NO_EFFECT_ON_WEIGHTS = (
     "excerpt_s",
     "loader_workers",
     "scorer",
-    "referee_tracks",
+    "cross_check_tracks",
     "ablations",
     "data_study",
 )
@@ -63,8 +63,8 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _fingerprint(identity: dict) -> dict:
-    complete = (
-        Settings().model_dump(mode="json") | identity["settings"]
+    complete = Settings().model_dump(mode="json") | upgrade_settings(
+        identity["settings"]
     )  # a training older than a setting had its default
     settings = {key: value for key, value in complete.items() if key not in NO_EFFECT_ON_WEIGHTS}
     return {key: identity[key] for key in ("model", "target", "seed", "data")} | {
@@ -106,7 +106,7 @@ def write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None
 ) -> None:
     """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(
             save({name: tensor.contiguous() for name, tensor in tensors.items()}, about)
         )

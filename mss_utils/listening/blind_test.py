@@ -20,8 +20,8 @@ import torchaudio
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from scipy import stats
 
-from mss_utils.files import replacing, safe_name, write_text
-from mss_utils.settings import LETTERS, MODELS, Run, from_root
+from mss_utils.config import MODEL_LETTERS, MODELS, Run, expand_path
+from mss_utils.files import atomic_write, safe_name, write_text
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
@@ -154,14 +154,14 @@ def add_answers(run: Run, files: Iterable[tuple[str, bytes]]) -> list[Path]:
             )
         )
     for path, content in checked:
-        with replacing(path) as part:
+        with atomic_write(path) as part:
             part.write_bytes(content)
     return [path for path, _ in checked]
 
 
 def answer_files(place: str) -> list[tuple[str, bytes]]:
     """Name and content of an answers file, or of every one in a folder; a path starts at the repository root. FileNotFoundError without one."""
-    path = from_root(place)
+    path = expand_path(place)
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise FileNotFoundError(
@@ -262,7 +262,7 @@ def opinion_sentence(ratings: pd.DataFrame, opinions: pd.DataFrame, target: str)
         "mean", ascending=False
     )
     said = [
-        f"{LETTERS[row.model]} {row.mean:.0f}"
+        f"{MODEL_LETTERS[row.model]} {row.mean:.0f}"
         + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]")
         for row in rows.itertuples()
     ]

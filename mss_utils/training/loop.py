@@ -27,15 +27,15 @@ import torch
 from lightning_fabric import Fabric
 from tqdm.auto import tqdm
 
-from mss_utils.checkpoints import is_trained, keep_best, resume, save_checkpoint
+from mss_utils.config import ROOT, Run, Settings, results_folder
 from mss_utils.data import Store
 from mss_utils.environment import check_device, peak_memory_mb, reset_peak_memory
-from mss_utils.files import one_at_a_time, write_text
-from mss_utils.metrics import utterance_sdr
+from mss_utils.evaluation.bsseval import utterance_sdr
+from mss_utils.files import file_lock, write_text
 from mss_utils.mixing import Batch, Mixer
 from mss_utils.models import build_model, count_parameters, load_model
 from mss_utils.separation import separate
-from mss_utils.settings import ROOT, Run, Settings, results_folder
+from mss_utils.training.checkpoints import is_trained, keep_best, resume, save_checkpoint
 
 LEARNING_RATES = dict(unet="unet_lr", demucs_lstm="demucs_lr", demucs_attention="demucs_lr")
 LOOK_EVERY_S = 10.0  # how often the loss is read and the network looked at: on a GPU, reading it waits for all steps before
@@ -54,7 +54,7 @@ class Recipe:
     grad_clip: float  # largest norm of the gradients
 
 
-def recipe_of(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
+def build_recipe(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
     """The recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
     lr = getattr(settings, LEARNING_RATES[model_name])
     return Recipe(
@@ -71,7 +71,7 @@ def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return snr_loss(model(batch.mixture), batch.target, batch.mixture)
 
 
-def copying_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def reconstruction_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """`snr_loss` of a network that is to return the mixture itself, see `reconstruction_check`."""
     return snr_loss(model(batch.mixture), batch.mixture, batch.mixture)
 
@@ -120,17 +120,17 @@ def train(
     """
     folder, identity = (
         run.model_folder(target, model_name, seed),
-        identity_of(run.settings, store, target, model_name, seed),
+        training_identity(run.settings, store, target, model_name, seed),
     )
     if run.settings.devices > 1 and not is_trained(folder, identity):
         check_device(run.settings)
-        with one_at_a_time(folder):
+        with file_lock(folder):
             _train_in_processes(run, target, model_name, seed, on_validation)
-    train_here(run, store, target, model_name, seed, on_validation)
+    train_in_this_process(run, store, target, model_name, seed, on_validation)
     return load_model(folder)
 
 
-def train_here(
+def train_in_this_process(
     run: Run,
     store: Store,
     target: str,
@@ -141,17 +141,17 @@ def train_here(
     """Train one model, if it is not trained yet, in this process: alone, or as one of those that `torchrun` started; see `train`."""
     folder, identity = (
         run.model_folder(target, model_name, seed),
-        identity_of(run.settings, store, target, model_name, seed),
+        training_identity(run.settings, store, target, model_name, seed),
     )
     if is_trained(folder, identity):
         return
     _check_validation(store, run.settings, target)
     check_device(run.settings)
-    recipe = recipe_of(model_name, run.settings, seed)
+    recipe = build_recipe(model_name, run.settings, seed)
     if run.settings.start_from:
         start(recipe.network, run.settings, target, model_name, seed)
     run.write_settings()  # not before what they ask for has shown to be possible: from now on they hold
-    with nullcontext() if "WORLD_SIZE" in os.environ else one_at_a_time(folder):
+    with nullcontext() if "WORLD_SIZE" in os.environ else file_lock(folder):
         if is_trained(folder, identity):  # by whom this process has waited for
             return
         reset_peak_memory(run.settings)
@@ -177,7 +177,9 @@ def _outcome(settings: Settings, model_name: str, state: dict) -> dict:
     )
 
 
-def identity_of(settings: Settings, store: Store, target: str, model_name: str, seed: int) -> dict:
+def training_identity(
+    settings: Settings, store: Store, target: str, model_name: str, seed: int
+) -> dict:
     """What a training is of: everything that its weights depend on, and where it came from."""
     return dict(
         model=model_name,
@@ -226,18 +228,18 @@ def fit(
     it is of the same. The state holds step, train_s, best (validation SDR in dB), best_step, best_weights and history.
     """
     fabric = _fabric(settings)
-    model, optimizer = set_up(fabric, recipe)
-    average = copy_of(recipe.network)
+    model, optimizer = setup_optimizer(fabric, recipe)
+    average = copy_network(recipe.network)
     networks = {"raw": recipe.network, "ema": average}
     state = resume(folder, networks, optimizer, identity)
     mixer = Mixer(store, settings, identity["target"], identity["seed"])
     share = fabric.global_rank, fabric.world_size  # of every batch, for this process
 
-    with Watch(fabric, settings, identity, state) as watch:
+    with TrainingMonitor(fabric, settings, identity, state) as watch:
         for batch in mixer.batches(state["step"], settings.steps, fabric.device, share):
             rate = learning_rate(state["step"], settings, recipe.lr)
-            loss = descend(fabric, model, optimizer, recipe, batch, rate)
-            follow(average, recipe.network, settings.ema_decay)
+            loss = train_step(fabric, model, optimizer, recipe, batch, rate)
+            update_ema(average, recipe.network, settings.ema_decay)
             state["step"] += 1
             validating = (
                 state["step"] % settings.valid_every == 0 or state["step"] == settings.steps
@@ -258,7 +260,7 @@ def fit(
     return state
 
 
-def descend(
+def train_step(
     fabric: Fabric, model: torch.nn.Module, optimizer, recipe: Recipe, batch: Batch, rate: float
 ) -> torch.Tensor:
     """One step downhill: forward, loss, backward, clip, update. Returns the loss, which stays on the device."""
@@ -273,7 +275,7 @@ def descend(
     return loss.detach()
 
 
-def set_up(fabric: Fabric, recipe: Recipe) -> tuple:
+def setup_optimizer(fabric: Fabric, recipe: Recipe) -> tuple:
     """The network and the optimizer of a recipe as `fabric` wraps them; the network is moved to the device of `fabric`."""
     network = recipe.network
     if (
@@ -284,7 +286,7 @@ def set_up(fabric: Fabric, recipe: Recipe) -> tuple:
     return fabric.setup(network, adam)
 
 
-def copy_of(network: torch.nn.Module) -> torch.nn.Module:
+def copy_network(network: torch.nn.Module) -> torch.nn.Module:
     """A second network with the same weights, for their average, see `follow`."""
     average = deepcopy(network)
     for layer in average.modules():
@@ -294,7 +296,7 @@ def copy_of(network: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def follow(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> None:
+def update_ema(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> None:
     """One step of the exponential moving average (EMA) of weights and running statistics: `average` nears `network` by 1 - decay.
 
     torch's own AveragedModel would make a GPU wait at every step.
@@ -307,7 +309,7 @@ def follow(average: torch.nn.Module, network: torch.nn.Module, decay: float) -> 
     torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
 
 
-class Watch:
+class TrainingMonitor:
     """Looks after a training every few seconds: progress bar, clock, losses that are not finite, a network that gave up.
 
     Losses stay on the device until the next look. `state` gets what was seen: the losses since the last validation, and
@@ -333,7 +335,7 @@ class Watch:
         )
         self.clock = self.last_save = time.perf_counter()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> TrainingMonitor:
         return self
 
     def __exit__(self, kind, error, _traceback) -> None:
@@ -517,8 +519,8 @@ def reconstruction_check(
     """
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
     peak_lr = 4e-3  # copying is easy: twice the step of a separation, and it is done sooner
-    recipe = replace(recipe_of(model_name, settings), objective=copying_loss, lr=peak_lr)
-    network, (model, optimizer) = recipe.network, set_up(fabric, recipe)
+    recipe = replace(build_recipe(model_name, settings), objective=reconstruction_loss, lr=peak_lr)
+    network, (model, optimizer) = recipe.network, setup_optimizer(fabric, recipe)
     mixer, unseen = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
     mixture, _ = store.load(unseen, 0, min(unseen.samples, 10 * store.sample_rate))
     network.segment_s, rows = settings.segment_s, []
@@ -528,7 +530,7 @@ def reconstruction_check(
         1,
     ):
         rate = peak_lr * min(1.0, 2 * (1 - step / (n_steps + 1)))
-        descend(fabric, model, optimizer, recipe, batch, rate)
+        train_step(fabric, model, optimizer, recipe, batch, rate)
         if step % every == 0 or step == n_steps:
             rows.append(
                 dict(
@@ -569,7 +571,7 @@ def _check_validation(store: Store, settings: Settings, target: str) -> None:
         )
 
 
-def history(folder: Path) -> pd.DataFrame:
+def load_history(folder: Path) -> pd.DataFrame:
     """One row per validation: step, train_loss_db, valid_sdr_db (the better of the two that follow), raw_sdr_db, ema_sdr_db,
     lr, train_s, audio_s_per_s.
     """

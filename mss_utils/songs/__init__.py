@@ -24,9 +24,9 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
-from mss_utils.demo.composing import SPLITS, STEMS, Song, compose
-from mss_utils.demo.playing import SAMPLE_RATE, render
-from mss_utils.files import flush, one_at_a_time, working_folder, write_text
+from mss_utils.files import file_lock, flush, temporary_folder, write_text
+from mss_utils.songs.composing import SPLITS, STEMS, Song, compose
+from mss_utils.songs.rendering import SAMPLE_RATE, render
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
@@ -51,7 +51,7 @@ def render_songs(
     Raises ValueError if the folder was rendered with another seed, duration or recipe.
     """
     root = Path(root)
-    with one_at_a_time(root):
+    with file_lock(root):
         _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
         wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
         done = _finished(root)
@@ -131,7 +131,7 @@ def _write_song(job: tuple) -> float:
     target = Path(root) / ("test" if split == "test" else "train") / song.name
     stems = render(song)
     stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
-    with working_folder(Path(root)) as work:
+    with temporary_folder(Path(root)) as work:
         for name, sound in stems.items():
             (work / f"{name}.flac").write_bytes(
                 _flac(sound)

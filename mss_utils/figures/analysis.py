@@ -9,24 +9,30 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from mss_utils.analysis.hypotheses import (
+    RHO,
+    SHARE,
+    pivot_by_seed,
+    repetition_gains,
+    whole_band_rows,
+)
 from mss_utils.analysis.repetition import CONDITIONS, SHARES
-from mss_utils.analysis.verdicts import RHO, SHARE, gains, whole_band, wide
+from mss_utils.config import MODELS, WAVEFORM_MODELS
+from mss_utils.evaluation.statistics import median_interval
 from mss_utils.figures.style import (
     COLOURS,
     INK,
     LABELS,
     MARKERS,
-    SHORT,
+    SHORT_LABELS,
+    create_axes,
     dots,
     figure_of,
+    format_number,
     interval,
     limit,
-    make,
     model_legend,
-    number,
 )
-from mss_utils.settings import MODELS, WAVEFORM_MODELS
-from mss_utils.statistics import median_interval
 
 LINES = {
     "mixture": ":",
@@ -53,7 +59,7 @@ def _line(model: str) -> dict:
 
 def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
     """Phase error by frequency, and the SDR of an estimate, of its magnitude and of its phase: medians over tracks. Two axes."""
-    axes = make(axes, 6.4, 1, 2, width_ratios=(1.25, 1))
+    axes = create_axes(axes, 6.4, 1, 2, width_ratios=(1.25, 1))
     rows = table[table["target"] == target]
     means = (
         rows.groupby(["model", "track", "band_low_hz", "band_high_hz"])[["phase_error_rad", *PARTS]]
@@ -65,7 +71,7 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
         .median()
         .reset_index()
     )
-    whole = whole_band(medians)
+    whole = whole_band_rows(medians)
     bands = medians.drop(whole.index)
     models = [name for name in ("mixture", *MODELS, "irm") if name in set(rows["model"])]
     for model in models:
@@ -75,7 +81,7 @@ def phase(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> n
             centre,
             part["phase_error_rad"],
             marker=MARKERS[model],
-            label=SHORT[model],
+            label=SHORT_LABELS[model],
             **_line(model),
         )
     axes[0].axhline(np.pi / 2, color=INK, linewidth=0.9)
@@ -123,7 +129,7 @@ def _phase_parts(ax: Axes, medians: pd.DataFrame, models: Sequence[str]) -> None
                 linewidths=0.6,
                 zorder=3,
             )
-    ax.set_xticks(range(len(models)), [SHORT[model] for model in models])
+    ax.set_xticks(range(len(models)), [SHORT_LABELS[model] for model in models])
     ax.set(xlim=(-0.5, len(models) - 0.5), ylabel="SDR (dB)", title="With one half of the truth")
     ax.grid(axis="x", visible=False)
     handles = [
@@ -138,7 +144,7 @@ def _phase_parts(ax: Axes, medians: pd.DataFrame, models: Sequence[str]) -> None
 
 def reach(table: pd.DataFrame, target: str, axes: np.ndarray | None = None) -> np.ndarray:
     """How far each model looks, and where the attention of B2 lies by lag in seconds and in bars. Three axes."""
-    axes = make(axes, 6.2, 1, 3)
+    axes = create_axes(axes, 6.2, 1, 3)
     rows = table[table["target"] == target]
     for model in MODELS:
         profile = (
@@ -245,7 +251,7 @@ def repeat(
     axes: np.ndarray | None = None,
 ) -> np.ndarray:
     """The damaged repeat: SDR by what is around it, and gains; and the advantage of B2 against repetitiveness. Three axes."""
-    axes = make(axes, 6.6, 1, 3)
+    axes = create_axes(axes, 6.6, 1, 3)
     rows = table[table["target"] == target]
     damaged = rows[rows["probe"] == "damaged_repeat"].dropna(subset="value")
     lags = sorted(damaged["lag_s"].unique())
@@ -292,7 +298,7 @@ def _conditions(ax: Axes, damaged: pd.DataFrame, lags: Sequence[float]) -> None:
 def _gains(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
     """Repetition gain and context gain of B1 and B2: a dot a track, medians with their intervals."""
     places = [(kind, lag, model) for kind in (0, 1) for lag in lags for model in WAVEFORM_MODELS]
-    values = [gains(rows, model, lag)[kind] for kind, lag, model in places]
+    values = [repetition_gains(rows, model, lag)[kind] for kind, lag, model in places]
     ax.axhline(0, color=INK, linewidth=0.9)
     limit(ax, pd.concat([value.mean(axis=1) for value in values] + [pd.Series([0.0])]), None)
     for x, ((_, _, model), value) in enumerate(zip(places, values)):
@@ -322,9 +328,10 @@ def _repetitiveness(
     ax: Axes, rows: pd.DataFrame, tracks: pd.DataFrame, verdicts: pd.DataFrame, target: str
 ) -> None:
     index = rows[rows["probe"] == "repetitiveness"].set_index("item")["value"]
-    advantage = (wide(tracks, "demucs_attention", "SDR") - wide(tracks, "demucs_lstm", "SDR")).mean(
-        axis=1
-    )
+    advantage = (
+        pivot_by_seed(tracks, "demucs_attention", "SDR")
+        - pivot_by_seed(tracks, "demucs_lstm", "SDR")
+    ).mean(axis=1)
     both = pd.DataFrame(dict(index=index, advantage=advantage)).dropna()
     ax.axhline(0, color=INK, linewidth=0.9)
     model = "demucs_attention"
@@ -340,7 +347,7 @@ def _repetitiveness(
     found = verdicts[
         (verdicts["unit"] == RHO) & verdicts["measure"].str.startswith(f"{target}: ")
     ].iloc[0]
-    values = (number(found[name], sign="+") for name in ("effect", "ci_low", "ci_high"))
+    values = (format_number(found[name], sign="+") for name in ("effect", "ci_low", "ci_high"))
     ax.text(
         0.02, 0.98, "ρ = {} [{}, {}]".format(*values), transform=ax.transAxes, va="top", fontsize=7
     )
@@ -354,12 +361,12 @@ def _repetitiveness(
 
 def data_amount(table: pd.DataFrame, target: str, ax: Axes | None = None) -> Axes:
     """SDR of B1 and B2 against the share of the training tracks: medians over the test tracks, and their intervals."""
-    ax = make(ax, 5.6)
+    ax = create_axes(ax, 5.6)
     rows = table[table["target"] == target]
     for offset, model in zip((0.985, 1.015), WAVEFORM_MODELS):
         points = []
         for share in sorted(rows["share"].unique()):
-            values = wide(rows[rows["share"] == share], model, "SDR").dropna(how="all")
+            values = pivot_by_seed(rows[rows["share"] == share], model, "SDR").dropna(how="all")
             points.append(
                 (
                     100 * share * offset,
@@ -395,7 +402,7 @@ def attack(
     envelopes: pd.DataFrame, table: pd.DataFrame, target: str, axes: np.ndarray | None = None
 ) -> np.ndarray:
     """The mean envelope around an onset; SDR in the attack minus SDR in the sustain; pre-echo. Three axes."""
-    axes = make(axes, 6.6, 1, 3, width_ratios=(1.5, 1, 1))
+    axes = create_axes(axes, 6.6, 1, 3, width_ratios=(1.5, 1, 1))
     curves = envelopes[envelopes["target"] == target]
     for model in [name for name in ("reference", *MODELS) if name in set(curves["model"])]:
         mean = curves[curves["model"] == model].groupby("time_ms")["level"].mean()
@@ -403,7 +410,7 @@ def attack(
             mean.index,
             mean,
             linewidth=2.4 if model == "reference" else 1.3,
-            label=SHORT[model],
+            label=SHORT_LABELS[model],
             **_line(model),
         )
     axes[0].axvline(0, color=INK, linewidth=0.7)
@@ -420,12 +427,12 @@ def attack(
     for ax, value, title in zip(
         axes[1:], ("kept", "pre_echo_db"), ("Attack − sustain, SDR", "Pre-echo")
     ):
-        values = {model: wide(rows, model, value) for model in MODELS}
+        values = {model: pivot_by_seed(rows, model, value) for model in MODELS}
         finite = pd.concat([part.mean(axis=1) for part in values.values()]).dropna()
         limit(ax, finite, pd.Series([0.0]) if value == "kept" else None)
         for x, model in enumerate(MODELS):
             _with_interval(ax, x, values[model], model)
-        ax.set_xticks(range(3), [SHORT[model] for model in MODELS])
+        ax.set_xticks(range(3), [SHORT_LABELS[model] for model in MODELS])
         ax.set(
             xlim=(-0.6, 2.6),
             title=title,
@@ -447,7 +454,7 @@ def verdict_table(hypotheses: pd.DataFrame) -> pd.DataFrame:
         if np.isnan(row["effect"]):
             return "–"
         middle, low, high = (
-            number(row[name], sign="+") for name in ("effect", "ci_low", "ci_high")
+            format_number(row[name], sign="+") for name in ("effect", "ci_low", "ci_high")
         )
         return f"{middle} [{low}, {high}]" + (
             "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"

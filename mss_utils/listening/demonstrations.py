@@ -12,21 +12,20 @@ import torchaudio
 
 from mss_utils.analysis import (
     CONDITIONS,
-    gains,
-    loops_of,
-    onsets,
-    transients,
-    whole_band,
-    wide,
-    with_phase_of,
+    attack,
+    combine_magnitude_phase,
+    find_loops,
+    find_onsets,
+    pivot_by_seed,
+    repetition_gains,
+    whole_band_rows,
 )
+from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
 from mss_utils.data import Store
-from mss_utils.evaluation import model_of
 from mss_utils.figures import LABELS
 from mss_utils.listening.excerpts import track_excerpt, track_named, track_versions
 from mss_utils.models.unet import STFT
-from mss_utils.separation import separate
-from mss_utils.settings import MODELS, WAVEFORM_MODELS, Run
+from mss_utils.separation import separate, trained_model
 
 ATTACKS_S = 3.0
 
@@ -38,7 +37,7 @@ def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> 
 
     Rule: the test track on which A's whole-band SDR gains most from the true phase.
     """
-    rows = whole_band(phase)
+    rows = whole_band_rows(phase)
     rows = rows[(rows["target"] == target) & (rows["model"] == "unet")]
     cost = (
         (rows["sdr_true_phase"] - rows["sdr"])
@@ -58,8 +57,8 @@ def phase_versions(run: Run, store: Store, target: str, phase: pd.DataFrame) -> 
         versions[LABELS[model]] = {
             "reference": reference,
             "as it is": estimate,
-            "its magnitude, true phase": with_phase_of(estimate, reference, stft),
-            "true magnitude, its phase": with_phase_of(reference, estimate, stft),
+            "its magnitude, true phase": combine_magnitude_phase(estimate, reference, stft),
+            "true magnitude, its phase": combine_magnitude_phase(reference, estimate, stft),
         }
     return name, versions
 
@@ -75,11 +74,11 @@ def repeat_versions(run: Run, store: Store, target: str, long_range: pd.DataFram
     if rows.empty:
         return "no loop", {}
     lag_s = rows["lag_s"].min()
-    b1, b2 = (gains(rows, model, lag_s)[0].mean(axis=1) for model in WAVEFORM_MODELS)
+    b1, b2 = (repetition_gains(rows, model, lag_s)[0].mean(axis=1) for model in WAVEFORM_MODELS)
     track = (b2 - b1).abs().idxmax()
     name, loop = next(
         (name, loop)
-        for name, loop in loops_of(run, store, target, lag_s).items()
+        for name, loop in find_loops(run, store, target, lag_s).items()
         if name.startswith(f"{track} @ ")
     )
     around = dict(
@@ -96,7 +95,7 @@ def _loop_versions(
 ) -> dict[str, np.ndarray]:
     """What is heard of one condition; the model meets the loop as one chunk, as when it was measured."""
     found = {
-        model: separate(model_of(run, target, model), mixture, store.sample_rate)
+        model: separate(trained_model(run, target, model), mixture, store.sample_rate)
         for model in WAVEFORM_MODELS
     }
     return {"mixture": mixture, "reference": reference} | found
@@ -111,7 +110,7 @@ def attack_versions(run: Run, store: Store, target: str, table: pd.DataFrame) ->
         kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"]
     )
     ahead = (
-        (wide(rows, "demucs_lstm", "kept") - wide(rows, "unet", "kept"))
+        (pivot_by_seed(rows, "demucs_lstm", "kept") - pivot_by_seed(rows, "unet", "kept"))
         .mean(axis=1)
         .replace([np.inf, -np.inf], np.nan)
         .dropna()
@@ -120,7 +119,7 @@ def attack_versions(run: Run, store: Store, target: str, table: pd.DataFrame) ->
         return "no track", {}
     track = track_named(store, ahead.idxmax())
     versions = track_versions(run, store, track, target, ("reference", *MODELS))
-    at = transients.isolated(onsets(store, track, target), store.sample_rate, track.samples)
+    at = attack.isolated(find_onsets(store, track, target), store.sample_rate, track.samples)
     length = round(ATTACKS_S * store.sample_rate)
     start = max(
         0,

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mss_utils.metrics import ROUNDING_DB, TRACK_METRICS
-from mss_utils.settings import LETTERS
+from mss_utils.config import MODEL_LETTERS
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
 MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
@@ -34,7 +34,7 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
         ["references", "target", "model"], sort=False
     ):
         for metric in TRACK_METRICS:
-            values = by_seed(group, metric)
+            values = scores_by_seed(group, metric)
             low, high = median_interval(values.to_numpy())
             means = values.mean(axis=1)
             rows.append(
@@ -75,7 +75,7 @@ def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) ->
     ]
     rows = []
     for target, metric in itertools.product(tracks["target"].unique(), TRACK_METRICS):
-        of = lambda model: by_seed(
+        of = lambda model: scores_by_seed(
             tracks[(tracks["target"] == target) & (tracks["model"] == model)], metric
         )
         family = [
@@ -87,23 +87,23 @@ def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) ->
     return pd.DataFrame(rows, columns=columns)
 
 
-def by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
+def scores_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A metric with a row a track and a column a seed, at most 80 dB; tracks without any score are left out."""
     return (
         rows.pivot(index="track", columns="seed", values=metric)
         .dropna(how="all")
-        .clip(upper=ROUNDING_DB)
+        .clip(upper=MAX_SCORE_DB)
     )
 
 
 def _difference(values: pd.DataFrame) -> dict:
     """Statistics of paired differences, a row a track and a column a seed."""
-    found, means = median_of(values), values.mean(axis=1).dropna()
+    found, means = median_with_interval(values), values.mean(axis=1).dropna()
     p = stats.wilcoxon(means).pvalue if len(means) and means.any() else np.nan
     return dict(median_difference=found.pop("median"), p_wilcoxon=p) | found
 
 
-def median_of(values: pd.DataFrame) -> dict:
+def median_with_interval(values: pd.DataFrame) -> dict:
     """Median over tracks of `values`, a row a track and a column a seed, with its interval and the counts; tracks without a value are left out."""
     values = values.dropna(how="all")
     low, high = median_interval(values.to_numpy())
@@ -150,7 +150,7 @@ def holm(p_values: list[float]) -> list[float]:
     return corrected.tolist()
 
 
-def detectable(row: pd.Series | Mapping, power: float = 0.8) -> float:
+def detectable_difference(row: pd.Series | Mapping, power: float = 0.8) -> float:
     """The smallest true difference in dB that would keep zero out of such an interval in `power` of all repetitions.
 
     A 95 % interval reaches 1.96 standard errors to either side; a difference of 1.96 + 0.84 standard errors is beyond its
@@ -160,15 +160,15 @@ def detectable(row: pd.Series | Mapping, power: float = 0.8) -> float:
     return float((row["ci_high"] - row["ci_low"]) / 2 * (reach + stats.norm.ppf(power)) / reach)
 
 
-def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -> str:
+def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -> str:
     """One row of the paired table as a plain sentence; with fewer than three seeds it speaks of these trained weights.
 
     `names` is how a and b are called. A difference is one if its interval leaves out zero; the corrected test may disagree.
     """
-    names = names or LETTERS
+    names = names or MODEL_LETTERS
     a, b = names[row["a"]], names[row["b"]]
     metric = row["metric"].replace("_", " ")
-    where = counts_of(row)
+    where = format_counts(row)
     whose = "" if row["seeds"] >= MIN_SEEDS else " for these trained weights"
     if np.isnan(row["ci_low"]):
         return f"{a} and {b} cannot be compared in {metric}: {where} with a score of both, at least {MIN_TRACKS} tracks are needed."
@@ -176,7 +176,7 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
     confirmed = row["p_corrected"] < 0.05
     if low <= 0 <= high:
         found = f"{difference:+.2f} dB [{low:+.2f}, {high:+.2f}], {where}"
-        enough = f"a difference of {detectable(row):.2f} dB would have been found with a probability of 80 %"
+        enough = f"a difference of {detectable_difference(row):.2f} dB would have been found with a probability of 80 %"
         doubt = "; the corrected Wilcoxon test can" if confirmed else ""
         text = f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}{doubt}."
     else:
@@ -187,7 +187,7 @@ def sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -
     return text
 
 
-def counts_of(row: pd.Series | Mapping) -> str:
+def format_counts(row: pd.Series | Mapping) -> str:
     """ "3 tracks, 1 seed"."""
     return ", ".join(
         f"{row[things]} {things if row[things] != 1 else things[:-1]}"

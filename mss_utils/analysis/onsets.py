@@ -20,7 +20,7 @@ RISE_S = 0.05
 BEATS_IN_A_BAR = 4  # where nobody says: most popular music
 
 
-def onsets(store: Store, track: Track, stem: str) -> np.ndarray:
+def find_onsets(store: Store, track: Track, stem: str) -> np.ndarray:
     """Onsets of a stem in seconds, sorted: those of the score, else those that librosa finds in the reference.
 
     A detected onset is moved back to where the sound begins to rise, so that what comes before it is before the attack, and kept

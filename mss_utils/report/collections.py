@@ -21,22 +21,30 @@ import nbformat
 import pandas as pd
 from safetensors.torch import load_file
 
-from mss_utils import analysis, evaluation, figures, listening
-from mss_utils.analysis import repetition, transients
-from mss_utils.analysis.verdicts import NEGLIGIBLE_DB
-from mss_utils.checkpoints import write_tensors
+from mss_utils import evaluation, figures, listening
+from mss_utils.analysis import attack, repetition
+from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
+from mss_utils.config import (
+    MODELS,
+    Run,
+    collection_runs,
+    expand_path,
+    resolve_settings,
+    results_folder,
+)
 from mss_utils.data import Store, is_built_in, open_store
-from mss_utils.environment import data_kind
-from mss_utils.evaluation import estimate_of, score
-from mss_utils.files import one_at_a_time, replacing, safe_name, working_folder, write_text
-from mss_utils.metrics import ROUNDING_DB, TRACK_METRICS
+from mss_utils.environment import dataset_kind
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
+from mss_utils.evaluation.scores import score
+from mss_utils.evaluation.statistics import MIN_SEEDS
+from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
 from mss_utils.models import build_model
-from mss_utils.pipeline import REPORT, STAGES, lay_out, lay_out_sources, read_notebook, typeset
-from mss_utils.settings import MODELS, Run, from_root, resolve, results_folder, runs_in
-from mss_utils.statistics import MIN_SEEDS
+from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
+from mss_utils.report.typesetting import REPORT, TABLES, lay_out, lay_out_sources, typeset
+from mss_utils.separation import read_estimate, write_estimates
+from mss_utils.training.checkpoints import write_tensors
 
 REFERENCE = "reference"  # the collection in the repository: its report lies in report/
-TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 # Of the collection itself, where they are there: a table, and what whoever made the runs has to say of them.
 OWN_FILES = {
     "more_music.csv": "target,music,model\n",
@@ -47,11 +55,10 @@ RULES = dict(  # numbers of the method that the report tells
     min_seeds=MIN_SEEDS,
     far_s=repetition.FAR_S,
     burst_db=-repetition.BURST_DB,
-    apart_s=transients.APART_S,
-    attack_s=transients.ATTACK_S,
-    before_s=transients.BEFORE_S,
+    apart_s=attack.APART_S,
+    attack_s=attack.ATTACK_S,
+    before_s=attack.BEFORE_S,
 )
-MAX_OUTPUT = 20_000  # characters of one output of a notebook that is kept
 MAX_TABLE = 60_000  # characters; a longer table is packed
 COMPRESSION = 0.5  # of the sounds in an exported listening page, see `encode_mp3`
 SIGNIFICANT = "%.6g"  # digits of a number in an exported table
@@ -60,7 +67,7 @@ PLAYERS_MARK = b'<div id="players"></div>'  # where collection.typ wants the lis
 
 def collected(name: str) -> list[Run]:
     """The runs of a collection, those on the built-in songs last; ValueError where there are none."""
-    runs = runs_in(name)
+    runs = collection_runs(name)
     if not runs:
         place = results_folder() / name
         raise ValueError(
@@ -73,7 +80,7 @@ def music_of(run: Run) -> str:
     """What a figure calls the data of a run."""
     dataset = json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"]
     return dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18").get(
-        data_kind(run.settings, dataset), run.folder.name
+        dataset_kind(run.settings, dataset), run.folder.name
     )
 
 
@@ -115,7 +122,7 @@ def export(
         raise ValueError(
             f"No run of {source!r} has the target {unknown[0]!r}; there are: {', '.join(sorted(known))}."
         )
-    with one_at_a_time(folder.parent), working_folder(folder.parent) as part:
+    with file_lock(folder.parent), temporary_folder(folder.parent) as part:
         root, weights = part / folder.name, kept_weights(runs, complete)
         for run in runs:
             copy = Run(f"{name}/{run.folder.name}", run.settings, root / run.folder.name)
@@ -157,7 +164,7 @@ def _destination(name: str) -> Path:
         )
     if _older(folder).exists():  # an export was killed in that moment
         shutil.rmtree(_older(folder)) if folder.exists() else _older(folder).rename(folder)
-    if folder.exists() and not runs_in(name):
+    if folder.exists() and not collection_runs(name):
         raise ValueError(f"{folder} is there and no collection: export to another name.")
     return folder
 
@@ -211,12 +218,12 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
         write_text(folder / name, (run.folder / name).read_text(encoding="utf-8"))
     for table in TABLES:
         _write_table(table_of(run, table), folder / "tables" / f"{table}.csv")
-    for name in STAGES:
+    for name in sorted(path.stem for path in run.folder.glob("notebooks/*.ipynb")):
         executed = run.folder / "notebooks" / f"{name}.ipynb"
         if executed.exists():
             write_text(
                 folder / "notebooks" / executed.name,
-                nbformat.writes(lightened(read_notebook(executed))),
+                nbformat.writes(strip_heavy_outputs(read_notebook(executed))),
             )
     for path in sorted(run.folder.glob("models/*/*/seed*/*")):
         if path.name in ("model.json", "history.csv"):
@@ -248,27 +255,8 @@ def _write_table(table: pd.DataFrame, destination: Path) -> None:
     if len(text) < MAX_TABLE:
         write_text(destination, text)
     else:
-        with replacing(destination.with_suffix(".csv.gz")) as part:
+        with atomic_write(destination.with_suffix(".csv.gz")) as part:
             part.write_bytes(gzip.compress(text.encode(), mtime=0))
-
-
-def lightened(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The notebook without sounds, pictures and progress bars, and without any other output of more than `MAX_OUTPUT` characters."""
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if _is_light(output)]
-    for key in ("papermill", "widgets"):  # when, and in which folder of which machine
-        notebook.metadata.pop(key, None)
-    return notebook
-
-
-def _is_light(output: nbformat.NotebookNode) -> bool:
-    if output.get("name") == "stderr":
-        return False
-    text = json.dumps(output)
-    pictured = any(kind.startswith("image/") or "widget" in kind for kind in output.get("data", {}))
-    return len(text) <= MAX_OUTPUT and not pictured and "data:audio" not in text
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------
@@ -346,7 +334,7 @@ def write_report(name: str) -> tuple[Path, Path]:
         sources = dict(name=name, runs=",".join(run.folder.name for run in runs))
         compiled = lambda kind: typeset(Path(root), "collection.typ", kind, **sources, format=kind)
         for path, content in ((pdf, compiled("pdf")), (page, with_players(compiled("html"), runs))):
-            with replacing(path) as part:
+            with atomic_write(path) as part:
                 part.write_bytes(content)
     return pdf, page
 
@@ -360,7 +348,7 @@ def _lay_out(root: Path, name: str, runs: list[Run], shown: dict) -> None:
         for packed in copy.glob("tables/*.csv.gz"):
             packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
         write_text(
-            copy / "profile.json", resolve(run.settings.profile).model_dump_json(indent=2)
+            copy / "profile.json", resolve_settings(run.settings.profile).model_dump_json(indent=2)
         )  # what differs is told
     write_text(root / "runs" / "rules.json", json.dumps(RULES))
     shutil.copytree(results_folder() / name / "figures", root / "runs" / "figures")
@@ -439,7 +427,7 @@ def _test_store(run: Run, data: str) -> Store:
     few = (
         dict(n_train_songs=1, n_valid_songs=1)
         if is_built_in(run.settings)
-        else dict(data=str(from_root(data)))
+        else dict(data=str(expand_path(data)))
     )
     store = open_store(run.settings.model_copy(update=few))
     wanted = set(table_of(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
@@ -471,15 +459,19 @@ def kept_models(run: Run) -> dict[str, list[str]]:
 def score_again(run: Run, store: Store, target: str, models: list[str]) -> pd.DataFrame:
     """The table `tracks` of these models on the test tracks of a store, separated and scored now."""
 
-    def estimates_of(track) -> evaluation.Estimates:
-        mixture, _ = store.load(track)
+    own = Run(
+        f"{run.name}-rescored",
+        run.settings.model_copy(update=dict(target=target, seeds=1)),
+        results_folder() / f"{run.name.split('/')[0]}-rescored" / run.folder.name,
+    )
+    write_estimates(own, store, models, trained=run)
+
+    def estimates_of(track) -> evaluation.scores.Estimates:
         return {
-            (model, 0): estimate_of(run, store, mixture, target, model)[None] for model in models
+            (model, 0): read_estimate(own, store, track, target, model)[None] for model in models
         }
 
-    return score(
-        run.settings.model_copy(update=dict(target=target)), store, estimates_of, n_referee=0
-    )["tracks"]
+    return score(own.settings, store, estimates_of, n_cross_check=0)["tracks"]
 
 
 def _moved(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterable[dict]:
@@ -494,7 +486,7 @@ def _moved(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterable[d
             raise ValueError(
                 f"{lost.idxmax()!r} has a score of {model} on {target} in one of the two tables only: {run.name} was scored on other audio."
             )
-        median = lambda table: table.clip(upper=ROUNDING_DB).median()
+        median = lambda table: table.clip(upper=MAX_SCORE_DB).median()
         yield dict(
             run=run.folder.name,
             target=target,

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.signal import butter, firwin, iirpeak, lfilter, oaconvolve, resample_poly, sosfilt
 
-from mss_utils.demo.composing import DRUM_RING_S, STEMS, Note, Part, Song
+from mss_utils.songs.composing import DRUM_RING_S, STEMS, Note, Part, Song
 
 SAMPLE_RATE = 22_050
 DRUM_BANK = 128

@@ -18,9 +18,15 @@ from scipy import stats
 
 from mss_utils.analysis.phase import phase_share
 from mss_utils.analysis.repetition import FAR_S, askable, lags_s
-from mss_utils.metrics import ROUNDING_DB
-from mss_utils.settings import LETTERS, WAVEFORM_MODELS, Settings
-from mss_utils.statistics import MIN_SEEDS, MIN_TRACKS, N_BOOTSTRAP, counts_of, median_of
+from mss_utils.config import MODEL_LETTERS, WAVEFORM_MODELS, Settings
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB
+from mss_utils.evaluation.statistics import (
+    MIN_SEEDS,
+    MIN_TRACKS,
+    N_BOOTSTRAP,
+    format_counts,
+    median_with_interval,
+)
 
 NEGLIGIBLE_DB = 0.2
 RHO, SHARE, LEVEL, WEIGHT = (
@@ -85,10 +91,10 @@ def verdict(effect: float, low: float, high: float, unit: str, by_seed: np.ndarr
     return CANNOT_TELL
 
 
-def judged(values: pd.DataFrame, unit: str) -> dict:
+def evaluate_hypothesis(values: pd.DataFrame, unit: str) -> dict:
     """Effect, interval and verdict of `values`, a row a track and a column a seed: the median over tracks."""
     values = values.replace([np.inf, -np.inf], np.nan)
-    found = median_of(values)
+    found = median_with_interval(values)
     found = dict(effect=found.pop("median")) | found
     return found | dict(
         verdict=verdict(
@@ -132,11 +138,11 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a * b).sum(axis=-1) / np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
 
 
-def said(row: Mapping) -> str:
+def format_hypothesis(row: Mapping) -> str:
     """One row of the table `hypotheses` as a sentence, with what keeps it from telling."""
     if row["verdict"] in (NOT_ASKABLE, NOT_RUN):
         return f"{row['measure']}: {row['verdict']}."
-    counts = counts_of(row)
+    counts = format_counts(row)
     if np.isnan(row["ci_low"]):
         return f"{row['measure']}: **{row['verdict']}** ({counts}; an interval takes {MIN_TRACKS} tracks with a value)."
     unit = "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"
@@ -153,11 +159,11 @@ def unanswered(why: str) -> dict:
     return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=why)
 
 
-def wide(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd.DataFrame:
+def pivot_by_seed(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd.DataFrame:
     """One column of one model, a row a track and a column a seed; decibels above 80 count as 80."""
     rows = table[table["model"] == model]
     return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(
-        upper=ROUNDING_DB
+        upper=MAX_SCORE_DB
     )
 
 
@@ -165,37 +171,46 @@ Findings = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, wh
 
 
 def _phase(_settings: Settings, tables: Tables) -> Findings:
-    whole = whole_band(tables["phase"])
+    whole = whole_band_rows(tables["phase"])
     whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
     for model in WAVEFORM_MODELS:
-        gain = wide(whole, model, "sdr_true_magnitude") - wide(whole, "unet", "sdr_true_magnitude")
+        gain = pivot_by_seed(whole, model, "sdr_true_magnitude") - pivot_by_seed(
+            whole, "unet", "sdr_true_magnitude"
+        )
         yield (
             PHASE,
-            f"SDR of the true magnitude with a model's phase, {LETTERS[model]} − A",
+            f"SDR of the true magnitude with a model's phase, {MODEL_LETTERS[model]} − A",
             "dB",
-            judged(gain, "dB"),
+            evaluate_hypothesis(gain, "dB"),
         )
-        less = wide(whole, "unet", "share") - wide(whole, model, "share")
+        less = pivot_by_seed(whole, "unet", "share") - pivot_by_seed(whole, model, "share")
         yield (
             PHASE_SHARE,
-            f"share of the error that is phase, A − {LETTERS[model]}",
+            f"share of the error that is phase, A − {MODEL_LETTERS[model]}",
             SHARE,
-            judged(less, SHARE),
+            evaluate_hypothesis(less, SHARE),
         )
 
 
 def _attack(_settings: Settings, tables: Tables) -> Findings:
     table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
     for model in WAVEFORM_MODELS:
-        kept = wide(table, model, "kept") - wide(table, "unet", "kept")
+        kept = pivot_by_seed(table, model, "kept") - pivot_by_seed(table, "unet", "kept")
         yield (
             ATTACK,
-            f"SDR in the attack minus SDR in the sustain, {LETTERS[model]} − A",
+            f"SDR in the attack minus SDR in the sustain, {MODEL_LETTERS[model]} − A",
             "dB",
-            judged(kept, "dB"),
+            evaluate_hypothesis(kept, "dB"),
         )
-        quieter = wide(table, "unet", "pre_echo_db") - wide(table, model, "pre_echo_db")
-        yield PRE_ECHO, f"pre-echo, A − {LETTERS[model]}", "dB", judged(quieter, "dB")
+        quieter = pivot_by_seed(table, "unet", "pre_echo_db") - pivot_by_seed(
+            table, model, "pre_echo_db"
+        )
+        yield (
+            PRE_ECHO,
+            f"pre-echo, A − {MODEL_LETTERS[model]}",
+            "dB",
+            evaluate_hypothesis(quieter, "dB"),
+        )
 
 
 def _repetition(settings: Settings, tables: Tables) -> Findings:
@@ -204,38 +219,50 @@ def _repetition(settings: Settings, tables: Tables) -> Findings:
     within, beyond = (
         reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s")
     )
-    further = wide(within, "demucs_attention", "value", "item") - wide(
+    further = pivot_by_seed(within, "demucs_attention", "value", "item") - pivot_by_seed(
         within, "demucs_lstm", "value", "item"
     )
-    yield GLOBAL, "radius that holds 99 % of the gradient, B2 − B1", "s", judged(further, "s")
+    yield (
+        GLOBAL,
+        "radius that holds 99 % of the gradient, B2 − B1",
+        "s",
+        evaluate_hypothesis(further, "s"),
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         more = 10 * np.log10(
-            wide(beyond, "demucs_attention", "value", "item")
-            / wide(beyond, "demucs_lstm", "value", "item")
+            pivot_by_seed(beyond, "demucs_attention", "value", "item")
+            / pivot_by_seed(beyond, "demucs_lstm", "value", "item")
         )
-    yield FAINT, f"gradient from beyond {FAR_S:g} s, B2 over B1", LEVEL, judged(more, LEVEL)
+    yield (
+        FAINT,
+        f"gradient from beyond {FAR_S:g} s, B2 over B1",
+        LEVEL,
+        evaluate_hypothesis(more, LEVEL),
+    )
     bar = table[table["probe"] == "attention_at_bar"]
     yield (
         GLOBAL,
         "attention at one bar over that near it",
         WEIGHT,
-        judged(wide(bar, "demucs_attention", "value", "item"), WEIGHT),
+        evaluate_hypothesis(pivot_by_seed(bar, "demucs_attention", "value", "item"), WEIGHT),
     )
     lags = lags_s(settings.segment_s)
     near = [
-        gains(table, "demucs_lstm", lag)[1] for lag in lags[:1] if askable(lag, settings.segment_s)
+        repetition_gains(table, "demucs_lstm", lag)[1]
+        for lag in lags[:1]
+        if askable(lag, settings.segment_s)
     ]
     yield (
         LOCAL,
         f"context gain of B1 at {lags[0]:g} s",
         "dB",
-        judged(near[0], "dB") if near else unanswered(NOT_ASKABLE),
+        evaluate_hypothesis(near[0], "dB") if near else unanswered(NOT_ASKABLE),
     )
     for lag in lags:
         names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
         if askable(lag, settings.segment_s):
-            b1, b2 = (gains(table, model, lag)[0] for model in WAVEFORM_MODELS)
-            answers = judged(b2, "dB"), judged(b2 - b1, "dB")
+            b1, b2 = (repetition_gains(table, model, lag)[0] for model in WAVEFORM_MODELS)
+            answers = evaluate_hypothesis(b2, "dB"), evaluate_hypothesis(b2 - b1, "dB")
         else:
             answers = (unanswered(NOT_ASKABLE),) * 2
         yield GLOBAL, names[0], "dB", answers[0]
@@ -245,7 +272,7 @@ def _repetition(settings: Settings, tables: Tables) -> Findings:
 def _rhythm(_settings: Settings, tables: Tables) -> Findings:
     table = tables["long_range"]
     index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
-    advantage = wide(tables["tracks"], "demucs_attention", "SDR") - wide(
+    advantage = pivot_by_seed(tables["tracks"], "demucs_attention", "SDR") - pivot_by_seed(
         tables["tracks"], "demucs_lstm", "SDR"
     )
     yield (
@@ -254,7 +281,7 @@ def _rhythm(_settings: Settings, tables: Tables) -> Findings:
         RHO,
         rank_correlation(index, advantage),
     )
-    yield RHYTHM, "SDR, B2 − B1", "dB", judged(advantage, "dB")
+    yield RHYTHM, "SDR, B2 − B1", "dB", evaluate_hypothesis(advantage, "dB")
 
 
 def _data(settings: Settings, tables: Tables) -> Findings:
@@ -263,17 +290,19 @@ def _data(settings: Settings, tables: Tables) -> Findings:
         yield DATA, measure, unit, unanswered(NOT_RUN)
         return
     b1, b2 = (slopes(tables["data_amount"], model) for model in WAVEFORM_MODELS)
-    yield DATA, measure, unit, judged(b2 - b1, "dB")
+    yield DATA, measure, unit, evaluate_hypothesis(b2 - b1, "dB")
 
 
-def whole_band(phase: pd.DataFrame) -> pd.DataFrame:
+def whole_band_rows(phase: pd.DataFrame) -> pd.DataFrame:
     """The rows of the table `phase` that are of all frequencies."""
     return phase[
         (phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())
     ]
 
 
-def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+def repetition_gains(
+    long_range: pd.DataFrame, model: str, lag_s: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Repetition gain and context gain in dB of a model at a lag: a row a track (the mean of its loops), a column a seed.
 
     Repetition gain is the SDR with the repeat around minus that with different music, context gain the latter minus that with silence.
@@ -285,7 +314,7 @@ def gains(long_range: pd.DataFrame, model: str, lag_s: float) -> tuple[pd.DataFr
     ]
     rows = rows.assign(
         track=rows["item"].str.rsplit(" @ ", n=1).str[0],
-        value=rows["value"].clip(upper=ROUNDING_DB),
+        value=rows["value"].clip(upper=MAX_SCORE_DB),
     )
     under = {
         name: part.pivot_table(index="track", columns="seed", values="value")
@@ -301,7 +330,7 @@ def slopes(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
     rows = data_amount[data_amount["model"] == model]
     table = (
         rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
-        .clip(upper=ROUNDING_DB)
+        .clip(upper=MAX_SCORE_DB)
         .dropna()
     )
     decades = np.log10(table.columns.to_numpy(float))

@@ -1,0 +1,1 @@
+"""The written report of one run or of a collection of runs."""
