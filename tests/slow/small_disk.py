@@ -1,34 +1,31 @@
-"""Run by test_disks.py in its own mount namespace: every stage on a full and on a read-only disk, then with space.
+"""Run by test_disks.py in its own mount namespace: every stage on a full and a read-only disk.
 
     python small_disk.py DISK DATASET FINISHED_RUN
 
-A small tmpfs is mounted on the empty folder DISK. Prints one line of JSON per stage and fault: stage, fault,
-error, kind (class of the error), changed (files that the fault changed).
+A small tmpfs is mounted on the empty folder DISK. Prints one line of JSON per stage and fault:
+stage, fault, error, kind (class of the error), changed (files that the fault changed).
 """
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-DISK, DATASET, FINISHED = map(Path, sys.argv[1:])
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", DISK], check=True)
-os.environ |= dict(MSS_RESULTS=str(DISK / "results"), MSS_CACHE=str(DISK / "cache"))
-
 from conftest import SMALL
+from mss_utils.report.export import export
 
 from mss_utils.config import MODELS, create_or_load_run
 from mss_utils.data import build_store, open_store
 from mss_utils.environment import record_environment
 from mss_utils.evaluation import evaluate
 from mss_utils.models import load_model
-from mss_utils.report.export import export
 from mss_utils.separation import separate_file, write_estimates
 from mss_utils.songs import render_songs
 from mss_utils.training import train
+
+DISK, DATASET, FINISHED = map(Path, sys.argv[1:])
 
 
 def fill_disk():
@@ -78,6 +75,7 @@ def try_stage(stage, work):
     print(json.dumps(dict(stage=stage, fault="none", written=files() != before)), flush=True)
 
 
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", DISK], check=True)
 run = create_or_load_run("smoke", "small", str(DATASET), "piano", SMALL)
 songs = DISK / "songs"
 try_stage(

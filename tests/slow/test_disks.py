@@ -1,4 +1,4 @@
-"""A full and a read-only disk at every stage: one clear error, earlier results unchanged, resume once there is space."""
+"""A full and a read-only disk at every stage: one clear error, earlier results unchanged."""
 
 import json
 import os
@@ -45,7 +45,8 @@ def outcomes(dataset, smoke_run, tmp_path_factory):
         str(dataset),
         str(smoke_run[1]),
     ]
-    environment = os.environ | dict(PYTHONPATH=python_path)
+    folders = dict(MSS_RESULTS=str(disk / "results"), MSS_CACHE=str(disk / "cache"))
+    environment = os.environ | dict(PYTHONPATH=python_path) | folders
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, cwd=tests.parent
     )

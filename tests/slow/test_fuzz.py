@@ -1,4 +1,4 @@
-"""Random damage: files, settings and names give a result or one readable error, quickly, and no file elsewhere."""
+"""Random damage to files, settings and names: a result or one readable error, no file elsewhere."""
 
 import io
 import json
@@ -38,9 +38,8 @@ def record_writes(event, arguments):
     if _opened is None:
         return
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-    if event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & writing:
-        _opened.append(os.fsdecode(arguments[0]))
-    elif event == "os.mkdir":
+    opens = event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & writing
+    if opens or event == "os.mkdir":
         _opened.append(os.fsdecode(arguments[0]))
     elif event in ("os.rename", "os.link", "os.symlink"):
         _opened.append(os.fsdecode(arguments[1]))

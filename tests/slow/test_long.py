@@ -1,4 +1,4 @@
-"""An hour-long song, a thousand tracks, hours of training music: memory must not grow with length."""
+"""An hour-long song, a thousand tracks, hours of music: memory must not grow with length."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ print(resident_mb("VmHWM"))
 
 
 def peak_memory(minutes, folder):
-    """Separate noise of that length (44.1 kHz stereo) in a process of its own; peak memory in MB."""
+    """Peak memory in MB of separating so many minutes of 44.1 kHz stereo, in a new process."""
     block = 0.1 * np.random.default_rng(0).standard_normal((60 * 44100, 2))
     song = folder / f"{minutes}.wav"
     with soundfile.SoundFile(song, "w", 44100, 2, "PCM_16") as file:

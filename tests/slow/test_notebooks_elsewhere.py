@@ -1,4 +1,4 @@
-"""Notebooks outside the pipeline: twice in one kernel from another folder, broken ones, and a clean environment as on Colab."""
+"""Notebooks outside the pipeline: from another folder, broken ones, a clean environment."""
 
 import os
 import shutil
