@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends with the same tables and weights as an undisturbed run."""
+"""A run that is killed and restarted ends with the same tables and weights as an undisturbed one."""
 
 import json
 import os
