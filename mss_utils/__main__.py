@@ -1,4 +1,7 @@
-"""The command line: `python -m mss_utils run | train | check | separate | report | export`. Errors are one sentence and exit status 1."""
+"""The command line: `python -m mss_utils run | train | check | separate | report | export`.
+
+An error is one sentence and exit status 1.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
-INSTALL = "install what it needs with: make setup, or pip install -r requirements.txt"
+INSTALL = "install the requirements: make setup, or pip install -r requirements.txt"
 try:
     from mss_utils.config import (
         MODELS,
@@ -27,353 +31,262 @@ try:
 except ImportError as missing:
     sys.exit(f"mss_utils: {missing}; {INSTALL}")
 
-DEFAULT = "demo"  # profile
+DEFAULT_PROFILE = "demo"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run one command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mss_utils", description=__doc__.partition(". Errors")[0]
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    _add_run(commands)
-    _add_train(commands)
-    _add_check(commands)
-    _add_separate(commands)
-    _add_report(commands)
-    _add_export(commands)
-    given = parser.parse_args(arguments)
+    args = create_parser().parse_args(arguments)
     try:
-        return given.function(given) or 0
+        args.function(args)
+        return 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        print(f"mss_utils {given.command}: {_told(error)}", file=sys.stderr)
-        return 1
+        message, status = format_error(error), 1
     except ImportError as error:
-        print(f"mss_utils {given.command}: {error}; {INSTALL}", file=sys.stderr)
-        return 1
+        message, status = f"{error}; {INSTALL}", 1
     except KeyboardInterrupt:
-        logging.disable()  # asyncio and Jupyter would say more of it, in tracebacks
-        print(
-            f"mss_utils {given.command}: stopped; what is finished stays, and the same command goes on.",
-            file=sys.stderr,
-        )
-        return 130
+        logging.disable()  # asyncio and Jupyter would print tracebacks
+        message = "interrupted. Finished stages are kept; run the same command again to resume."
+        status = 130
+    print(f"mss_utils {args.command}: {message}", file=sys.stderr)
+    return status
 
 
-def _told(error: Exception) -> str:
-    """What an error says; those of the operating system, which are a number and a word, as a sentence."""
+def format_error(error: Exception) -> str:
+    """Return the message of an error; errors of the operating system become a sentence."""
     if isinstance(error, OSError) and error.errno:
-        return f"Cannot use {error.filename or 'a file'} ({error.strerror}): check that it is there, what it is, and who may use it."
-    return str(error) or f"{type(error).__name__}, without a reason; most often that is memory."
+        path = error.filename or "a file"
+        reason = error.strerror
+        return f"Cannot open {path} ({reason}). Check that it exists and that you have permission."
+    return str(error) or f"{type(error).__name__} (no details); this is usually out-of-memory."
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m mss_utils", description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    run = commands.add_parser("run", help="run the notebooks in order and write the report")
+    run.set_defaults(function=_run)
+    train = commands.add_parser("train", help="train models without notebooks, or under torchrun")
+    train.set_defaults(function=_train)
+    check = commands.add_parser("check", help="check requirements and a dataset")
+    check.set_defaults(function=_check)
+    for command in (run, train, check):
+        _add_settings(command)
+    for command in (run, train):
+        command.add_argument("--run", default="", help="name under results/ (default: the profile)")
+    train.add_argument("--stem", default="", help="one of the run's targets (default: all)")
+    train.add_argument("--model", nargs="+", default=MODELS, choices=MODELS, help="default: all")
+    train.add_argument("--seed", type=int, help="from 0 on (default: every seed of the run)")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    separate = commands.add_parser("separate", help="separate a song into target and residual")
+    separate.set_defaults(function=_separate)
+    separate.add_argument("song", type=Path, help="in any format that ffmpeg reads, any length")
+    model_help = "results/<run>/models/<target>/<model>/seed0"
+    separate.add_argument("--model", type=Path, required=True, metavar="DIR", help=model_help)
+    out_help = "folder of the two files (default: here)"
+    separate.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help=out_help)
+    separate.add_argument("--flac", action="store_true", help="24-bit FLAC instead of 32-bit WAV")
+
+    report = commands.add_parser("report", help="write the report of a finished run again")
+    report.set_defaults(function=_report)
+    report.add_argument("--run", required=True, metavar="NAME")
+
+    export = commands.add_parser("export", help="make a collection small enough to commit")
+    export.set_defaults(function=_export)
+    export.add_argument("--run", required=True, metavar="NAME", help="collection to copy")
+    export.add_argument("--to", required=True, metavar="NAME", help="collection to write")
+    complete_help = "targets of which the weights of all models are kept"
+    export.add_argument("--complete", nargs="*", default=[], metavar="STEM", help=complete_help)
+    listen_help = "targets in the listening page of built-in songs (default: all)"
+    export.add_argument("--listen", nargs="*", default=[], metavar="STEM", help=listen_help)
+    return parser
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
+    profiles = f"one of {', '.join(PROFILES)} (default: {DEFAULT_PROFILE})"
+    parser.add_argument("--profile", default="", help=profiles)
+    data_help = "dataset root (default: the profile's own)"
+    parser.add_argument("--data", default="", metavar="DIR", help=data_help)
+    target_help = "stem to extract, several separated by commas, or 'all'"
+    parser.add_argument("--target", default="", metavar="STEM", help=target_help)
+    set_help = "any other setting"
     parser.add_argument(
-        "--profile", default="", help=f"one of {', '.join(PROFILES)} (default: {DEFAULT})"
-    )
-    parser.add_argument(
-        "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
-    )
-    parser.add_argument(
-        "--target",
-        default="",
-        metavar="STEM",
-        help="stem to extract, several with commas between, or 'all'",
-    )
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        action="extend",
-        help="any other setting",
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", action="extend", help=set_help
     )
 
 
-def _open(given: argparse.Namespace) -> Run:
-    return create_or_load_run(
-        given.profile or DEFAULT, given.run, given.data, given.target, given.set
-    )
+def _open_run(args: argparse.Namespace) -> Run:
+    profile = args.profile or DEFAULT_PROFILE
+    return create_or_load_run(profile, args.run, args.data, args.target, args.set)
 
 
-def _add_run(commands) -> None:
-    parser = commands.add_parser("run", help="run the notebooks in order and write the report")
-    _add_settings(parser)
-    _add_run_name(parser)
-    parser.set_defaults(function=_run)
+# The commands import what they need: a wrong setting is reported before slow imports.
 
 
-def _add_run_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run",
-        default="",
-        metavar="NAME",
-        help="name of the run under results/ (default: the profile)",
-    )
-
-
-def _run(given: argparse.Namespace) -> None:
-    """A run from its data to its report; a collection, whose runs are finished, is only reported, or with data scored again."""
-    if collection_runs(given.run):
-        _run_collection(given)
+def _run(args: argparse.Namespace) -> None:
+    """Run from data to report; a collection is reported, or with --data scored again."""
+    if runs := collection_runs(args.run):
+        if args.profile or args.target or args.set:
+            names = ", ".join(run.name for run in runs)
+            raise ValueError(
+                f"{args.run!r} is a collection of finished runs ({names}): it takes --data to be "
+                "scored again, and no settings."
+            )
+        if args.data:
+            _rescore(args)
+        else:
+            _report(args)
         return
-    run = _open(
-        given
-    )  # before the imports that take seconds: a mistyped setting is answered at once
+    run = _open_run(args)
     from mss_utils.data import check_target_exists
     from mss_utils.environment import check_device
     from mss_utils.pipeline import run_pipeline
 
-    if not (run.folder / "settings.json").exists():  # models that are trained need no device
+    if not (run.folder / "settings.json").exists():  # trained models need no device
         check_device(run.settings)
     check_target_exists(run.settings)
     run.write_settings()
     run_pipeline(run)
 
 
-def _run_collection(given: argparse.Namespace) -> None:
-    if given.profile or given.target or given.set:
-        runs = ", ".join(run.name for run in collection_runs(given.run))
-        raise ValueError(
-            f"{given.run!r} is a collection of finished runs ({runs}); it takes --data to be scored again, and no settings."
-        )
-    if not given.data:
-        _report(given)
-        return
-    from mss_utils.report.collections import rescore
+def _rescore(args: argparse.Namespace) -> None:
+    from mss_utils.report.export import rescore
 
-    table = rescore(given.run, given.data)
+    table = rescore(args.run, args.data)
     print(table.round(4).to_string(index=False))
-    print(
-        f"largest difference: {table['largest_median_db'].max():.4f} dB of a median, {table['largest_track_db'].max():.4f} dB on a track"
-    )
+    median, track = table["largest_median_db"].max(), table["largest_track_db"].max()
+    print(f"largest difference: {median:.4f} dB of a median, {track:.4f} dB on a track")
 
 
-def _add_train(commands) -> None:
-    parser = commands.add_parser(
-        "train", help="train models of a run without notebooks, also under torchrun"
-    )
-    _add_settings(parser)
-    _add_run_name(parser)
-    parser.add_argument(
-        "--stem",
-        default="",
-        metavar="STEM",
-        help="one of the run's several targets (default: every one)",
-    )
-    parser.add_argument(
-        "--model", nargs="+", default=MODELS, choices=MODELS, help="default: all three"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=None,
-        help="one seed, from 0 on (default: every seed of the run)",
-    )
-    parser.set_defaults(function=_train)
-
-
-def _train(given: argparse.Namespace) -> None:
-    """One model after the other; under `torchrun` this is one of several processes that share every batch."""
-    run = _open(given)
-    if given.seed is not None and not 0 <= given.seed < run.settings.seeds:
+def _train(args: argparse.Namespace) -> None:
+    """Train one model after the other; under `torchrun` this is one of several processes."""
+    run = _open_run(args)
+    n_seeds = run.settings.seeds
+    if args.seed is not None and not 0 <= args.seed < n_seeds:
         raise ValueError(
-            f"Run {run.name!r} has seeds 0 to {run.settings.seeds - 1}, not {given.seed}: set seeds higher in a new run."
+            f"Run {run.name!r} has seeds 0 to {n_seeds - 1}, not {args.seed}: set seeds higher "
+            "in a new run."
         )
     from mss_utils.data import check_target_exists, open_store
-    from mss_utils.training.loop import train, train_in_this_process
+    from mss_utils.training import train, train_in_this_process
 
     check_target_exists(run.settings)
     store = open_store(run.settings)
-    seeds = range(run.settings.seeds) if given.seed is None else [given.seed]
-    for stem, model, seed in itertools.product(
-        store.targets(given.stem or run.settings.target), given.model, seeds
-    ):
-        (train_in_this_process if "WORLD_SIZE" in os.environ else train)(
-            run, store, stem, model, seed
-        )
+    seeds = range(n_seeds) if args.seed is None else [args.seed]
+    stems = store.targets(args.stem or run.settings.target)
+    start = train_in_this_process if "WORLD_SIZE" in os.environ else train
+    for stem, model, seed in itertools.product(stems, args.model, seeds):
+        start(run, store, stem, model, seed)
 
 
-def _add_report(commands) -> None:
-    parser = commands.add_parser("report", help="write the report of a finished run again")
-    parser.add_argument("--run", required=True, metavar="NAME")
-    parser.set_defaults(function=_report)
+def _report(args: argparse.Namespace) -> None:
+    if collection_runs(args.run):
+        from mss_utils.report import write_report
+
+        print(*write_report(args.run), sep="\n")
+    else:
+        from mss_utils.report import build_report
+
+        print(build_report(load_run(args.run)))
 
 
-def _report(given: argparse.Namespace) -> None:
-    if collection_runs(given.run):
-        from mss_utils.report.collections import write_report
+def _export(args: argparse.Namespace) -> None:
+    from mss_utils.report.export import export
 
-        print(*write_report(given.run), sep="\n")
-        return
-    from mss_utils.report.typesetting import build_report
-
-    print(build_report(load_run(given.run)))
+    folder = export(args.run, args.to, args.complete, args.listen)
+    n_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {n_bytes / 1e6:.1f} MB")
 
 
-def _add_export(commands) -> None:
-    parser = commands.add_parser(
-        "export", help="make a collection of finished runs small enough to commit"
-    )
-    parser.add_argument(
-        "--run",
-        required=True,
-        metavar="NAME",
-        help="collection: the folder under results/ that the runs lie in",
-    )
-    parser.add_argument("--to", required=True, metavar="NAME", help="collection to write")
-    parser.add_argument(
-        "--complete",
-        nargs="*",
-        default=[],
-        metavar="STEM",
-        help="targets of which the weights of all models are kept, not of the best alone",
-    )
-    parser.add_argument(
-        "--listen",
-        nargs="*",
-        default=[],
-        metavar="STEM",
-        help="targets in the listening page of built-in songs (default: all)",
-    )
-    parser.set_defaults(function=_export)
-
-
-def _export(given: argparse.Namespace) -> None:
-    from mss_utils.report.collections import export
-
-    folder = export(given.run, given.to, given.complete, given.listen)
-    print(
-        f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"
-    )
-
-
-def _add_separate(commands) -> None:
-    parser = commands.add_parser("separate", help="pull the target out of a song")
-    parser.add_argument("song", type=Path, help="in any format that ffmpeg reads, of any length")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="results/<run>/models/<target>/<model>/seed0",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("."),
-        metavar="DIR",
-        help="for the two files (default: here)",
-    )
-    parser.add_argument(
-        "--flac", action="store_true", help="write 24-bit FLAC instead of 32-bit float WAV"
-    )
-    parser.set_defaults(function=_separate)
-
-
-def _separate(given: argparse.Namespace) -> None:
+def _separate(args: argparse.Namespace) -> None:
     import soundfile
 
     from mss_utils.models import load_model
-    from mss_utils.separation.song_files import bandwidth_note, separate_file
+    from mss_utils.separation import bandwidth_note, separate_file
 
-    model = load_model(given.model)
-    paths = separate_file(given.song, model, given.out, given.flac)
+    model = load_model(args.model)
+    paths = separate_file(args.song, model, args.out, args.flac)
+    print(*paths, sep="\n")
     with paths[0].open("rb") as stream:
         note = bandwidth_note(model, soundfile.info(stream).samplerate)
-    print(*paths, *filter(None, [note]), sep="\n")
+    if note:
+        print(note)
 
 
-def _add_check(commands) -> None:
-    parser = commands.add_parser("check", help="look over the environment and a dataset")
-    _add_settings(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.set_defaults(function=_check)
+def _check(args: argparse.Namespace) -> None:
+    """Print every requirement; if none stops a run, check the dataset too."""
+    profile = args.profile or DEFAULT_PROFILE
+    settings = resolve_settings(profile, args.data, args.target, args.set)
+    from mss_utils.checks import STOP, requirements
 
-
-def _check(given: argparse.Namespace) -> None:
-    """Each requirement of a run with how to mend it, then, if none would stop it, what is in the dataset."""
-    settings = resolve_settings(given.profile or DEFAULT, given.data, given.target, given.set)
-    from mss_utils.environment import STOP, requirements
-
-    needs = []
-    for need in requirements(settings):
-        needs.append(need)
-        if not given.json:
-            print(
-                f"{need.state:<8} {need.name:<26} {need.found}"
-                + f"\n{'':<35} -> {need.mend}" * bool(need.mend),
-                flush=True,
-            )
-    stops = [need.name for need in needs if need.state == STOP]
-    found = dict(requirements=list(map(vars, needs)))
+    findings = []
+    for finding in requirements(settings):
+        findings.append(finding)
+        if not args.json:
+            print(f"{finding.state:<8} {finding.name:<26} {finding.found}", flush=True)
+            if finding.remedy:
+                print(f"{'':<35} -> {finding.remedy}", flush=True)
+    result: dict[str, Any] = dict(requirements=[vars(finding) for finding in findings])
+    stops = [finding.name for finding in findings if finding.state == STOP]
     if stops:
-        if given.json:
-            print(json.dumps(found))
-        raise ValueError(
-            f"{', '.join(stops)} would stop a run; how to mend that is told with each."
-        )
-    _check_data(settings, found, given.json)
+        if args.json:
+            print(json.dumps(result))
+        raise ValueError(f"{', '.join(stops)}: a run would stop. The remedies are listed above.")
+    _check_dataset(settings, result, args.json)
 
 
-def _check_data(settings: Settings, found: dict, as_json: bool) -> None:
-    """The dataset, decoded (and the built-in songs rendered) where it is not yet: its tracks and their audit, findings are warnings."""
+def _check_dataset(settings: Settings, result: dict[str, Any], as_json: bool) -> None:
+    """Decode the dataset and print its audit."""
     from mss_utils.data import audit, audit_warnings, co_activity, open_store
 
     store = open_store(settings)
     table = audit(store)
-    about = dict(
+    tracks = {split: store.split(split) for split in SPLITS}
+    samples = {split: sum(track.samples for track in tracks[split]) for split in SPLITS}
+    rate = store.sample_rate
+    facts = dict(
         dataset=store.source,
         source_rates=sorted(set(table["source_rate"].tolist())),
         store=str(store.folder),
         store_mb=round(store.n_bytes / 1e6),
-        sample_rate=store.sample_rate,
+        sample_rate=rate,
         channels=store.channels,
         stems=store.stems,
-        tracks={split: len(store.split(split)) for split in SPLITS},
-        minutes={
-            split: round(
-                sum(track.samples for track in store.split(split)) / store.sample_rate / 60, 1
-            )
-            for split in SPLITS
-        },
-        warnings=audit_warnings(store, settings.segment_s),
+        tracks={split: len(tracks[split]) for split in SPLITS},
+        minutes={split: round(samples[split] / rate / 60, 1) for split in SPLITS},
     )
+    warnings = audit_warnings(store, settings.segment_s)
     if as_json:
-        print(json.dumps(found | about))
+        print(json.dumps(result | facts | dict(warnings=warnings)))
         return
     print()
-    for key, value in about.items():
-        print(
-            "\n".join(f"warning      {line}" for line in value)
-            if key == "warnings"
-            else f"{key:<12} {_listed(value)}"
-        )
-    print("\nmedian over the tracks:")
-    shown = ["duration_s", "level_db", "peak", "silent_share", "residual_db"]
-    print(table.groupby(["split", "stem"], sort=False)[shown].median().round(2).to_string())
-    print("\nof the half seconds in which a row's stem sounds, the share in which a column's does:")
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            value = [f"{name} {item}" for name, item in value.items()]
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{key:<12} {text}")
+    for warning in warnings:
+        print(f"warning      {warning}")
+    columns = ["duration_s", "level_db", "peak", "silent_share", "residual_db"]
+    medians = table.groupby(["split", "stem"], sort=False)[columns].median()
+    print("\nmedian over tracks:", medians.round(2).to_string(), sep="\n")
+    print("\nshare of the half seconds with the stem of a row in which that of a column is active:")
     print(co_activity(store).round(2).to_string())
 
 
-def _listed(value: object) -> str:
-    """A setting or finding without Python's brackets and quotes."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _stop(*_signal) -> None:
-    """What asks a process to end, as a batch system does, ends it as Ctrl-C does: tidily."""
+def _interrupt(*_signal: Any) -> None:
+    """Handle a request to terminate (from a batch system) like Ctrl-C."""
     raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):
-        if (
-            signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN
-        ):  # nohup lets it be ignored
-            signal.signal(getattr(signal, name), _stop)
-    for stream in (sys.stdout, sys.stderr):  # a song's name may hold what the terminal cannot show
-        stream.reconfigure(errors="backslashreplace")
+    for request in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(request) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(request, _interrupt)
+    for stream in (sys.stdout, sys.stderr):  # file names may have characters without a glyph
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

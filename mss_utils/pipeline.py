@@ -1,10 +1,12 @@
-"""The notebooks in order by papermill, then the report: resumed where it stopped, and plain about what failed."""
+"""All stages of a run in order: notebooks by papermill, estimates, report; resumes."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -17,13 +19,14 @@ from mss_utils import analysis, evaluation, listening
 from mss_utils.config import ROOT, Run
 from mss_utils.data import open_store
 from mss_utils.files import atomic_write, file_lock
+from mss_utils.report import build_report
 from mss_utils.report.notebooks import read_notebook
-from mss_utils.report.typesetting import build_report
 from mss_utils.separation import write_estimates
 
 NOTEBOOKS = ROOT / "notebooks"
-# What each notebook reads of the ones before it: a stage runs again when its own inputs or those of one of these change.
-STAGES = {
+TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
+# The notebooks that each notebook depends on: it runs again when they or its own inputs change.
+STAGES: dict[str, tuple[str, ...]] = {
     "01_data": (),
     "02_baseline_unet": ("01_data",),
     "03_b1_lstm": ("01_data",),
@@ -31,168 +34,154 @@ STAGES = {
     "05_evaluation": ("02_baseline_unet", "03_b1_lstm", "04_b2_attention"),
     "06_listening": ("05_evaluation",),
 }
-# What a stage leaves behind: when one of these is gone, the stage runs again.
-PRODUCTS = {
+# Results of each notebook: it runs again when one of them is missing.
+PRODUCTS: dict[str, tuple[str, ...]] = {
     "01_data": ("environment.json", "figures/data_levels.svg"),
     "02_baseline_unet": ("models/*/unet/seed0/model.json",),
     "03_b1_lstm": ("models/*/demucs_lstm/seed0/model.json",),
     "04_b2_attention": ("models/*/demucs_attention/seed0/model.json",),
-    "05_evaluation": tuple(
-        f"tables/{name}.csv" for name in (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
-    ),
+    "05_evaluation": tuple(f"tables/{name}.csv" for name in TABLES),
     "06_listening": ("audio/*/*/*.mp3", "listening.html"),
 }
 
 
 class StageError(ChildProcessError):
-    """A notebook failed; the message names the notebook, the cell and the error, and where the executed copy lies."""
+    """A notebook failed; the message names the notebook, the cell and the error."""
 
 
 class OwnKernel(AsyncKernelManager):
-    """Runs notebooks in this very interpreter, whatever a kernel of that name is on this machine."""
+    """Run notebooks in this Python, whichever kernel is called `python3` on this machine."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
+        """Return the kernel of this Python."""
         return KernelSpec(**get_kernel_dict())
 
 
 def run_pipeline(run: Run) -> None:
-    """Prepare the data, run every stage of `run` whose inputs have changed, one kernel each, then write the report.
+    """Run every stage of `run` whose inputs have changed, then write the report.
 
-    Prints one line a stage with its seconds. Of two calls for the same run the second waits for the first. Raises StageError when
-    a notebook fails; what it wrote stays for reading.
+    Prints one line per stage with its seconds. Of two calls for the same run the second waits.
+
+    Raises
+    ------
+    StageError
+        A notebook failed; its executed copy is kept.
     """
-    with file_lock(run.folder):
-        _run_stages(run)
-
-
-def _run_stages(run: Run) -> None:
     started = time.perf_counter()
-    print(f"{'data':<18} {_timed(open_store, run.settings):7.1f} s", flush=True)
-    for name in STAGES:
-        if name == "05_evaluation":
-            print(
-                f"{'estimates':<18} {_timed(write_estimates, run, open_store(run.settings)):7.1f} s",
-                flush=True,
-            )
-        key = stage_key(run, name)
-        if is_finished(run, name, key):
-            print(f"{name:<18} unchanged, skipped", flush=True)
-            continue
-        seconds = _timed(_execute, run, name, key)
-        print(f"{name:<18} {seconds:7.1f} s", flush=True)
-    seconds = _timed(build_report, run)
-    print(
-        f"{'report':<18} {seconds:7.1f} s\n{'total':<18} {time.perf_counter() - started:7.1f} s -> {run.folder / 'report.pdf'}",
-        flush=True,
-    )
+    with file_lock(run.folder):
+        _run_stage("data", lambda: open_store(run.settings))
+        for name in STAGES:
+            if name == "05_evaluation":  # the first notebook that reads estimates
+                _run_stage("estimates", lambda: write_estimates(run, open_store(run.settings)))
+            key = stage_key(run, name)
+            if is_finished(run, name, key):
+                print(f"{name:<18} unchanged, skipped", flush=True)
+            else:
+                _run_stage(name, lambda name=name, key=key: _execute(run, name, key))
+        _run_stage("report", lambda: build_report(run))
+    seconds = time.perf_counter() - started
+    print(f"{'total':<18} {seconds:7.1f} s -> {run.folder / 'report.pdf'}", flush=True)
+
+
+def _run_stage(name: str, stage: Callable[[], Any]) -> None:
+    started = time.perf_counter()
+    stage()
+    print(f"{name:<18} {time.perf_counter() - started:7.1f} s", flush=True)
 
 
 def stage_key(run: Run, name: str) -> str:
-    """Hash of everything a stage reads: its notebook, the package, the run's settings, and the stages before it."""
-    parts = [
-        run.settings.model_dump_json(),
-        (NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"),
-        _package_hash(),
-    ]
-    parts += [stage_key(run, before) for before in STAGES[name]]
+    """Return a hash of all inputs of a notebook: itself, package, settings, earlier notebooks."""
+    parts = [run.settings.model_dump_json(), _package_hash()]
+    parts.append((NOTEBOOKS / f"{name}.ipynb").read_text(encoding="utf-8"))
+    parts += [stage_key(run, earlier) for earlier in STAGES[name]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _package_hash() -> str:
+    files = [
+        path for kind in ("py", "js", "css") for path in (ROOT / "mss_utils").rglob(f"*.{kind}")
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+
+
 def is_finished(run: Run, name: str, key: str) -> bool:
-    """Whether the executed copy of a stage carries `key` and everything the stage makes is still there."""
-    executed = run.folder / "notebooks" / f"{name}.ipynb"
-    if not executed.exists() or not all(
-        any(run.folder.glob(pattern)) for pattern in PRODUCTS[name]
-    ):
+    """Whether the executed copy of a notebook has `key` and all its results exist."""
+    if not all(any(run.folder.glob(pattern)) for pattern in PRODUCTS[name]):
         return False
     try:
-        return read_notebook(executed).metadata.get("mss_key") == key
-    except ValueError:  # no notebook any more: somebody changed it
+        executed = read_notebook(run.folder / "notebooks" / f"{name}.ipynb")
+    except (OSError, ValueError):
         return False
+    return executed.metadata.get("mss_key") == key
 
 
 def _execute(run: Run, name: str, key: str) -> None:
-    """Run one notebook under papermill; its executed copy, which has `key` if it has run to the end, appears when it has stopped."""
+    """Run one notebook under papermill; only a complete copy gets `key`."""
     executed = run.folder / "notebooks" / f"{name}.ipynb"
-    values = dict(profile=run.settings.profile, run=run.name)
-    _check_notebook(name, values)
+    parameters = dict(profile=run.settings.profile, run=run.name)
+    _check_notebook(name, parameters)
+    error: StageError | KeyboardInterrupt | None = None
     with atomic_write(executed) as part:  # papermill writes to it after every cell
         try:
-            failure, stopped = _failure_of(name, part, values), None
-        except KeyboardInterrupt as stop:
-            failure, stopped = "", stop
+            _run_notebook(name, part, parameters)
+        except (StageError, KeyboardInterrupt) as caught:
+            error = caught
         notebook = read_notebook(part)
-        notebook.metadata.setdefault("papermill", {})["output_path"] = str(executed)
-        if not (failure or stopped):
+        if error is None:
             notebook.metadata["mss_key"] = key
         part.write_text(nbformat.writes(notebook), encoding="utf-8")
-    if stopped:
-        raise stopped
-    if failure:
-        raise StageError(
-            f"Notebook {name} failed{failure}\nThe executed copy is {executed}; the same command goes on from here."
-        )
+    if isinstance(error, StageError):
+        raise StageError(f"{error}\nExecuted copy: {executed}. The same command resumes here.")
+    if error is not None:
+        raise error
 
 
-def _failure_of(name: str, executed: Path, values: dict) -> str:
-    """Run a notebook to `executed`; in which cell it failed and why, or nothing."""
+def _run_notebook(name: str, executed: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook; raise StageError with the cell that failed, or stopped the kernel."""
+    bar = "{desc:<18} {bar:20} cell {n_fmt}/{total_fmt} {elapsed}"
     try:
         papermill.execute_notebook(
             NOTEBOOKS / f"{name}.ipynb",
             executed,
-            values,
+            parameters,
             kernel_name="python3",
             kernel_manager_class=OwnKernel,
             cwd=NOTEBOOKS,
             log_output=False,
-            progress_bar=dict(
-                desc=name, bar_format="{desc:<18} {bar:20} cell {n_fmt}/{total_fmt} {elapsed}"
-            ),
+            progress_bar=dict(desc=name, bar_format=bar),
         )
     except papermill.PapermillExecutionError as error:
         reason = " ".join(str(error.evalue).split())
-        return f" in cell {error.cell_index + 1}.\n{error.ename}: {reason}"
+        message = f"Notebook {name} failed in cell {error.cell_index + 1}.\n{error.ename}: {reason}"
+        raise StageError(message) from None
     except DeadKernelError:
-        return (
-            ": its kernel was killed or died.\nMost often that is memory: close other programs (python -m mss_utils check tells how "
-            "much there is), or set batch_size or segment_s lower in a new run."
-        )
+        raise StageError(
+            f"Notebook {name} failed: its kernel died. This is usually out-of-memory:\n"
+            "close other programs, or lower batch_size or segment_s in a new run."
+        ) from None
     cells = read_notebook(executed).cells
-    skipped = [
-        number
-        for number, cell in enumerate(cells)
-        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
-    ]
-    if skipped:
-        return f": it stopped after cell {skipped[0]} of {len(cells)}.\nA cell ended the kernel's work, as sys.exit() does; let it raise an error instead."
-    return ""
+    for number, cell in enumerate(cells):
+        if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
+            raise StageError(
+                f"Notebook {name} stopped after cell {number} of {len(cells)}.\n"
+                "A cell ended the kernel, as sys.exit() does; raise an error instead."
+            )
 
 
-def _check_notebook(name: str, values: dict) -> None:
-    """Raise ValueError for a notebook that is none or does not declare one of `values`, of which papermill only warns."""
-    read_notebook(NOTEBOOKS / f"{name}.ipynb")
+def _check_notebook(name: str, parameters: dict[str, Any]) -> None:
+    """Raise ValueError for a file that is no notebook or lacks a parameter (papermill warns)."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    read_notebook(path)
     try:
-        declared = papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")
+        declared = papermill.inspect_notebook(path)
     except ValueError as error:
         raise ValueError(
-            f"Notebook {name} cannot be run ({error}): open it in Jupyter, choose a Python 3 kernel, and save it."
+            f"Notebook {name} cannot run ({error}): save it with a Python 3 kernel."
         ) from None
-    unknown = [value for value in values if value not in declared]
-    if unknown:
-        raise ValueError(
-            f"Notebook {name} has no parameter {unknown[0]!r}; it declares: {', '.join(declared) or 'none'}."
-        )
-
-
-def _package_hash() -> str:
-    files = sorted(
-        file for kind in ("py", "js", "css") for file in (ROOT / "mss_utils").rglob(f"*.{kind}")
-    )
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _timed(function, *arguments) -> float:
-    started = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - started
+    for parameter in parameters:
+        if parameter not in declared:
+            raise ValueError(
+                f"Notebook {name} has no parameter {parameter!r}; it declares: "
+                f"{', '.join(declared) or 'none'}."
+            )

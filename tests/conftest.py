@@ -1,17 +1,14 @@
-"""Shared by the tests: one small store, one folder for results and cache, one finished smoke run, and the count of faults."""
+"""Fixtures of all tests: a small dataset, its store, and one finished smoke run."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side, one a core, and threads that wait for a busy core only spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in parallel; waiting threads only spin
 
 import nbformat
 import numpy as np
@@ -19,61 +16,18 @@ import pytest
 import soundfile
 
 from mss_utils.config import ROOT, create_or_load_run, resolve_settings
+from mss_utils.data import open_store
 from mss_utils.evaluation.bsseval import museval_is_available
 from mss_utils.files import file_lock
 
 MSS_UTILS = (sys.executable, "-m", "mss_utils")
 STEMS = ("bass", "drums", "piano", "vocals")
-
-
-SMALL = "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"  # models of a few thousand weights, segments of half a second
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--long",
-        action="store_true",
-        help="the long form of the faults: more kills, more cases, longer files, clean environments",
-    )
-
-
-@pytest.fixture(scope="session")
-def long_form(request):
-    """Whether `--long` was given."""
-    return request.config.getoption("--long")
-
-
-@pytest.fixture
-def count(record_property):
-    """A function that adds to what the last lines of the tests sum up: `count("kills", 5)`."""
-    return lambda what, number=1: record_property(f"count of {what}", number)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say how many kills, faults and cases the tests have gone through."""
-    totals = Counter()
-    for report in terminalreporter.stats.get("passed", []):
-        for name, number in report.user_properties:
-            totals[name.removeprefix("count of ")] += number
-    if totals:
-        terminalreporter.write_line(
-            "survived: " + ", ".join(f"{number} {what}" for what, number in sorted(totals.items()))
-        )
-
-
-def pytest_collection_modifyitems(items):
-    """The longest file first, then those that do not wait for the smoke run that it makes."""
-    waiting = {item.module.__name__ for item in items if "smoke_run" in item.fixturenames}
-    items.sort(
-        key=lambda item: (
-            (item.module.__name__ in waiting) - 2 * (item.module.__name__ == "test_kills")
-        )
-    )
+SMALL = "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"  # trains in a second
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
-    """Results and cache of the tests never touch the user's."""
+    """Keep results and cache of the tests away from the user's."""
     folder = tmp_path_factory.mktemp("mss")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MSS_RESULTS", str(folder / "results"))
@@ -82,9 +36,9 @@ def own_folders(tmp_path_factory):
 
 
 def write_dataset(
-    root: Path, n_train=4, n_valid=1, n_test=2, seconds=3.0, rate=16000, channels=1, suffix=".wav"
-) -> Path:
-    """A folder dataset of noise bursts and tones, every stem at a level of its own."""
+    root, n_train=4, n_valid=1, n_test=2, seconds=3.0, rate=16000, channels=1, suffix=".wav"
+):
+    """Write a folder dataset of noise, each stem at its own level; return its root."""
     rng = np.random.default_rng(0)
     for split, count in (("train", n_train), ("valid", n_valid), ("test", n_test)):
         for index in range(count):
@@ -103,30 +57,23 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_settings(dataset):
-    """Smoke settings on the noise dataset."""
     return resolve_settings("smoke", str(dataset), "piano", SMALL)
 
 
 @pytest.fixture(scope="session")
 def store(small_settings):
-    from mss_utils.data import open_store
-
     return open_store(small_settings)
 
 
 @pytest.fixture(scope="session")
 def songs_store():
-    """The built-in songs of the smoke profile with models of the demo's size: (store, settings)."""
-    from mss_utils.data import open_store
-
-    return open_store(resolve_settings("smoke")), resolve_settings(
-        "demo", overrides="segment_s=1.5 batch_size=2"
-    )
+    """Built-in songs of the smoke profile, and settings with models of the demo's size."""
+    settings = resolve_settings("demo", overrides="segment_s=1.5 batch_size=2")
+    return open_store(resolve_settings("smoke")), settings
 
 
 @pytest.fixture(scope="session")
 def museval():
-    """museval, which cannot be imported without ffmpeg on the path."""
     if not museval_is_available():
         pytest.skip("museval needs ffmpeg and ffprobe")
     return pytest.importorskip("museval")
@@ -138,46 +85,34 @@ def small_run(small_settings, tmp_path, monkeypatch):
     return create_or_load_run("smoke", "small", small_settings.data, "piano", SMALL)
 
 
-def command(*arguments, **environment) -> subprocess.CompletedProcess:
-    """`python -m mss_utils ...` as a user runs it."""
-    return subprocess.run(
-        [*MSS_UTILS, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
+def command(*arguments, **environment):
+    """Run `python -m mss_utils ...` as a user does."""
+    variables = os.environ | environment
+    call = [*MSS_UTILS, *arguments]
+    return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=variables)
 
 
 @pytest.fixture(scope="session")
 def smoke_run(own_folders, tmp_path_factory):
-    """The whole smoke pipeline, undisturbed: the finished call, and the run's folder.
-
-    Of the processes that the tests run in, one makes it and every one has a copy.
-    """
-    own = tmp_path_factory.getbasetemp()
-    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "smoke_run"
+    """Finished process and folder of the whole smoke pipeline; made once for all test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "smoke_run"
     with file_lock(shared):
-        if not (shared / "call.json").exists():
-            done = command(
-                "run",
-                "--profile",
-                "smoke",
-                MSS_RESULTS=str(shared / "results"),
-                MSS_CACHE=str(shared / "cache"),
-            )
-            (shared / "call.json").write_text(
-                json.dumps(dict(returncode=done.returncode, stdout=done.stdout, stderr=done.stderr))
-            )
-    for folder in ("results", "cache"):
-        shutil.copytree(shared / folder, own_folders / folder, dirs_exist_ok=True)
-    return SimpleNamespace(
-        **json.loads((shared / "call.json").read_text())
-    ), own_folders / "results" / "smoke"
+        result = shared / "result.json"
+        if not result.exists():
+            places = dict(MSS_RESULTS=str(shared / "results"), MSS_CACHE=str(shared / "cache"))
+            done = command("run", "--profile", "smoke", **places)
+            result.write_text(json.dumps([done.returncode, done.stdout, done.stderr]))
+    for name in ("results", "cache"):
+        shutil.copytree(shared / name, own_folders / name, dirs_exist_ok=True)
+    returncode, stdout, stderr = json.loads(result.read_text())
+    assert returncode == 0, stderr[-3000:]
+    process = SimpleNamespace(returncode=returncode, stdout=stdout, stderr=stderr)
+    return process, own_folders / "results" / "smoke"
 
 
 def little_run(folder: Path, monkeypatch):
-    """A run of two made-up stages, `one` and `two` (which reads `one`), with notebooks and results in `folder`."""
+    """Return a run of two small stages, `one` and `two` (which depends on `one`)."""
     from mss_utils import pipeline
 
     notebooks = folder / "notebooks"
@@ -189,21 +124,19 @@ def little_run(folder: Path, monkeypatch):
     monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
     monkeypatch.setenv("MSS_RESULTS", str(folder / "results"))
     run = create_or_load_run("smoke", "little")
-    write_notebook(
-        notebooks / "one.ipynb",
-        f"from pathlib import Path\nwith Path({str(run.folder)!r}, 'one.txt').open('a') as f: f.write('ran ')",
-    )
+    source = f"with open({str(run.folder / 'one.txt')!r}, 'a') as file: file.write('ran ')"
+    write_notebook(notebooks / "one.ipynb", source)
     write_notebook(notebooks / "two.ipynb", "1 + 1")
     return run
 
 
-def notebook_text(*sources: str, parameters: str = 'profile: str = "demo"\nrun: str = ""') -> str:
-    """A notebook with a cell of parameters and one of each source."""
+def notebook_text(*sources, parameters='profile: str = "demo"\nrun: str = ""'):
+    """Return a notebook with a cell of parameters and one cell per source."""
     cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
     cells[0].metadata["tags"] = ["parameters"]
     kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
     return nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata=kernel))
 
 
-def write_notebook(path: Path, *sources: str, **parameters: str) -> None:
+def write_notebook(path, *sources, **parameters):
     path.write_text(notebook_text(*sources, **parameters))

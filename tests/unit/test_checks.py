@@ -1,0 +1,90 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import write_dataset
+
+from mss_utils import checks
+from mss_utils.__main__ import main
+from mss_utils.checks import FINE, STOP, WARNING, requirements
+from mss_utils.config import resolve_settings
+
+
+def find(name, settings=None):
+    """The requirement of that name."""
+    findings = requirements(settings or resolve_settings("smoke"))
+    return next(finding for finding in findings if finding.name == name)
+
+
+def test_every_finding_that_is_not_fine_has_a_remedy():
+    findings = list(requirements(resolve_settings("smoke")))
+    assert len(findings) == 10
+    for finding in findings:
+        assert finding.found and bool(finding.remedy) == (finding.state != FINE), finding
+
+
+def test_old_python_stops(monkeypatch):
+    monkeypatch.setattr(checks.sys, "version_info", (3, 9))
+    assert find("Python").state == STOP
+
+
+def test_missing_package_stops(monkeypatch):
+    monkeypatch.setattr(checks, "requires", lambda _: ["no-such-package", "numpy"])
+    finding = find("packages")
+    assert finding.state == STOP and "no-such-package (missing)" in finding.found
+
+
+def test_old_package_warns(monkeypatch):
+    monkeypatch.setattr(checks, "requires", lambda _: ["numpy>=9999", 'x; extra == "dev"'])
+    finding = find("packages")
+    assert finding.state == WARNING and "numpy>=9999 (installed:" in finding.found
+
+
+def test_little_memory_and_disk_warn(monkeypatch):
+    memory = SimpleNamespace(available=2**30)
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert find("memory").state == WARNING
+    assert "MSS_CACHE" in find("disk for songs and stems").remedy
+
+
+def test_read_only_folder_stops(monkeypatch):
+    monkeypatch.setenv("MSS_RESULTS", "/proc/nowhere")
+    finding = find("write results")
+    assert finding.state == STOP and "MSS_RESULTS" in finding.remedy
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_stops():
+    finding = find("device", resolve_settings("smoke", overrides="device=cuda"))
+    assert finding.state == STOP and "device=auto" in finding.remedy
+    assert find("device", resolve_settings("musdb18", data="x")).state == WARNING
+
+
+def test_ffmpeg_is_needed_for_stem_files_only(monkeypatch, tmp_path):
+    monkeypatch.delenv("MUSDB_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find("ffmpeg").state == WARNING
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            (tmp_path / split / f"{number}.stem.mp4").touch()
+    assert find("ffmpeg", resolve_settings("musdb7", data=str(tmp_path))).state == STOP
+    assert find("ffmpeg", resolve_settings("musdb7")).state == STOP
+
+
+def test_check_command_prints_dataset(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data", 3, 1, 2, seconds=0.6)
+    assert main(["check", "--data", str(root), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tracks"] == {"train": 3, "valid": 1, "test": 2}
+    assert {row["state"] for row in result["requirements"]} <= {FINE, WARNING}
+    assert main(["check", "--data", str(root)]) == 0
+    assert "median over tracks" in capsys.readouterr().out
+
+
+def test_check_command_stops_for_a_missing_dataset(capsys):
+    assert main(["check", "--data", "no/such/folder"]) == 1
+    output = capsys.readouterr()
+    assert "dataset: a run would stop" in output.err and "--data DIR" in output.out
