@@ -1,8 +1,8 @@
-"""From a dataset folder to a stem store, and what is in it.
+"""From a dataset folder to a stem store, and the audit of its content.
 
     dataset root --find_tracks, read_track (sources.py)--> stems at their own rate
-                 --build_store (store.py)--> Store, memory-mapped int16 at the working rate --> segments, whole tracks
-                 --audit, co_activity, audit_warnings (auditing.py)--> what a user should know
+                 --build_store (store.py)--> Store: memory-mapped int16 at the working rate
+                 --audit, co_activity, audit_warnings (auditing.py)--> tables and warnings
 
 Taught in notebook 01.
 """
@@ -26,6 +26,7 @@ __all__ = [
     "Store",
     "Track",
     "audit",
+    "audit_warnings",
     "build_store",
     "check_target_exists",
     "co_activity",
@@ -39,6 +40,5 @@ __all__ = [
     "open_store",
     "read_store",
     "rms",
-    "audit_warnings",
     "window_levels_db",
 ]

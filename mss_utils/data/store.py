@@ -1,8 +1,9 @@
 """The stem store: every track decoded once, at the working rate, ready to be cut into segments.
 
-    SourceTrack --read_track--> stems at their own rate --build_store--> Store (memory-mapped int16 and an index)
+    SourceTrack --read_track--> stems at their own rate --build_store--> Store (memory-mapped)
 
-Whoever trains or separates reads the store alone: neither musdb nor ffmpeg is needed. Taught in notebook 01.
+Training and separation read only the store: they need neither musdb nor ffmpeg. Taught in
+notebook 01.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -39,7 +38,7 @@ from mss_utils.data.sources import (
     find_tracks,
     group_of,
     is_built_in,
-    named,
+    join_names,
     read_track,
     sha,
 )
@@ -54,73 +53,68 @@ from mss_utils.files import (
 
 FULL_SCALE = 32767
 FORMAT = 2
-BUILD_AGAIN = "build it again from the dataset"
-LOUDEST = 1000.0  # times full scale; 16 bits would keep nothing else of a track
-MAX_RATIO = 1000  # 44.1 kHz to 16 kHz is 441 to 160
+MAX_PEAK = 1000.0  # times full scale; beyond it 16 bits would keep nothing else of a track
+MAX_RATIO = 1000  # of two sample rates; 44.1 kHz to 16 kHz is 441 to 160
 MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is decoded
 
 
-def _checked(name: str, right: Callable[[str], bool]) -> str:
-    if not right(name):
-        raise ValueError(f"{name[:100]!r} is no name for it")
+def _check_file_name(name: str) -> str:
+    if not is_safe_file_name(name):
+        raise ValueError(f"{name[:100]!r} is no file name")
     return name
 
 
-FileName = Annotated[str, AfterValidator(partial(_checked, right=is_safe_file_name))]
-StemName = Annotated[str, AfterValidator(partial(_checked, right=is_valid_stem_name))]
+def _check_stem_name(name: str) -> str:
+    if not is_valid_stem_name(name):
+        raise ValueError(f"{name[:100]!r} is no stem name")
+    return name
 
 
 @dataclass(frozen=True)
 class Track:
-    """One track of a store. Rows are the mixture, then the stems; `scale` makes floats of int16."""
+    """One track of a store. Rows are the mixture, then the stems; levels are of full scale."""
 
     name: str
-    split: Literal[SPLITS]
-    file: FileName
+    split: Literal["train", "valid", "test"]
+    file: Annotated[str, AfterValidator(_check_file_name)]
     source: str
     fingerprint: str
     sha: str
     samples: Annotated[int, Field(ge=1)]
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    source_rates: tuple[int, ...]  # Hz, each rate that the track's files have
-    source_samples: tuple[int, ...]  # each length in samples of the store that they have
-    rms: tuple[float, ...]  # of each row, relative to full scale, as all levels here
-    peak: tuple[float, ...]  # of each row
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # float sample = scale * int16
+    source_rates: tuple[int, ...]  # Hz, of the files
+    source_samples: tuple[int, ...]  # lengths of the files in samples of the store
+    rms: tuple[float, ...]  # per row
+    peak: tuple[float, ...]  # per row
     residual_rms: float  # mixture minus sum of stems
-    active: tuple[
-        tuple[int, ...], ...
-    ]  # how many half seconds two rows are both above -60 dB; on the diagonal, each row by itself
-    n_windows: int
+    active: tuple[tuple[int, ...], ...]  # half seconds in which two rows are both active
+    n_windows: int  # half seconds of the track
 
 
 class Index(BaseModel):
-    """What index.json holds: of which dataset the store is, and every track that is decoded so far."""
+    """The content of index.json: dataset and tracks decoded so far."""
 
-    format: Literal[
-        FORMAT
-    ]  # to be raised when what a store holds changes: stores of another format are not read
+    format: Literal[2]  # raised when the content of a store changes
     source: str
     sample_rate: int = Field(ge=1)
     channels: int = Field(ge=1)
-    stems: tuple[StemName, ...] = Field(min_length=2)
+    stems: tuple[Annotated[str, AfterValidator(_check_stem_name)], ...] = Field(min_length=2)
     tracks: tuple[Track, ...]
     complete: bool = False
 
     @model_validator(mode="after")
-    def _one_row_a_stem(self) -> Index:
+    def _check_rows(self) -> Index:
+        n_rows = 1 + len(self.stems)
         for track in self.tracks:
-            if {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)} != {
-                1 + len(self.stems)
-            }:
-                raise ValueError(
-                    f"track {track.name!r} has not one value for the mixture and each stem"
-                )
+            lengths = {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)}
+            if lengths != {n_rows}:
+                raise ValueError(f"track {track.name!r} has not one value per stem")
         return self
 
 
 @dataclass(frozen=True)
 class Store:
-    """Decoded tracks of one dataset at one rate; every array is `(1 + stems, channels, samples)`, mixture first."""
+    """Decoded tracks of one dataset; arrays are `(1 + stems, channels, samples)`, mixture first."""
 
     folder: Path
     source: str
@@ -130,123 +124,111 @@ class Store:
     tracks: tuple[Track, ...]
 
     def split(self, name: str) -> list[Track]:
-        """The tracks of 'train', 'valid' or 'test'."""
+        """Return the tracks of 'train', 'valid' or 'test'."""
         return [track for track in self.tracks if track.split == name]
 
     def raw(self, track: Track) -> np.ndarray:
-        """The memory-mapped int16 samples of a track, `(1 + stems, channels, samples)`."""
+        """Return the memory-mapped int16 samples `(1 + stems, channels, samples)` of a track."""
         return np.load(self.folder / track.file, mmap_mode="r")
 
     def load(
         self, track: Track, start: int = 0, length: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mixture `(channels, samples)` and stems `(stems, channels, samples)` as float32."""
+        """Read a track, or a part of it.
+
+        Returns
+        -------
+        tuple of ndarray
+            Mixture `(channels, samples)` and stems `(stems, channels, samples)`, float32.
+        """
         end = track.samples if length is None else start + length
         audio = self.raw(track)[..., start:end].astype(np.float32) * np.float32(track.scale)
         return audio[0], audio[1:]
 
     def stem_index(self, stem: str) -> int:
-        """Row of `stem`; ValueError with the list of stems when there is none of that name."""
+        """Return the row of `stem` among the stems; ValueError lists the stems."""
         if stem not in self.stems:
-            raise ValueError(
-                f"No stem {stem!r} in {self.source}; there are: {', '.join(self.stems)}."
-            )
+            known = ", ".join(self.stems)
+            raise ValueError(f"No stem {stem!r} in {self.source}; there are: {known}.")
         return self.stems.index(stem)
 
     def targets(self, target: str) -> tuple[str, ...]:
-        """The stems to train for: all of them for 'all', else those that `target` names, with commas between."""
-        return (
-            self.stems
-            if target == "all"
-            else tuple(
-                dict.fromkeys(self.stems[self.stem_index(stem)] for stem in target.split(","))
-            )
-        )
+        """Return the stems of the setting `target`: all, or those separated by commas."""
+        if target == "all":
+            return self.stems
+        names = dict.fromkeys(target.split(","))
+        return tuple(self.stems[self.stem_index(name)] for name in names)
 
     @property
     def n_bytes(self) -> int:
         """Size of all samples on disk."""
-        return sum(
-            2 * (1 + len(self.stems)) * self.channels * track.samples for track in self.tracks
-        )
+        n_samples = sum(track.samples for track in self.tracks)
+        return 2 * (1 + len(self.stems)) * self.channels * n_samples
 
     @property
     def sha(self) -> str:
-        """Hash of the decoded samples of every track: two runs with the same hash saw the same data."""
+        """Hash of the samples of every track: runs with the same hash saw the same data."""
         return sha([(track.name, track.split, track.sha) for track in self.tracks])
 
 
 def open_store(settings: Settings) -> Store:
-    """The decoded store of a run's dataset, built (and the built-in songs rendered) where it is missing.
+    """Return the store of a run's dataset; it is built first if it is missing.
 
-    A dataset folder may be a stem store itself, made elsewhere and carried here; ValueError when it does not fit.
+    A dataset folder may be a store itself, made on another machine; ValueError if it does not fit.
     """
     root = dataset_root(settings)
     if not (root / "index.json").exists():
         return build_store(root, settings.sample_rate, settings.channels, settings.groups)
-    store = read_store(root)  # somebody's, who may have called it what he likes
+    store = read_store(root)
     for name in ("sample_rate", "channels"):
-        if getattr(store, name) != getattr(settings, name):
+        own, wanted = getattr(store, name), getattr(settings, name)
+        if own != wanted:
             raise ValueError(
-                f"The stem store {root} has {name}={getattr(store, name)}, the run asks for {getattr(settings, name)}: "
-                f"set {name}={getattr(store, name)}, or give the dataset it was made from."
+                f"The stem store {root} has {name}={own}, the run asks for {wanted}: set "
+                f"{name}={own}, or give the dataset itself."
             )
     if settings.groups:
-        stems = ", ".join(store.stems)
         raise ValueError(
-            f"The stem store {root} is decoded already, into {stems}: leave groups out, or give the dataset it was made from."
+            f"The stem store {root} has the stems {', '.join(store.stems)}: leave groups out, or "
+            "give the dataset itself."
         )
     return store
 
 
 def check_target_exists(settings: Settings) -> None:
-    """Raise ValueError listing the stems when the dataset has no stem `settings.target`; nothing is rendered or decoded."""
-    stems = _stems_of(settings)
-    for target in settings.target.split(",") if settings.target != "all" else []:
-        if target not in stems:
-            where = "the built-in songs" if is_built_in(settings) else dataset_root(settings)
-            raise ValueError(
-                f"No stem {target!r} in {where}; there are: {', '.join(stems)} (or 'all')."
-            )
-
-
-def _stems_of(settings: Settings) -> tuple[str, ...]:
+    """Raise ValueError if the dataset lacks a target; nothing is rendered or decoded."""
     if is_built_in(settings):
-        return tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in songs.STEMS))
-    root = dataset_root(settings)
-    return (
-        read_store(root).stems
-        if (root / "index.json").exists()
-        else common_stems(find_tracks(root), root, settings.groups)
-    )
+        source = "the built-in songs"
+        stems = tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in songs.STEMS))
+    else:
+        source = dataset_root(settings)
+        if (source / "index.json").exists():
+            stems = read_store(source).stems
+        else:
+            stems = common_stems(find_tracks(source), source, settings.groups)
+    for target in settings.target.split(","):
+        if target not in (*stems, "all"):
+            known = ", ".join(stems)
+            raise ValueError(f"No stem {target!r} in {source}; there are: {known} (or 'all').")
 
 
 def read_store(folder: Path) -> Store:
-    """The finished store in `folder`. Raises ValueError when its index is damaged, of another format or unfinished, or files are missing."""
+    """Return the finished store in `folder`; ValueError if it is damaged or unfinished."""
+    remedy = "copy the whole folder, or build it again from the dataset"
     try:
         index = Index.model_validate_json((folder / "index.json").read_bytes())
-    except ValueError as error:  # pydantic's is one
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise ValueError(
-            f"{folder / 'index.json'} is no index of a stem store of format {FORMAT} ({where}: {first['msg']}); {BUILD_AGAIN}."
-        ) from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder / 'index.json'} is damaged ({reason}): {remedy}.") from None
     if not index.complete or {track.split for track in index.tracks} != set(SPLITS):
-        raise ValueError(
-            f"The stem store {folder} is not finished, it lacks tracks; {BUILD_AGAIN}."
-        )
-    store = Store(
-        folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks
-    )
-    missing = [track.file for track in store.tracks if not _is_whole(folder, track, index)]
+        raise ValueError(f"The stem store {folder} is not finished: {remedy}.")
+    missing = [track.file for track in index.tracks if not _is_whole(folder, track, index)]
     if missing:
-        raise ValueError(
-            f"The stem store {folder} lacks {len(missing)} files or parts of them, {missing[0]} first: copy the whole folder, or build it again."
-        )
-    return store
+        raise ValueError(f"The stem store {folder} lacks {join_names(missing)}: {remedy}.")
+    return Store(folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks)
 
 
-# --- building -----------------------------------------------------------------------------------------------------------
+# --- building -------------------------------------------------------------------------------------
 
 
 def build_store(
@@ -256,37 +238,42 @@ def build_store(
     groups: Groups = MappingProxyType({}),
     n_jobs: int | None = None,
 ) -> Store:
-    """Decode every track under `root` that the store does not hold yet, and return the store.
+    """Decode every track under `root` that the store lacks, and return the store.
 
-    Tracks are decoded in parallel by `n_jobs` threads (default: one a core, up to 8); ffmpeg, libsndfile and torch
-    release the interpreter lock. Each track enters the index when it is complete, so an interrupted build goes on where
-    it was; of several builders one works and the others wait for it. `groups` are stems added up under a new name.
-    Raises what `find_tracks` and `read_track` raise, for all unreadable tracks at once, and OSError for a full disk.
+    Tracks are decoded by `n_jobs` threads (default: one per core, up to 8) and enter the index when
+    they are complete, so an interrupted build resumes. A second builder waits for the first.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, PermissionError
+        As `find_tracks` and `read_track`; one error names all unreadable tracks.
     """
     folder, wanted, head = _plan(root, sample_rate, channels, groups)
     if not _is_current(folder, wanted, head):
         with file_lock(folder):
-            tracks = _current(folder, _index_of(folder), wanted, head)
-            _decode_missing(
-                folder, wanted, tracks, head, groups, n_jobs or min(os.cpu_count(), MAX_READERS)
-            )
+            tracks = _current_tracks(folder, _load_index(folder), wanted, head)
+            n_jobs = n_jobs or min(os.cpu_count() or 1, MAX_READERS)
+            _decode_missing(folder, wanted, tracks, head, groups, n_jobs)
             _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
-            _clear(folder, {*wanted, "index.json", ".lock"})
+            for path in folder.iterdir():  # tracks that left the dataset, parts of killed builds
+                if path.is_file() and path.name not in (*wanted, "index.json", ".lock"):
+                    path.unlink()
     return read_store(folder)
 
 
 def is_decoded(settings: Settings) -> bool:
-    """Whether the store of somebody's dataset is there and needs nothing more to be read; nothing is decoded to find out."""
+    """Whether the store of a dataset is complete; nothing is decoded to find out."""
     root = dataset_root(settings)
-    return (root / "index.json").exists() or _is_current(
-        *_plan(root, settings.sample_rate, settings.channels, settings.groups)
-    )
+    if (root / "index.json").exists():
+        return True
+    plan = _plan(root, settings.sample_rate, settings.channels, settings.groups)
+    return _is_current(*plan)
 
 
 def _plan(
     root: Path, sample_rate: int, channels: int, groups: Groups
 ) -> tuple[Path, dict[str, SourceTrack], Index]:
-    """Folder of a store, which file each track becomes, and the head of its index."""
+    """Return the folder of a store, the file of each track, and an index without tracks."""
     sources = find_tracks(root)
     head = Index(
         format=FORMAT,
@@ -296,154 +283,137 @@ def _plan(
         stems=common_stems(sources, root, groups),
         tracks=(),
     )
-    place = (
-        str(root.resolve()),
-        sample_rate,
-        channels,
-        sorted((name, sorted(members)) for name, members in groups.items()),
-    )
-    folder = (
-        cache_folder()
-        / "stores"
-        / safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{sha(place)[:8]}")
-    )
-    return folder, {_file_name(source): source for source in sources}, head
-
-
-def _file_name(source: SourceTrack) -> str:
-    return f"{source.split}-{safe_name(source.name)}-{sha(source.name)[:6]}.npy"
+    sorted_groups = sorted((name, sorted(members)) for name, members in groups.items())
+    key = sha((str(root.resolve()), sample_rate, channels, sorted_groups))[:8]
+    name = safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{key}")
+    wanted = {
+        f"{source.split}-{safe_name(source.name)}-{sha(source.name)[:6]}.npy": source
+        for source in sources
+    }
+    return cache_folder() / "stores" / name, wanted, head
 
 
 def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> bool:
-    """Whether the store is finished and holds the tracks of the dataset, no fewer and no more."""
-    index = _index_of(folder)
-    return (
-        index is not None
-        and index.complete
-        and len(index.tracks) == len(wanted) == len(_current(folder, index, wanted, head))
-    )
+    """Whether the store is finished and has exactly the tracks of the dataset."""
+    index = _load_index(folder)
+    if index is None or not index.complete or len(index.tracks) != len(wanted):
+        return False
+    return len(_current_tracks(folder, index, wanted, head)) == len(wanted)
 
 
-def _current(
+def _current_tracks(
     folder: Path, index: Index | None, wanted: dict[str, SourceTrack], head: Index
 ) -> dict[str, Track]:
-    """The tracks of the index whose samples are there and whose source has not changed since."""
-    if index is None or (index.sample_rate, index.channels, index.stems) != (
-        head.sample_rate,
-        head.channels,
-        head.stems,
-    ):
+    """Return the tracks that are complete and whose source has not changed, by file."""
+    if index is None or index.stems != head.stems:
         return {}
-    fits = lambda track: (
-        track.file in wanted
+    if (index.sample_rate, index.channels) != (head.sample_rate, head.channels):
+        return {}
+    return {
+        track.file: track
+        for track in index.tracks
+        if track.file in wanted
         and wanted[track.file].fingerprint == track.fingerprint
         and _is_whole(folder, track, index)
-    )
-    return {track.file: track for track in index.tracks if fits(track)}
+    }
 
 
 def _is_whole(folder: Path, track: Track, index: Index) -> bool:
-    """Whether the samples of a track are there, all of them."""
+    """Whether the file of a track has all its samples."""
     path, shape = folder / track.file, (1 + len(index.stems), index.channels, track.samples)
-    header = _header(shape)
-    if not (path.is_file() and path.stat().st_size == len(header) + 2 * math.prod(shape)):
+    header = _npy_header(shape)
+    if not path.is_file() or path.stat().st_size != len(header) + 2 * math.prod(shape):
         return False
     with path.open("rb") as file:
         return file.read(len(header)) == header
 
 
 def _decode_missing(
-    folder: Path, wanted: dict, tracks: dict[str, Track], head: Index, groups: Groups, n_jobs: int
+    folder: Path,
+    wanted: dict[str, SourceTrack],
+    tracks: dict[str, Track],
+    head: Index,
+    groups: Groups,
+    n_jobs: int,
 ) -> None:
-    """Decode what `tracks` lacks and add it there and to the index, track by track; one error names all that failed."""
-    missing = {file: source for file, source in wanted.items() if file not in tracks}
-    failed: list[Exception] = []
+    """Decode what `tracks` lacks; one error names all tracks that failed."""
+    errors: list[Exception] = []
     torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # every core has a track of its own to resample
+    torch.set_num_threads(1)  # tracks are resampled in parallel
     pool = ThreadPoolExecutor(n_jobs)
     jobs = {
         pool.submit(_decode_track, source, head, groups, folder / file): file
-        for file, source in missing.items()
+        for file, source in wanted.items()
+        if file not in tracks
     }
     try:
-        for job in tqdm(
-            as_completed(jobs), total=len(jobs), desc="Stem store", unit="track", disable=not jobs
-        ):
+        bar = tqdm(total=len(jobs), desc="Stem store", unit="track", disable=not jobs)
+        for job in as_completed(jobs):
             try:
                 tracks[jobs[job]] = job.result()
-            except (
-                ValueError,
-                PermissionError,
-            ) as error:  # what is wrong with one track is told together with the others
-                failed.append(error)
+            except (ValueError, PermissionError) as error:
+                errors.append(error)
             _write_index(folder, wanted, tracks, head)
-    finally:  # also when interrupted: the tracks that were under way are finished and kept
+            bar.update()
+        bar.close()
+    finally:  # if interrupted, the tracks in progress are finished and kept
         pool.shutdown(cancel_futures=True)
-        tracks.update(
-            {
-                file: job.result()
-                for job, file in jobs.items()
-                if not job.cancelled() and not job.exception()
-            }
-        )
+        for job, file in jobs.items():
+            if not job.cancelled() and not job.exception():
+                tracks[file] = job.result()
         torch.set_num_threads(torch_threads)
         _write_index(folder, wanted, tracks, head)
-    if len(failed) == 1:
-        raise failed[0]
-    if failed:
-        raise ValueError(
-            f"{len(failed)} of {len(wanted)} tracks cannot be used:\n"
-            + named(sorted(map(str, failed)), "\n")
-        )
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        messages = join_names(sorted(map(str, errors)), "\n")
+        raise ValueError(f"{len(errors)} of {len(wanted)} tracks cannot be used:\n{messages}")
 
 
-def _clear(folder: Path, kept: set[str]) -> None:
-    """Take away what no track of the index owns: songs that left the dataset, and parts that a killed build left."""
-    for path in folder.iterdir():
-        if path.name not in kept and path.is_file():
-            path.unlink()
-
-
-def _index_of(folder: Path) -> Index | None:
-    """The index of a store in the cache; None where it has to be built, also because its index is damaged or of another format."""
+def _load_index(folder: Path) -> Index | None:
+    """Return the index of a store in the cache, or None if it has to be built."""
     try:
         return Index.model_validate_json((folder / "index.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def _write_index(folder: Path, wanted: dict, tracks: dict[str, Track], head: Index) -> None:
-    """The index in the order of the dataset, whatever order the tracks came in."""
-    write_text(
-        folder / "index.json",
-        head.model_copy(
-            update=dict(tracks=tuple(tracks[file] for file in wanted if file in tracks))
-        ).model_dump_json(),
-    )
+def _write_index(
+    folder: Path, wanted: dict[str, SourceTrack], tracks: dict[str, Track], head: Index
+) -> None:
+    """Write the index with the tracks in the order of the dataset."""
+    ordered = tuple(tracks[file] for file in wanted if file in tracks)
+    index = head.model_copy(update=dict(tracks=ordered))
+    write_text(folder / "index.json", index.model_dump_json())
 
 
 def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) -> Track:
-    """Write one track as int16 `(1 + stems, channels, samples)`; a per-track scale keeps samples beyond full scale.
+    """Write one track as int16 `(1 + stems, channels, samples)`.
 
-    Files of other rates are brought to the working rate, and the shorter ones end in silence; the index says so.
+    A scale per track keeps samples beyond full scale. Shorter files end in silence.
     """
-    parts = read_track(source)
-    rates = sorted({rate for _, rate in parts.values()})
-    parts = {name: _conform(part, head.sample_rate, head.channels) for name, part in parts.items()}
-    lengths = sorted({audio.shape[-1] for audio in parts.values()})
-    audio = _stack(parts, head.stems, groups, lengths[-1])
+    recordings = read_track(source)
+    rates = sorted({rate for _, rate in recordings.values()})
+    parts = {
+        name: _conform(recording, head.sample_rate, head.channels)
+        for name, recording in recordings.items()
+    }
+    lengths = sorted({part.shape[-1] for part in parts.values()})
+    audio = _stack(parts, head.stems, groups, lengths[-1])  # (1 + stems, channels, samples)
     peak = np.abs(audio).max(axis=(1, 2))
-    if not peak.max() < LOUDEST:  # also where a sum of floats is no number any more
+    if not peak.max() < MAX_PEAK:  # also true for NaN
         raise ValueError(
-            f"{source.path} reaches {peak.max():.3g} times full scale; expected music: mend its files or remove the track."
+            f"{source.path} reaches {peak.max():.3g} times full scale: fix its files or remove it."
         )
     scale = max(1.0, float(peak.max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
-    _write_samples(path, samples)
+    with atomic_write(path) as part, part.open("wb") as file:
+        file.write(_npy_header(samples.shape))
+        file.write(samples.data)
     active = active_windows(audio, head.sample_rate).astype(np.int64)  # (1 + stems, windows)
     return Track(
         name=source.name,
-        split=source.split,
+        split=source.split,  # type: ignore[arg-type]
         file=path.name,
         source=printable_name(source.path),
         fingerprint=source.fingerprint,
@@ -461,27 +431,26 @@ def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) 
 
 
 def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarray:
-    """`(samples, any channels)` at any rate -> `(channels, samples)` at the working rate, float32.
+    """Convert `(samples, any channels)` to `(channels, samples)` at the working rate, float32.
 
-    One channel is the mean of all; two are the first two, or the only one twice. Rates without a small ratio, which would need a
-    filter of gigabytes, are off by less than a millionth.
+    Mono is the mean of all channels; stereo is the first two, or a single one twice. Odd sample
+    rates are resampled by a near ratio: the exact filter could take gigabytes.
     """
     audio, rate = recording[0].T, recording[1]
-    audio = (
-        audio.mean(axis=0, keepdims=True)
-        if channels == 1
-        else np.resize(audio[:channels], (channels, audio.shape[1]))
-    )
+    if channels == 1:
+        audio = audio.mean(axis=0, keepdims=True)
+    else:
+        audio = np.resize(audio[:channels], (channels, audio.shape[1]))
     ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)
-    return torchaudio.functional.resample(
-        torch.from_numpy(np.ascontiguousarray(audio)), ratio.numerator, ratio.denominator
-    ).numpy()
+    tensor = torch.from_numpy(np.ascontiguousarray(audio))
+    resample = torchaudio.functional.resample
+    return resample(tensor, ratio.numerator, ratio.denominator).numpy()
 
 
 def _stack(
-    parts: dict[str, np.ndarray], stems: list[str], groups: Groups, length: int
+    parts: dict[str, np.ndarray], stems: tuple[str, ...], groups: Groups, length: int
 ) -> np.ndarray:
-    """Mixture and stems `(1 + stems, channels, length)`; without a mixture file the mixture is the sum of the stems."""
+    """Stack mixture and stems; without a mixture file the mixture is the sum of the stems."""
     channels = next(iter(parts.values())).shape[0]
     audio = np.zeros((1 + len(stems), channels, length), np.float32)
     for name, part in parts.items():
@@ -492,17 +461,8 @@ def _stack(
     return audio
 
 
-def _write_samples(path: Path, samples: np.ndarray) -> None:
-    """As `np.save` does, but with an error that says why where the disk is full."""
-    with atomic_write(path) as part, part.open("wb") as file:
-        file.write(_header(samples.shape))
-        file.write(samples.data)
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """What an .npy file of int16 begins with."""
+def _npy_header(shape: tuple[int, ...]) -> bytes:
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, dict(descr="<i2", fortran_order=False, shape=shape)
-    )
+    description = dict(descr="<i2", fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()

@@ -24,7 +24,7 @@ from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
-from mss_utils.files import file_lock, flush, temporary_folder, write_text
+from mss_utils.files import file_lock, temporary_folder, write_text
 from mss_utils.songs.composing import SPLITS, STEMS, Song, compose
 from mss_utils.songs.rendering import SAMPLE_RATE, render
 
@@ -139,7 +139,6 @@ def _write_song(job: tuple) -> float:
         (work / "onsets.json").write_text(json.dumps(song.onsets()))
         (work / "song.json").write_text(json.dumps(song.metadata, indent=1))
         target.parent.mkdir(parents=True, exist_ok=True)
-        flush(work)
         work.rename(target)
     return song.duration_s
 
