@@ -1,5 +1,8 @@
-"""The written report of one run or of a collection of runs."""
+"""The written report of one run or of a collection of runs.
 
-from mss_utils.report.typesetting import build_report
+tables of the runs --facts.py--> facts.json --typesetting.py, report/report.typ--> PDF, HTML
+"""
 
-__all__ = ["build_report"]
+from mss_utils.report.typesetting import build_report, write_report
+
+__all__ = ["build_report", "write_report"]

@@ -1,91 +1,151 @@
-"""Compile the Typst report from the tables, facts and figures of a run."""
+"""Compile report/report.typ over the facts and figures of one run or of a collection."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import typst
 
-from mss_utils import analysis, evaluation, listening
-from mss_utils.config import ROOT, Run
-from mss_utils.environment import dataset_kind
+from mss_utils import figures, listening
+from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.files import atomic_write, write_text
+from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study, sort_runs
+from mss_utils.report.tables import check_finished, read_table
 
 REPORT = ROOT / "report"
-TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
-# Parts of a run's folder that the report does not read.
-NOT_READ = (
-    "*.ckpt",
-    "*.safetensors",
-    "*.mp3",
-    "*.wav",
-    "*.ipynb",
-    "*.pdf",
-    "*.html",
-    "*.png",
-    ".*",
-    "songs",
-    "answers",
-    "estimates",
-    "ablations",
-    "data_study",
-)
+REFERENCE = "reference"  # the committed collection; its report is in report/
+PLAYERS_MARK = b'<div id="players"></div>'  # replaced by the listening pages
+COLLECTION_FILES = ("more_music.csv", "remarks.txt")  # optional, beside the runs
 
 
 def build_report(run: Run) -> Path:
-    """Compile `report/report.typ` over the files of `run` to `results/<run>/report.pdf` and return its path.
+    """Write `facts.json` and `report.pdf` of one run; return the path of the PDF.
 
-    Typst reads only below one root: sources and results are copied side by side into a temporary folder. Raises FileNotFoundError
-    naming what is missing when the run has not been evaluated, ValueError as `typeset` does.
+    Raises
+    ------
+    FileNotFoundError
+        The run is not finished; the message names what is missing.
     """
-    tables = (f"tables/{name}.csv" for name in TABLES)
-    for needed in ("settings.json", "environment.json", "listening.html", *tables):
-        if not any(run.folder.glob(needed)):
-            raise FileNotFoundError(
-                f"The report of run {run.name!r} needs {run.folder / needed}: finish the run first (make report RUN={run.name})."
-            )
-    listening.ratings_of(run)  # answers may have come in since the notebooks ran
+    check_finished(run)
+    listening.ratings_of(run)  # answers may have arrived since the notebooks ran
+    facts = collect_facts([run], run.name, is_collection=False)
+    write_text(run.folder / "facts.json", dump_facts(facts))
     pdf = run.folder / "report.pdf"
-    with tempfile.TemporaryDirectory() as root:
-        lay_out_sources(Path(root))
-        lay_out(run, Path(root) / "run")
-        with atomic_write(pdf) as part:
-            part.write_bytes(typeset(Path(root), "report.typ", run="/run", name=run.name))
+    with atomic_write(pdf) as part:
+        part.write_bytes(typeset(facts, run.folder / "figures"))
     return pdf
 
 
-def lay_out_sources(root: Path) -> None:
-    """Copy what the reports are written in to `report/` below the one root that Typst reads."""
-    shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
+def write_report(name: str) -> tuple[Path, Path]:
+    """Write figures, facts, PDF and HTML page of a collection; return the last two paths.
+
+    They are written to the collection's folder, those of `reference` to report/.
+    """
+    runs = find_collection(name)
+    for run in runs:
+        check_finished(run)
+        listening.ratings_of(run)
+    folder = results_folder() / name
+    facts = collect_facts(runs, name, is_collection=True)
+    facts["figures"] = draw_figures(name, runs)
+    write_text(folder / "facts.json", dump_facts(facts))
+    target = REPORT if name == REFERENCE else folder
+    pdf, page = target / "report.pdf", target / "report.html"
+    extra = [folder / file for file in COLLECTION_FILES]
+    with atomic_write(pdf) as part:
+        part.write_bytes(typeset(facts, folder / "figures", "pdf", extra))
+    with atomic_write(page) as part:
+        part.write_bytes(_add_players(typeset(facts, folder / "figures", "html", extra), runs))
+    return pdf, page
 
 
-def lay_out(run: Run, copy: Path, **about: object) -> None:
-    """Copy what a report reads of a run to the folder `copy`: tables, figures, histories, all settings, and `about.json`."""
-    shutil.copytree(run.folder, copy, ignore=shutil.ignore_patterns(*NOT_READ))
-    write_text(
-        copy / "settings.json", run.settings.model_dump_json(indent=2)
-    )  # a run of an older version has not all of them
-    try:
-        kind = dataset_kind(
-            run.settings,
-            json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))["dataset"],
+def find_collection(name: str) -> list[Run]:
+    """Return the runs of a collection, real music first; ValueError if there are none."""
+    runs = sort_runs(collection_runs(name))
+    if not runs:
+        raise ValueError(
+            f"No collection {name!r}: expected finished runs under {results_folder() / name}, made "
+            f"by: python -m mss_utils run --run {name}/<run>."
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{run.folder / 'environment.json'} does not tell the dataset ({error!r}): run {run.name!r} again."
-        ) from None
-    write_text(copy / "about.json", json.dumps(about | dict(kind=kind)))
+    return runs
 
 
-def typeset(root: Path, source: str, kind: str = "pdf", **inputs: str) -> bytes:
-    """Compile `report/<source>` below `root`, as PDF or HTML; ValueError where a table or file that it reads is damaged."""
-    try:
-        return typst.compile(root / "report" / source, root=root, format=kind, sys_inputs=inputs)
-    except typst.TypstError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"The report cannot be set, most likely because a table or another file of the run is damaged ({reason}): run it again."
-        ) from None
+def typeset(
+    facts: dict[str, Any], figure_folder: Path, kind: str = "pdf", extra: Iterable[Path] = ()
+) -> bytes:
+    """Compile the report as PDF or HTML; ValueError with Typst's message if that fails.
+
+    Typst reads only below one root, so sources, facts and figures are copied to one folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
+        shutil.copytree(figure_folder, root / "figures", ignore=shutil.ignore_patterns("*.png"))
+        write_text(root / "facts.json", dump_facts(facts))
+        for name in COLLECTION_FILES:
+            (root / name).touch()
+        for path in extra:
+            if path.exists():
+                shutil.copy(path, root / path.name)
+        source = root / "report" / "report.typ"
+        try:
+            return typst.compile(source, root=root, format=kind, sys_inputs=dict(format=kind))
+        except typst.TypstError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"The report cannot be compiled ({reason}): run again.") from None
+
+
+def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
+    """Draw the figures of a collection from its tables; return what each shows."""
+    runs = [run for run in runs if not is_study(run)] or runs
+    own = Run(name, runs[0].settings, results_folder() / name)
+    parts = []
+    for run in runs:
+        for target in read_table(run, "summary")["target"].unique():
+            parts.append((run, target))
+    overview = {
+        (RunData(run).music, target): (read_table(run, "tracks"), read_table(run, "summary"))
+        for run, target in parts
+    }
+    figures.save_vector(figures.overview(overview), own, "overview")
+    longest = max(parts, key=lambda part: part[0].settings.segment_s)
+    piano = next((part for part in parts if part[1] == "piano"), parts[-1])
+    shown = dict(training=parts[0], phase=parts[0], repetition=longest, attack=piano)
+    for figure, (run, target) in shown.items():
+        figures.save_vector(_draw(figure, run, target), own, figure)
+    return {figure: f"{target}, {RunData(run).music}" for figure, (run, target) in shown.items()}
+
+
+def _draw(figure: str, run: Run, target: str) -> Any:
+    import pandas as pd
+
+    if figure == "training":
+        histories = {
+            model: [
+                pd.read_csv(path)
+                for path in sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv"))
+            ]
+            for model in MODELS
+        }
+        return figures.training_curves(histories)
+    if figure == "phase":
+        return figures.phase(read_table(run, "phase"), target)
+    if figure == "repetition":
+        return figures.damaged_repeat(read_table(run, "repetition"), target)
+    return figures.attack(read_table(run, "envelopes"), read_table(run, "attack"), target)
+
+
+def _add_players(page: bytes, runs: list[Run]) -> bytes:
+    """Put the listening pages of the runs into the HTML report."""
+    frames = []
+    for run in runs:
+        path = run.folder / "listening.html"
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+            frames.append(listening.frame(text, f"players: {run.folder.name}", height=900).data)
+    content = "".join(frames) or "<p>This collection has no listening page.</p>"
+    return page.replace(PLAYERS_MARK, content.encode())

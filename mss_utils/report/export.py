@@ -1,0 +1,269 @@
+"""Export a collection small enough to commit, and score it again with its own weights.
+
+results/full/<run>/ --export--> results/reference/<run>/ --rescore--> results/reference-rescored/
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+from safetensors.torch import load_file
+
+from mss_utils import listening
+from mss_utils.config import MODELS, Run, collection_runs, expand_path, results_folder
+from mss_utils.data import Store, is_built_in, open_store
+from mss_utils.evaluation import score
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
+from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
+from mss_utils.report.facts import is_study
+from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
+from mss_utils.report.tables import TABLES, check_finished, read_json, read_table
+from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
+from mss_utils.separation import read_estimate, write_estimates
+from mss_utils.training.checkpoints import write_tensors
+
+MAX_TABLE = 60_000  # characters; a longer table is packed
+COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
+NUMBER_FORMAT = "%.6g"  # in exported tables
+
+
+def export(
+    source: str, name: str, complete: Collection[str] = (), listen: Collection[str] = ()
+) -> Path:
+    """Copy a collection to `results/<name>/`, small enough to commit; return that folder.
+
+    Kept are settings, environment, tables, notebooks without heavy outputs, training histories,
+    weights in half precision and a listening page of built-in songs. An older export is replaced
+    when the new one is complete; its answers of listeners are kept.
+
+    Parameters
+    ----------
+    complete
+        Targets of which the weights of all models are kept; of the others only the best model.
+    listen
+        Targets in the listening page (default: all).
+
+    Raises
+    ------
+    ValueError
+        No collection, an unknown target, or a folder that is no export.
+    """
+    runs, folder = find_collection(source), _destination(name)
+    if folder.resolve() == (results_folder() / source).resolve():
+        raise ValueError(f"{folder} is the collection itself: export to another name.")
+    for run in runs:
+        check_finished(run)
+    known = {target for run in runs for target in _targets(run)}
+    for target in (*complete, *listen):
+        if target not in known:
+            targets = ", ".join(sorted(known))
+            raise ValueError(
+                f"No run of {source!r} has the target {target!r}; there are: {targets}."
+            )
+    with file_lock(folder.parent), temporary_folder(folder.parent) as part:
+        weights = kept_weights(runs, complete)
+        for run in runs:
+            copy = part / "new" / run.folder.name
+            _export_run(run, copy, [item[1:] for item in weights if item[0] == run])
+            if is_built_in(run.settings) and not is_study(run):
+                targets = [target for target in _targets(run) if target in listen or not listen]
+                page = _listening_page(run, f"{name}/{run.folder.name}", targets)
+                write_text(copy / "listening.html", page)
+            answers = folder / run.folder.name / "answers"
+            if answers.is_dir():
+                shutil.copytree(answers, copy / "answers")
+        for file in COLLECTION_FILES:
+            if (results_folder() / source / file).exists():
+                shutil.copy(results_folder() / source / file, part / "new" / file)
+        if folder.exists():
+            os.replace(folder, part / "old")
+        os.replace(part / "new", folder)
+    return folder
+
+
+def _destination(name: str) -> Path:
+    """Return the folder of an export, which may replace an older export and nothing else."""
+    folder = results_folder() / name
+    if safe_name(name) != name:
+        raise ValueError(f"A collection name has letters, digits, '.', '_', '-', not {name!r}.")
+    if folder.exists() and not collection_runs(name):
+        raise ValueError(f"{folder} exists and is no collection: export to another name.")
+    return folder
+
+
+def _targets(run: Run) -> list[str]:
+    return read_table(run, "summary")["target"].unique().tolist()
+
+
+def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tuple[Run, str, str]]:
+    """Return run, target and model of the weights that an export keeps (first seeds).
+
+    Each target is kept once, from the first run that has it: all models of the targets in
+    `complete`, else the best on validation.
+    """
+    kept: list[tuple[Run, str, str]] = []
+    for run in runs:
+        if is_study(run):
+            continue
+        for target in _targets(run):
+            if target in [item[1] for item in kept]:
+                continue
+            scores = {
+                model: read_json(run.model_folder(target, model) / "model.json")["valid_sdr"]
+                for model in MODELS
+            }
+            best = max(scores, key=lambda model: scores[model])
+            models = MODELS if target in complete else [best]
+            kept += [(run, target, model) for model in models]
+    return kept
+
+
+def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
+    for name in ("settings.json", "environment.json"):
+        write_text(folder / name, (run.folder / name).read_text(encoding="utf-8"))
+    for name in TABLES:
+        _write_table(read_table(run, name), folder / "tables" / f"{name}.csv")
+    for path in sorted(run.folder.glob("notebooks/*.ipynb")):
+        light = strip_heavy_outputs(read_notebook(path))
+        write_text(folder / "notebooks" / path.name, nbformat.writes(light))
+    for path in sorted(run.folder.glob("models/*/*/seed*/*")):
+        if path.name in ("model.json", "history.csv"):
+            text = path.read_text(encoding="utf-8")
+            write_text(folder / path.relative_to(run.folder), text)
+    for target, model in weights:
+        path = run.model_folder(target, model) / "model.safetensors"
+        halves = {
+            key: tensor.half() if tensor.is_floating_point() else tensor
+            for key, tensor in load_file(path).items()
+        }
+        for key, tensor in halves.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {key} does not fit into half precision.")
+        write_tensors(folder / path.relative_to(run.folder), halves)
+
+
+def _listening_page(run: Run, name: str, targets: list[str]) -> str:
+    """Return the listening page of an export; answers to it are about `name`."""
+    store, tracks = open_store(run.settings), read_table(run, "tracks")
+    excerpts = {target: listening.excerpts(run, store, target, tracks) for target in targets}
+    page = listening.listening_page(run, store, tracks, excerpts, name, None)
+    return listening.recoded(page, COMPRESSION)
+
+
+def _write_table(table: pd.DataFrame, path: Path) -> None:
+    text = table.to_csv(index=False, float_format=NUMBER_FORMAT)
+    if len(text) < MAX_TABLE:
+        write_text(path, text)
+    else:
+        with atomic_write(path.with_suffix(".csv.gz")) as part:
+            part.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+# --- score again ----------------------------------------------------------------------------------
+
+
+def rescore(name: str, data: str) -> pd.DataFrame:
+    """Separate and score the test tracks again with the weights of a collection.
+
+    `data` is the dataset of the runs on real music; built-in test songs are rendered. Scores are
+    written to `results/<name>-rescored/`.
+
+    Returns
+    -------
+    DataFrame
+        run, target, model, tracks, largest_track_db (over tracks and metrics), largest_median_db.
+
+    Raises
+    ------
+    ValueError
+        The collection has no weights, or the data are not those of the run.
+    """
+    models = {run.name: _models_with_weights(run) for run in find_collection(name)}
+    runs = [run for run in find_collection(name) if models[run.name]]
+    if not runs:
+        raise ValueError(f"No weights in {results_folder() / name}: nothing can be scored again.")
+    stores = [_test_store(run, data) for run in runs]  # wrong data is reported before separating
+    output = results_folder() / f"{name}-rescored"
+    rows = []
+    for run, store in zip(runs, stores, strict=True):
+        scores = []
+        for target, names in models[run.name].items():
+            settings = run.settings.model_copy(update=dict(target=target, seeds=1))
+            own = Run(f"{name}-rescored", settings, output / run.folder.name)
+            scores.append(score_again(own, run, store, target, names))
+        tracks = pd.concat(scores, ignore_index=True)
+        write_text(output / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
+        rows += _differences(run, read_table(run, "tracks"), tracks)
+    table = pd.DataFrame(rows)
+    write_text(output / "differences.csv", table.to_csv(index=False))
+    return table
+
+
+def _models_with_weights(run: Run) -> dict[str, list[str]]:
+    """Return target -> models whose weights the run has."""
+    models: dict[str, list[str]] = {}
+    for target in _targets(run):
+        for model in MODELS:
+            if (run.model_folder(target, model) / "model.safetensors").exists():
+                models.setdefault(target, []).append(model)
+    return models
+
+
+def _test_store(run: Run, data: str) -> Store:
+    """Return a store with the test tracks of a run; of built-in songs few others are rendered."""
+    changes = dict(n_train_songs=1, n_valid_songs=1)
+    if not is_built_in(run.settings):
+        changes = dict(data=str(expand_path(data)))
+    store = open_store(run.settings.model_copy(update=changes))
+    scored = set(read_table(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
+    rate = store.sample_rate
+    found = {(track.name, max(1, track.samples // rate)) for track in store.split("test")}
+    if scored != found:
+        track, length_s = min(scored ^ found)
+        raise ValueError(
+            f"{store.source} does not have the test tracks of run {run.name!r} ({track!r}, "
+            f"{length_s} s, is in one of the two only): give its own dataset."
+        )
+    return store
+
+
+def score_again(
+    own: Run, trained: Run, store: Store, target: str, models: list[str]
+) -> pd.DataFrame:
+    """Separate and score the test tracks with the models of `trained`; estimates go to `own`."""
+    write_estimates(own, store, models, trained=trained)
+
+    def estimates_of(track) -> dict[tuple[str, int], np.ndarray]:
+        return {
+            (model, 0): read_estimate(own, store, track, target, model)[None] for model in models
+        }
+
+    return score(own.settings, store, estimates_of, n_cross_check=0)["tracks"]
+
+
+def _differences(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterator[dict]:
+    """Return how far the scores of each model moved, first seeds."""
+    metrics = list(TRACK_METRICS)
+    for (target, model), rows in again.groupby(["target", "model"], sort=False):
+        old = committed.query("seed == 0 and target == @target and model == @model")
+        before = old.set_index("track")[metrics]
+        after = rows.set_index("track")[metrics].reindex(before.index)
+        lost = (before.isna() != after.isna()).any(axis=1)
+        if lost.any():
+            raise ValueError(f"{lost.idxmax()!r} has a score of {model} in one table only.")
+        medians = [table.clip(upper=MAX_SCORE_DB).median() for table in (before, after)]
+        yield dict(
+            run=run.folder.name,
+            target=target,
+            model=model,
+            tracks=len(rows),
+            largest_track_db=(before - after).abs().max().max(),
+            largest_median_db=(medians[0] - medians[1]).abs().max(),
+        )

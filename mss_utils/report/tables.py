@@ -1,0 +1,51 @@
+"""Read the files of a finished run; exported tables may be packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mss_utils import analysis, evaluation, listening
+from mss_utils.config import Run
+
+TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
+
+
+def table_path(run: Run, name: str) -> Path:
+    """Return the path of a table: .csv, or .csv.gz in an export."""
+    path = run.table(name)
+    packed = path.with_suffix(".csv.gz")
+    return packed if packed.exists() and not path.exists() else path
+
+
+def read_table(run: Run, name: str) -> pd.DataFrame:
+    """Read a table of a run; ValueError if it is damaged."""
+    path = table_path(run, name)
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:  # pandas and gzip
+        raise ValueError(f"{path} is damaged ({error}): run {run.name!r} again.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file; ValueError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): run again.") from None
+
+
+def check_finished(run: Run) -> None:
+    """Raise FileNotFoundError with the first result that a run lacks."""
+    paths = [run.folder / "environment.json", *(table_path(run, name) for name in TABLES)]
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"The report of run {run.name!r} needs {path}: finish the run first "
+                f"(make report PROFILE={run.settings.profile} RUN={run.name})."
+            )
