@@ -1,6 +1,6 @@
 """Facts of a report: numbers as text, tables and sentences, computed from the tables of the runs.
 
-    results/<run>/tables/*.csv, settings.json, environment.json, models/ --> facts.json --> report.typ
+    results/<run>/{tables,models}, settings.json, environment.json --> facts.json --> report.typ
 
 Typst only lays out. One run and a collection of runs have facts of the same form: a *part* is one
 target of one run, and every table of results has a row or a column per part.
@@ -21,7 +21,7 @@ import pandas as pd
 from mss_utils.analysis.attack import APART_S, ATTACK_S
 from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
 from mss_utils.analysis.repetition import BURST_DB
-from mss_utils.config import MODEL_LETTERS, MODELS, WAVEFORM_MODELS, Run
+from mss_utils.config import MODEL_LETTERS, MODELS, WAVEFORM_MODELS, Run, resolve_settings
 from mss_utils.data import is_built_in
 from mss_utils.environment import dataset_kind
 from mss_utils.evaluation.statistics import MIN_SEEDS, detectable_difference
@@ -468,11 +468,10 @@ def _repetition_sentence(own: list[dict], gains: list[dict]) -> str:
     nothing = sum(row["verdict"] == "not supported" for row in own)
     more = [row for row in gains if "minus" in row["id"]]
     sentence = (
-        f"Of {quantity(len(own), 'repetition gain')} of B2 (one per target and lag), {spell(above)} "
-        f"{'is' if above == 1 else 'are'} above zero and {spell(nothing)} "
-        f"{'is' if nothing == 1 else 'are'} not supported; of "
-        f"{quantity(len(more), 'difference')} from B1, {spell(sum(row['ci_low'] > 0 for row in more))} "
-        "above zero."
+        f"Of {quantity(len(own), 'repetition gain')} of B2 (one per target and lag), "
+        f"{spell(above)} above zero and {spell(nothing)} not supported; of "
+        f"{quantity(len(more), 'difference')} from B1, "
+        f"{spell(sum(row['ci_low'] > 0 for row in more))} above zero."
     )
     if nothing == len(own):
         return f"{sentence} B2 does not use an exact repeat more than other music."
@@ -523,9 +522,8 @@ def _answer(parts: list[Part], repetition: list[dict]) -> str:
     attack = _count_outcomes(
         attacks, dict(above="attacks are kept better", below="worse", open="it is open")
     )
-    repeat = (
-        f"an exact repeat helps B2 in {spell(gains.count('above'))} of {spell(len(gains))} cases"
-    )
+    helped = spell(gains.count("above"))
+    repeat = f"an exact repeat helps B2 in {helped} of {spell(len(gains))} cases"
     sentences = [f"In SDR, {versus_mask}; {attention}."]
     why = [text for text in (phase, repeat if gains else "", attack) if text]
     if why:
@@ -638,8 +636,6 @@ def _reproduce_facts(every: list[RunData], name: str, is_collection: bool) -> di
 
 
 def _command(data: RunData, run_name: str) -> list[str]:
-    from mss_utils.config import resolve_settings
-
     settings = data.run.settings
     line = f"make report PROFILE={settings.profile} RUN={run_name} TARGET={settings.target}"
     if settings.data:
