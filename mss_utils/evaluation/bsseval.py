@@ -1,17 +1,15 @@
 """BSSEval v4 scores as museval 0.4.1 computes them, many times faster; utterance SDR and SI-SDR.
 
-BSSEval splits an estimate e of a stem into the true stem s, filtered s, filtered other stems, and
-a rest. The filters are the least-squares best of 512 taps over the whole track. With
+With the true stem s, its estimate e, and filters of 512 taps fitted over the whole track:
 
-    P_s e  the projection of e on delayed copies of s (all channels of that stem)
-    P e    the projection of e on delayed copies of every stem
-
-the scores of a frame are energy ratios in dB:
+    P_s e  projection of e on delayed copies of s (all channels of that stem)
+    P e    projection of e on delayed copies of every stem
 
     SDR = |s|^2 / |e - s|^2              ISR = |s|^2 / |P_s e - s|^2         (spatial distortion)
     SIR = |P_s e|^2 / |P e - P_s e|^2    SAR = |P e|^2 / |e - P e|^2         (artifacts)
 
-512 taps last 32 ms at 16 kHz and 11.6 ms at 44.1 kHz: ISR, SIR and SAR do not compare across rates.
+in dB in each frame. 512 taps last 32 ms at 16 kHz and 11.6 ms at 44.1 kHz: ISR, SIR and SAR do
+not compare across sample rates.
 
 Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind audio source
 separation", IEEE TASLP 14(4), 2006; F.-R. Stoeter, A. Liutkus, N. Ito, "The 2018 Signal Separation
@@ -22,7 +20,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import numpy as np
 from numpy.fft import irfft, rfft
@@ -35,7 +32,6 @@ FFT_SIZE = 8192  # of the correlations: much longer than TAPS, yet it fits the p
 METRICS = ("SDR", "ISR", "SIR", "SAR")
 MAX_SCORE_DB = 80.0  # higher scores are rounding noise
 Scores = dict[str, np.ndarray]
-Name = TypeVar("Name")
 
 
 def bss_eval(
@@ -72,11 +68,10 @@ def bss_eval(
 class BSSEval:
     """Score any number of estimates of one track; what they share is computed once.
 
-    Equal to `museval.metrics.bss_eval(references, estimates, window, hop)` where museval does not
-    raise. A frame in which a reference or an estimate is silent (channels that add up to zero) is
-    NaN for all stems; if one is silent throughout, all frames are (museval raises; see
-    `score_track`). A perfect estimate has an SDR of inf. Of identical channels only the first is
-    used, so a track with left = right scores as mono. A track shorter than a window is one frame.
+    Equal to `museval.metrics.bss_eval` where that does not raise. A frame in which a reference or
+    an estimate is silent (its channels add up to zero) is NaN for all stems; if one is silent
+    throughout, all frames are. A perfect estimate has an SDR of inf. Of identical channels only the
+    first is used: left = right scores as mono. A track shorter than a window is one frame.
 
     Parameters
     ----------
@@ -182,19 +177,18 @@ SCORERS = {"bss_eval": BSSEval, "museval": MusevalScorer}
 
 def score_track(
     references: np.ndarray,
-    estimates: Mapping[Name, np.ndarray],
+    estimates: Mapping[str, np.ndarray],
     sample_rate: int,
     scorer: str = "bss_eval",
-) -> dict[Name, dict]:
+) -> dict[str, dict]:
     """Compute all scores of several estimates of one track.
 
     A stem whose reference or estimate is silent throughout has no BSSEval scores; the other stems
-    are scored without it. Arrays have the shape (stems, samples, channels).
+    are scored without it.
 
     Parameters
     ----------
-    references : np.ndarray
-    estimates : mapping of name to np.ndarray
+    references, and each of the estimates : np.ndarray, shape (stems, samples, channels)
     sample_rate : int
     scorer : {'bss_eval', 'museval'}
 
@@ -364,21 +358,15 @@ def _checked(
     return signal
 
 
-def _frame_sizes(
-    n_samples: int, sample_rate: int, window_s: float, hop_s: float
-) -> tuple[int, int]:
+def _frame_sizes(samples: int, rate: int, window_s: float, hop_s: float) -> tuple[int, int]:
     """Window and hop in samples; a window is at most as long as the track."""
-    window, hop = int(window_s * sample_rate), int(hop_s * sample_rate)
+    window, hop = int(window_s * rate), int(hop_s * rate)
     if window < 1 or hop < 1:
         raise ValueError(f"window {window} and hop {hop} samples; expected at least 1 each.")
-    return min(window, n_samples), hop
+    return min(window, samples), hop
 
 
 def _silent_frames(signals: np.ndarray, window: int, hop: int) -> np.ndarray:
     """Frames in which the channels of (stems, samples, channels) cancel: (stems, frames) bool."""
     zero = signals.sum(axis=-1) == 0  # (stems, samples)
     return np.all(sliding_window_view(zero, window, axis=-1)[:, ::hop], axis=-1)
-
-
-def _is_audible(signal: np.ndarray) -> bool:
-    return bool(signal.sum(axis=-1).any())

@@ -25,13 +25,8 @@ from tqdm.auto import tqdm
 from mss_utils.config import MODELS, Run, Settings, expand_path
 from mss_utils.data import MIXTURE, Store, Track
 from mss_utils.environment import training_device
-from mss_utils.evaluation.bsseval import (
-    METRICS,
-    WHOLE_TRACK,
-    disagreement,
-    museval_is_available,
-    score_track,
-)
+from mss_utils.evaluation import bsseval
+from mss_utils.evaluation.bsseval import METRICS, WHOLE_TRACK
 from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.files import write_text
 from mss_utils.separation import read_all_estimates, separate, trained_model
@@ -67,17 +62,10 @@ def score(
 ) -> dict[str, pd.DataFrame]:
     """Score estimates of every test track: tables frames, tracks, lost_frames and cross_check.
 
-    One target is scored beside its residual, whose estimate is the mixture minus that of the
-    target; with `target=all` the targets are scored beside each other.
-
-    Parameters
-    ----------
-    settings : Settings
-    store : Store
-    estimates_of : callable
-        Returns the estimates of a track by (model, seed), each `(targets, channels, samples)`.
-    n_cross_check : int, optional
-        How many tracks the other scorer scores too (first seed); by default as in the settings.
+    `estimates_of(track)` returns arrays (targets, channels, samples) by (model, seed). One target
+    is scored beside its residual, whose estimate is the mixture minus that of the target; with
+    `target=all` the targets are scored beside each other. The other scorer scores the first seed
+    of `n_cross_check` tracks too, by default as many as in the settings.
     """
     tables = _score_tracks(settings, store, estimates_of, store.split("test"), settings.scorer)
     count = settings.cross_check_tracks if n_cross_check is None else n_cross_check
@@ -92,17 +80,15 @@ def score(
         both = tables["frames"].merge(again, on=[*KEY, "frame"], suffixes=("", "_other"))
         for metric in METRICS:
             ours, theirs = both[metric].to_numpy(), both[f"{metric}_other"].to_numpy()
-            rows.append((metric, *disagreement(ours, theirs), len(tracks)))
+            rows.append((metric, *bsseval.disagreement(ours, theirs), len(tracks)))
     columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
     return tables | dict(cross_check=pd.DataFrame(rows, columns=columns))
 
 
 def _cross_check_tracks(settings: Settings, store: Store, count: int) -> list[Track]:
     """Choose the `count` shortest test tracks with sound in every target: museval is slow."""
-    if count and not museval_is_available():
-        warnings.warn(
-            "Without ffmpeg and ffprobe there is no cross-check by museval.", stacklevel=3
-        )
+    if count and not bsseval.museval_is_available():
+        warnings.warn("Without ffmpeg museval cannot cross-check the scores.", stacklevel=3)
         return []
     rows = [1 + store.stem_index(target) for target in store.targets(settings.target)]
     audible = [  # above the rounding of 16 bits; row 0 is the mixture
@@ -143,8 +129,8 @@ def _workers() -> Iterator[int]:
         return
     scheduler = expand_path(os.environ["MSS_DASK"])
     if not scheduler.is_file():
-        message = f"MSS_DASK names no scheduler file ({scheduler})"
-        raise FileNotFoundError(f"{message}: start one with dask scheduler --scheduler-file FILE.")
+        start = "start one with dask scheduler --scheduler-file FILE"
+        raise FileNotFoundError(f"MSS_DASK names no scheduler file ({scheduler}): {start}.")
     from dask.distributed import Client
 
     with Client(scheduler_file=str(scheduler)), joblib.parallel_config("dask"):
@@ -161,8 +147,8 @@ def _score_one(
     names = {key: f"{key[0]}, seed {key[1]}, on {track.name!r}" for key in estimates}
     for key, estimate in estimates.items():
         if estimate.shape != references.shape:
-            shape = f"shape {estimate.shape}, expected {references.shape}"
-            raise ValueError(f"{names[key]}: the estimate has {shape}.")
+            shapes = f"shape {estimate.shape}, expected {references.shape}"
+            raise ValueError(f"{names[key]}: the estimate has {shapes}.")
     tables = {name: [] for name in COLUMNS}
     together = settings.target == "all"
     for rows in [[*range(len(targets))]] if together else [[i] for i in range(len(targets))]:
@@ -176,7 +162,7 @@ def _score_one(
                 rest = mixture if key[0] == MIXTURE else mixture - estimate
                 estimated[key] = np.stack([estimate, rest])
         named = {names[key]: estimate.swapaxes(1, 2) for key, estimate in estimated.items()}
-        results = score_track(true.swapaxes(1, 2), named, store.sample_rate, scorer)
+        results = bsseval.score_track(true.swapaxes(1, 2), named, store.sample_rate, scorer)
         for key in estimates:
             for i, row in enumerate(rows):
                 scheme = "stems" if together else "target+residual"

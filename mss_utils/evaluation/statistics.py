@@ -1,6 +1,4 @@
-"""Statistics of the scores of tracks: medians with intervals, paired differences, sentences.
-
-    tracks --> summary and paired --> sentences
+"""Statistics of the table `tracks`: medians with intervals, paired differences, sentences.
 
 Scores above 80 dB count as 80 dB: what is above is rounding noise. Taught in notebook 05.
 """
@@ -29,30 +27,17 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     for values, group in tracks.groupby(key, sort=False):
         for metric in TRACK_METRICS:
             scores = scores_by_seed(group, metric)
-            row = dict(
-                zip(key, values, strict=True), metric=metric, mean=scores.mean(axis=1).mean()
-            )
-            rows.append(row | median_with_interval(scores))
+            row = dict(zip(key, values, strict=True)) | median_with_interval(scores)
+            rows.append(row | dict(metric=metric, mean=scores.mean(axis=1).mean()))
     columns = [*key, "metric", "median", "mean", "ci_low", "ci_high", "tracks", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> pd.DataFrame:
-    """Compare models a and b by their paired differences a - b over the tracks.
+    """Make the table `paired` of the table `tracks`: differences a - b of pairs of models (a, b).
 
-    Differences are taken seed by seed and averaged on each track. The p-value is that of the
-    Wilcoxon signed-rank test, corrected by Holm's method over the pairs of a target and metric.
-
-    Parameters
-    ----------
-    tracks : pd.DataFrame
-        Table `tracks`.
-    pairs : iterable of (a, b)
-
-    Returns
-    -------
-    pd.DataFrame
-        Table `paired`.
+    They are taken seed by seed and averaged on each track. The p-value is that of the Wilcoxon
+    signed-rank test, corrected by Holm's method over the pairs of a target and metric.
     """
     rows = []
     for target, of_target in tracks.groupby("target", sort=False):
@@ -91,23 +76,14 @@ def median_with_interval(values: pd.DataFrame) -> dict:
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute the confidence interval of the median over tracks.
+    """Compute the confidence interval of the median over tracks; NaN for fewer than six tracks.
 
-    Seeds are averaged on each track. Over tracks it is the percentile bootstrap interval (B. Efron,
-    "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979). From three
-    seeds on, the interval of Student's t for the mean over seeds is added to either side as the
-    root of the sum of squares (G. Zou, A. Donner, "Construction of confidence limits about effect
-    measures", Statistics in Medicine 27(10), 2008).
-
-    Parameters
-    ----------
-    values : np.ndarray, shape (tracks,) or (tracks, seeds)
-    confidence : float
-
-    Returns
-    -------
-    low, high : float
-        NaN for fewer than six tracks.
+    Values have the shape (tracks,) or (tracks, seeds). Seeds are averaged on each track. Over
+    tracks it is the percentile bootstrap interval (B. Efron, "Bootstrap methods: another look at
+    the jackknife", Annals of Statistics 7(1), 1979). From three seeds on, the interval of Student's
+    t for the mean over seeds is added to either side as the root of the sum of squares (G. Zou,
+    A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine
+    27(10), 2008).
     """
     if len(values) < MIN_TRACKS:
         return np.nan, np.nan
@@ -162,8 +138,8 @@ def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = 
     if low <= 0 <= high:
         doubt = "; the corrected Wilcoxon test finds one" if confirmed else ""
         return (
-            f"No difference found between {a} and {b} {scope}: {row['median_difference']:+.2f} dB "
-            f"(95 % CI {low:+.2f} to {high:+.2f} dB, {counts}); a difference of "
+            f"No difference found between {a} and {b} {scope}: {a} - {b} is "
+            f"{row['median_difference']:+.2f} dB (95 % CI {low:+.2f} to {high:+.2f} dB, {counts}). "
             f"{detectable_difference(row):.2f} dB would be found with a probability of 80 %{doubt}."
         )
     if high < 0:
@@ -176,7 +152,5 @@ def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = 
 
 def format_counts(row: pd.Series | Mapping) -> str:
     """Format the numbers of tracks and seeds, as in "3 tracks, 1 seed"."""
-    counts = [
-        f"{row[name]} {name if row[name] != 1 else name[:-1]}" for name in ("tracks", "seeds")
-    ]
-    return ", ".join(counts)
+    tracks, seeds = row["tracks"], row["seeds"]
+    return f"{tracks} track{'s' * (tracks != 1)}, {seeds} seed{'s' * (seeds != 1)}"
