@@ -26,6 +26,7 @@ from mss_utils.models.oracles import oracle
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"

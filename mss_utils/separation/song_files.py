@@ -98,6 +98,8 @@ def _decode(song: Path, wav: Path) -> Path:
     command = ["ffmpeg", "-nostdin", "-v", "error", "-i", f"file:{song}", *options, f"file:{wav}"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     messages = done.stderr.strip().splitlines() or ["no reason"]
+    if "matches no streams" in done.stderr:
+        raise ValueError(f"{song} holds no sound; expected a song.")
     if done.returncode:
         raise ValueError(f"Cannot read {song} (ffmpeg: {messages[-1]}); expected a song.")
     if done.stderr:
