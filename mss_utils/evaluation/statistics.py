@@ -136,7 +136,7 @@ def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = 
     scope = f"in {metric}" + ("" if row["seeds"] >= MIN_SEEDS else " for these trained weights")
     confirmed = row["p_corrected"] < 0.05
     if low <= 0 <= high:
-        doubt = "; the corrected Wilcoxon test finds one" if confirmed else ""
+        doubt = "; the corrected Wilcoxon test finds a difference" if confirmed else ""
         return (
             f"No difference found between {a} and {b} {scope}: {a} - {b} is "
             f"{row['median_difference']:+.2f} dB (95 % CI {low:+.2f} to {high:+.2f} dB, {counts}). "
@@ -153,4 +153,5 @@ def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = 
 def format_counts(row: pd.Series | Mapping) -> str:
     """Format the numbers of tracks and seeds, as in "3 tracks, 1 seed"."""
     tracks, seeds = row["tracks"], row["seeds"]
-    return f"{tracks} track{'s' * (tracks != 1)}, {seeds} seed{'s' * (seeds != 1)}"
+    plural = ["" if count == 1 else "s" for count in (tracks, seeds)]
+    return f"{tracks} track{plural[0]}, {seeds} seed{plural[1]}"
