@@ -37,19 +37,6 @@ def estimate(references, seed=1):
     return 0.9 * references + 0.1 * np.roll(references.sum(axis=0), 5, axis=0) + noise
 
 
-def empty_band(signals, share):
-    """Empty the upper band, as lossy coding does, and round to 16 bits."""
-    spectrum = np.fft.rfft(signals, axis=1)
-    spectrum[:, int(share * spectrum.shape[1]) :] = 0
-    return np.round(np.fft.irfft(spectrum, axis=1) * 2**15) / 2**15
-
-
-def museval_scores(museval, references, estimates, rate, window_s=1.0, hop_s=1.0):
-    window, hop = int(window_s * rate), int(hop_s * rate)
-    scores = museval.metrics.bss_eval(references, estimates, window=window, hop=hop)[:4]
-    return dict(zip(METRICS, scores, strict=True))
-
-
 def assert_equal_scores(scores, expected):
     for metric in METRICS:
         ours, theirs = scores[metric], expected[metric]
@@ -60,11 +47,11 @@ def assert_equal_scores(scores, expected):
         assert (ours[theirs >= MAX_SCORE_DB] > MAX_SCORE_DB - 1).all(), metric
 
 
-def assert_equals_museval(museval, references, estimates, *window_and_hop):
-    expected = museval_scores(museval, references, estimates, RATE, *window_and_hop)
-    scores = bss_eval(references, estimates, RATE, *window_and_hop)
-    assert tuple(scores) == METRICS
-    assert_equal_scores(scores, expected)
+def assert_equals_museval(museval, references, estimates, rate=RATE, window_s=1.0, hop_s=1.0):
+    window, hop = int(window_s * rate), int(hop_s * rate)
+    expected = museval.metrics.bss_eval(references, estimates, window, hop)[:4]
+    scores = bss_eval(references, estimates, rate, window_s, hop_s)
+    assert_equal_scores(scores, dict(zip(METRICS, expected, strict=True)))
     return scores
 
 
@@ -80,7 +67,7 @@ def test_equals_museval(museval, n_stems, n_channels):
 @pytest.mark.parametrize("window_s, hop_s", [(1.0, 0.5), (0.3, 0.7), (2.0, 2.0)])
 def test_equals_museval_for_other_frames(museval, window_s, hop_s):
     references = music(2, 1, seconds=2.0)
-    assert_equals_museval(museval, references, estimate(references), window_s, hop_s)
+    assert_equals_museval(museval, references, estimate(references), RATE, window_s, hop_s)
 
 
 def test_short_track_is_one_frame(museval):
@@ -96,11 +83,6 @@ def test_equals_museval_for_mixture_and_perfect_estimate(museval):
         assert_equals_museval(museval, references, estimates)
 
 
-def test_equals_museval_where_a_band_is_empty(museval):
-    references = empty_band(music(2, 1), 0.7)
-    assert_equals_museval(museval, references, estimate(references))
-
-
 def test_silent_frames_are_nan_as_in_museval(museval):
     references = music(2, 2, seconds=5.0)
     estimates = estimate(references)
@@ -113,8 +95,10 @@ def test_silent_frames_are_nan_as_in_museval(museval):
     np.testing.assert_array_equal(np.isnan(scores["SDR"]), [[False, True, True, True, False]] * 2)
 
 
-def test_centred_stem_among_stereo_stems_equals_museval(museval):
-    references = empty_band(music(3, 2), 0.6)
+def test_equals_museval_for_an_empty_band_and_a_centred_stem(museval):
+    spectrum = np.fft.rfft(music(2, 2), axis=1)
+    spectrum[:, int(0.6 * spectrum.shape[1]) :] = 0  # as lossy coding does
+    references = np.round(np.fft.irfft(spectrum, axis=1) * 2**15) / 2**15
     references[1, :, 1] = references[1, :, 0]
     assert_equals_museval(museval, references, estimate(references))
 
@@ -129,17 +113,14 @@ def test_equals_museval_on_musdb(museval):
         track.chunk_duration = 4
         mixture, *_, vocals = track.stems[..., :n_channels]
         references = np.stack([vocals, mixture - vocals])
-        estimates = estimate(references)
-        expected = museval_scores(museval, references, estimates, track.rate)
-        assert_equal_scores(bss_eval(references, estimates, track.rate), expected)
+        assert_equals_museval(museval, references, estimate(references), track.rate)
 
 
 def test_museval_scorer_has_nan_where_museval_raises(museval):
     references = music(2, 1)
     estimates = estimate(references)
-    expected = museval_scores(museval, references, estimates, RATE)
     scores = MusevalScorer(references, RATE).score(estimates)
-    np.testing.assert_array_equal(scores["SAR"], expected["SAR"])
+    assert_equal_scores(scores, bss_eval(references, estimates, RATE))
     estimates[1] = 0
     scores = MusevalScorer(references, RATE).score(estimates)
     assert scores["SAR"].shape == (2, 3) and np.isnan(scores["SAR"]).all()
@@ -151,26 +132,11 @@ def test_museval_without_ffmpeg_is_an_error(monkeypatch):
         MusevalScorer(music(2, 1), RATE)
 
 
-def test_sdr_of_known_noise():
-    levels_db = np.array([[-5.0, 0.0, 20.0], [10.0, 3.0, 60.0]])
-    references = music(2, 2, seconds=3.0)
-    noise = np.random.default_rng(0).standard_normal(references.shape)
-    frames = (2, 3, RATE, 2)  # stems, frames, samples, channels
-    signal_energy = (references.reshape(frames) ** 2).sum(axis=(2, 3))
-    noise_energy = (noise.reshape(frames) ** 2).sum(axis=(2, 3))
-    gains = np.sqrt(signal_energy / noise_energy * 10 ** (-levels_db / 10))
-    estimates = references + noise * np.repeat(gains, RATE, axis=1)[..., None]
-    np.testing.assert_allclose(bss_eval(references, estimates, RATE)["SDR"], levels_db, atol=1e-9)
-
-
 def test_quarter_of_the_mixture_has_an_isr_of_2_5_db():
     references = np.random.default_rng(0).standard_normal((2, 3 * RATE, 1))
-    expected = 20 * np.log10(4 / 3)  # |s| / |s - s / 4|
-    scores = bss_eval(references, references / 4, RATE)
-    np.testing.assert_allclose(scores["ISR"], expected, atol=1e-9)
     mixture = np.stack([references.sum(axis=0)] * 2)
     scores = bss_eval(references, mixture / 4, RATE)
-    np.testing.assert_allclose(scores["ISR"], expected, atol=0.2)
+    np.testing.assert_allclose(scores["ISR"], 20 * np.log10(4 / 3), atol=0.2)
     assert (scores["SAR"] > 200).all(), "a mixture has interference and no artifacts"
 
 
@@ -245,18 +211,6 @@ def test_silent_estimate_has_no_sdr(scorer, museval):
     assert scores["utterance_SDR"][0] == 0 and np.isnan(scores["SI_SDR"][0])
     assert np.isnan(scores["SDR"][0]).all()
     np.testing.assert_allclose(scores["SIR"][1:], usual["SIR"][1:], atol=1e-9)
-
-
-def test_left_minus_right_is_silent():
-    references = music(2, 2)
-    references[0, RATE : 2 * RATE, 1] = -references[0, RATE : 2 * RATE, 0]
-    scores = score_track(references, {"model": estimate(references)}, RATE)["model"]
-    assert np.isnan(scores["SDR"]).tolist() == [[False, True, False]] * 2
-    assert scores["silent"][0].tolist() == [[False, True, False], [False] * 3]
-    references[0, :, 1] = -references[0, :, 0]
-    scores = score_track(references, {"model": estimate(references)}, RATE)["model"]
-    assert np.isnan(scores["SDR"][0]).all() and np.isfinite(scores["SDR"][1]).all()
-    assert np.isfinite(scores["utterance_SDR"]).all()
 
 
 def test_disagreement_by_hand():

@@ -189,9 +189,3 @@ def test_broken_estimate_names_model_and_track(store, small_settings, change, wo
 
     with pytest.raises(ValueError, match=f"unet, seed 0, on 'test song 1': .*{words}"):
         score(small_settings, store, estimates_of)
-
-
-def test_missing_scheduler_file_is_an_error(gaps, monkeypatch, tmp_path):
-    monkeypatch.setenv("MSS_DASK", str(tmp_path / "none.json"))
-    with pytest.raises(FileNotFoundError, match="MSS_DASK names no scheduler file .*none.json"):
-        score(gaps[1], gaps[0], half_mixture(gaps[0]), 0)
