@@ -1,11 +1,11 @@
-"""museval against mss_utils.metrics on the same tracks and estimates: how long each takes, and how far apart the scores are.
+"""Time museval against `bss_eval` on the same tracks and estimates, and compare the scores.
 
-    python benchmarks/metrics.py --data DIR [--formats 44100x2 16000x1] [--tracks N] [--profile demo] [--set groups=synth+fx->other]
+    python benchmarks/metrics.py --data DIR [--formats 44100x2 16000x1] [--tracks N]
 
-The estimates are those of the ratio-mask oracle, for every stem of every test track. museval is called on one track after the
-other, with all the threads that numpy takes; `bss_eval` on as many tracks at once as there are cores, the start of its
-processes included. Differences are of scores below 80 dB; above, all digits are rounding. Compare times of one run only, on an
-otherwise idle machine.
+The estimates are those of the ratio-mask oracle, for every stem of every test track. museval
+scores one track after the other with all threads of numpy; `bss_eval` scores as many tracks at
+once as there are cores, the start of its processes included. Differences are of scores below 80
+dB. Compare times of one run only, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mss_utils.models.oracles import oracle
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
@@ -44,21 +45,21 @@ def main() -> None:
     parser.add_argument(
         "--tracks", type=int, default=None, help="this many test tracks only (default: all)"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
-    for rate, channels in (text.split("x") for text in given.formats):
+    for rate, channels in (text.split("x") for text in arguments.formats):
         settings = resolve_settings(
-            given.profile,
-            given.data,
+            arguments.profile,
+            arguments.data,
             "",
-            [*given.set, f"sample_rate={rate}", f"channels={channels}"],
+            [*arguments.set, f"sample_rate={rate}", f"channels={channels}"],
         )
-        rows.append(race(settings, open_store(settings), given.tracks))
+        rows.append(race(settings, open_store(settings), arguments.tracks))
     show("BSSEval of all stems", pd.DataFrame(rows))
 
 
 def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
-    """Both programs on the same tracks, and what their scores differ by."""
+    """Run both programs on the same tracks and compare times and scores."""
     tracks = store.split("test")[:n_tracks]
     pairs = [references_and_estimates(settings, store, track) for track in tracks]
     started = time.perf_counter()
@@ -90,19 +91,20 @@ def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
 def references_and_estimates(
     settings: Settings, store: Store, track: Track
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All stems and the oracle's estimates of them, both `(stems, samples, channels)`."""
+    """Load all stems and the oracle's estimates of them, both `(stems, samples, channels)`."""
     mixture, stems = store.load(track)
-    found = np.stack([oracle("irm", mixture, stem, settings) for stem in stems])
-    return stems.swapaxes(1, 2), found.swapaxes(1, 2)
+    estimates = np.stack([oracle("irm", mixture, stem, settings) for stem in stems])
+    return stems.swapaxes(1, 2), estimates.swapaxes(1, 2)
 
 
 def differences(ours: list[dict], theirs: list[dict]) -> dict:
-    """See `disagreement`."""
-    join = lambda scores: np.concatenate(
-        [track[metric].ravel() for track in scores for metric in METRICS]
-    )
-    names = ("scores", "largest_difference_db", "beyond 1e-4 dB", "unequal_nan")
-    return dict(zip(names, disagreement(join(ours), join(theirs))))
+    """Compare all scores of both programs, see `disagreement`."""
+    both = [
+        np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
+        for scores in (ours, theirs)
+    ]
+    names = ("scores", "largest_difference_db", "unequal_nan")
+    return dict(zip(names, disagreement(*both), strict=True))
 
 
 if __name__ == "__main__":

@@ -1,191 +1,174 @@
-"""Scores of a separation: BSSEval v4, equal to museval 0.4.1 and many times faster, utterance SDR and SI-SDR.
+"""BSSEval v4 scores as museval 0.4.1 computes them, many times faster; utterance SDR and SI-SDR.
 
-BSSEval explains an estimate as the reference, plus a filtered version of the reference, plus filtered versions of all
-references, plus a rest. The filters are the least-squares best of 512 taps over the whole track. With the notation
+With the true stem s, its estimate e, and filters of 512 taps fitted over the whole track:
 
-    s      the reference image of one stem
-    P_s e  the estimate projected on delayed copies of s             (all channels of that stem)
-    P e    the estimate projected on delayed copies of every stem
+    P_s e  projection of e on delayed copies of s (all channels of that stem)
+    P e    projection of e on delayed copies of every stem
 
-the four scores of a frame are energy ratios in decibels:
+    SDR = |s|^2 / |e - s|^2              ISR = |s|^2 / |P_s e - s|^2         (spatial distortion)
+    SIR = |P_s e|^2 / |P e - P_s e|^2    SAR = |P e|^2 / |e - P e|^2         (artifacts)
 
-    SDR = |s|^2 / |e - s|^2              ISR = |s|^2 / |P_s e - s|^2         (spatial or filtering distortion)
-    SIR = |P_s e|^2 / |P e - P_s e|^2    SAR = |P e|^2 / |e - P e|^2         (interference; artifacts)
-
-Only ISR, SIR and SAR depend on the filters. 512 taps last 32 ms at 16 kHz and 11.6 ms at 44.1 kHz, so these three do
+in dB in each frame. 512 taps last 32 ms at 16 kHz and 11.6 ms at 44.1 kHz: ISR, SIR and SAR do
 not compare across sample rates.
 
-Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind audio source separation", IEEE TASLP
-14(4), 2006; F.-R. Stoeter, A. Liutkus, N. Ito, "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018
-(version 4: one filter for the whole track); the reference implementation is `museval.metrics.bss_eval`.
+Sources: E. Vincent, R. Gribonval, C. Fevotte, "Performance measurement in blind audio source
+separation", IEEE TASLP 14(4), 2006; F.-R. Stoeter, A. Liutkus, N. Ito, "The 2018 Signal Separation
+Evaluation Campaign", LVA/ICA 2018; the reference implementation `museval.metrics.bss_eval`.
 """
 
+from __future__ import annotations
+
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
+from numpy.fft import irfft, rfft
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.fft import irfft, next_fast_len, rfft
-from scipy.linalg import lapack, toeplitz
+from scipy.fft import next_fast_len
+from scipy.linalg import get_lapack_funcs, toeplitz
 
-TAPS = 512  # length of the distortion filters in BSSEval
-FFT_SIZE = (
-    8192  # of the correlations: large beside TAPS, small enough to stay in the processor's cache
-)
+TAPS = 512  # length of the distortion filters
+FFT_SIZE = 8192  # of the correlations: much longer than TAPS, yet it fits the processor's cache
 METRICS = ("SDR", "ISR", "SIR", "SAR")
-MAX_SCORE_DB = (
-    80.0  # above this a score says no more than that it is large: it is the size of rounding noise
-)
+MAX_SCORE_DB = 80.0  # higher scores are rounding noise
+Scores = dict[str, np.ndarray]
 
 
-def bss_eval(references, estimates, sample_rate, window_s=1.0, hop_s=1.0):
-    """BSSEval v4 scores of every stem in every frame. See `BSSEval`, which scores several estimates of one track.
+def bss_eval(
+    references: np.ndarray,
+    estimates: np.ndarray,
+    sample_rate: int,
+    window_s: float = 1.0,
+    hop_s: float = 1.0,
+) -> Scores:
+    """Compute the BSSEval v4 scores of every stem in every frame.
 
-    references, estimates: (stems, samples, channels), in the same order of stems.
-    Returns a dict of SDR, ISR, SIR and SAR in dB, each (stems, frames) and float64.
-    Raises ValueError as `BSSEval` does.
+    Parameters
+    ----------
+    references, estimates : np.ndarray, shape (stems, samples, channels)
+        True and estimated stems in the same order.
+    sample_rate : int
+        Hz.
+    window_s, hop_s : float
+        Length and distance of frames in seconds.
+
+    Returns
+    -------
+    dict of np.ndarray, shape (stems, frames), float64
+        SDR, ISR, SIR and SAR in dB; NaN where museval has NaN, see `BSSEval`.
+
+    Raises
+    ------
+    ValueError
+        Wrong shape, NaN or infinite samples, or a frame shorter than one sample.
     """
     return BSSEval(references, sample_rate, window_s, hop_s).score(estimates)
 
 
 class BSSEval:
-    """The references of one track, prepared once to score any number of estimates of it.
+    """Score any number of estimates of one track; what they share is computed once.
 
-        track = BSSEval(references, sample_rate=16000)
-        scores = {name: track.score(estimates) for name, estimates in models.items()}
+    Equal to `museval.metrics.bss_eval` where that does not raise. A frame in which a reference or
+    an estimate is silent (its channels add up to zero) is NaN for all stems; if one is silent
+    throughout, all frames are. A perfect estimate has an SDR of inf. Of identical channels only the
+    first is used: left = right scores as mono. A track shorter than a window is one frame.
 
-    references: (stems, samples, channels). Window and hop are in seconds and cut down to whole samples; a trailing part
-    of a window is not scored, but it does take part in the filters. A track shorter than a window is one frame.
-
-    Equal to `museval.metrics.bss_eval(references, estimates, window, hop, compute_permutation=False, filters_len=512,
-    framewise_filters=False, bsseval_sources_version=False)`, except where museval raises:
-
-    - A frame in which any reference or any estimate is silent has no score: NaN for all its stems, as in museval.
-      Silent means that the channels add up to zero at every sample, so left = -right counts as silent too.
-    - A reference or an estimate that is silent throughout makes every frame such a frame: all NaN (museval raises).
-      `score_track` has a rule that loses less.
-    - A perfect estimate has an SDR of inf, as in museval; its ISR, SIR and SAR are rounding noise near 300 dB.
-      Above about 80 dB no filter score says more than that it is large.
-    - Of identical channels (left = right in a stem, or two identical references) the first does for all: the projection is the
-      same, and the normal equations are not singular (museval gets past that by its rounding, or stops with an
-      AttributeError under numpy 2). A track with left = right in references and estimates scores as its mono version.
-
-    Do not read SIR and SAR where the references have a band that is empty beyond about -100 dB and the estimate has not:
-    the filters then amplify rounding noise, and museval's own SIR changes with the order of the stems. References that
-    have been through 16 bits are safe, the rounding fills the band.
-
-    Raises ValueError for a wrong shape, NaN or infinite samples, or a window or hop below one sample.
+    Parameters
+    ----------
+    references : np.ndarray, shape (stems, samples, channels)
+    sample_rate, window_s, hop_s
+        As in `bss_eval`.
     """
 
-    def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
-        references = _checked(references, "references", ("stems", "samples", "channels"))
-        self.shape = references.shape
-        self.window, self.hop = _frame_sizes(self.shape[1], sample_rate, window_s, hop_s)
-        self.silent = _silent_frames(references, self.window, self.hop).any(axis=0)  # (frames,)
-        self.references = np.ascontiguousarray(
-            references.swapaxes(1, 2)
-        )  # (stems, channels, samples)
-        rows = self.references.reshape(-1, self.shape[1])  # (stems * channels, samples)
-        correlations = _correlate(rows, rows)
-        # The slow part, shared by all estimates: one factorisation for all stems together, one for each stem alone.
-        self.project_on_all = _least_squares(correlations, _twins(rows))
+    def __init__(
+        self, references: np.ndarray, sample_rate: int, window_s: float = 1.0, hop_s: float = 1.0
+    ) -> None:
+        references = _checked(references, "references")
+        n_stems, n_samples, n_channels = self.shape = references.shape
+        self.window, self.hop = _frame_sizes(n_samples, sample_rate, window_s, hop_s)
+        self.n_fft = next_fast_len(self.window + TAPS - 1, True) or 0  # frame and filter tail
+        self.silent = _silent_frames(references, self.window, self.hop)  # (stems, frames)
+        self.references = np.ascontiguousarray(references.swapaxes(1, 2))
+        self.rows = self.references.reshape(-1, n_samples)  # (stems * channels, samples)
+        self.own_rows = [slice(i * n_channels, (i + 1) * n_channels) for i in range(n_stems)]
+        correlations = _correlate(self.rows, self.rows)
+        self.project_on_all = _least_squares(correlations, self.rows)
         self.project_on_own = [
-            _least_squares(correlations[own, own], _twins(rows[own])) for own in self._stem_rows()
+            _least_squares(correlations[own, own], self.rows[own]) for own in self.own_rows
         ]
 
-    def score(self, estimates, stems=None):
-        """SDR, ISR, SIR and SAR in dB, each (stems, frames), of estimates (stems, samples, channels).
+    def score(self, estimates: np.ndarray) -> Scores:
+        """Score estimates of all stems, shape (stems, samples, channels), as `bss_eval` does."""
+        estimates = _checked(estimates, "estimates", shape=self.shape)
+        silent = np.concatenate([self.silent, _silent_frames(estimates, self.window, self.hop)])
+        scores = np.full((len(METRICS), len(estimates), silent.shape[1]), np.nan)
+        if not silent.any(axis=0).all():
+            estimates = np.ascontiguousarray(estimates.swapaxes(1, 2))
+            products = _correlate(self.rows, estimates.reshape(-1, self.shape[1]))
+            own = [
+                project(products[rows, rows])
+                for project, rows in zip(self.project_on_own, self.own_rows, strict=True)
+            ]
+            own = rfft(np.stack(own, axis=1), self.n_fft)  # (channels, stems, channels, bins)
+            every = self.project_on_all(products).reshape(-1, *own.shape[1:3], TAPS)
+            every = rfft(every, self.n_fft)  # (rows, stems, channels, bins)
+            for i in np.flatnonzero(~silent.any(axis=0)):
+                scores[:, :, i] = self._frame_scores(int(i) * self.hop, estimates, own, every)
+        return dict(zip(METRICS, scores, strict=True))
 
-        With `stems`, a list of indices, the estimates are of these stems only, in this order, and so are the scores.
-        Raises ValueError if the estimates do not have the shape of the references or hold NaN or infinite samples.
+    def _frame_scores(
+        self, start: int, estimates: np.ndarray, filters_own: np.ndarray, filters_all: np.ndarray
+    ) -> list[np.ndarray]:
+        """Scores of one frame of estimates (stems, channels, samples): four arrays (stems,).
+
+        As in museval the frame is cut out before it is filtered, so the tails of the filters
+        count. They fit into the transform: energies are sums over bins, no inverse is needed.
         """
-        estimates = _checked(estimates, "estimates", ("stems", "samples", "channels"))
-        stems = list(range(self.shape[0])) if stems is None else stems
-        _check_same_shape((len(stems), *self.shape[1:]), estimates.shape)
-        silent = self.silent | _silent_frames(estimates, self.window, self.hop).any(axis=0)
-        estimates = np.ascontiguousarray(estimates.swapaxes(1, 2))  # (stems, channels, samples)
-
-        scores = np.full((len(METRICS), len(stems), len(silent)), np.nan)
-        if not silent.all():
-            own, every = self._filters(estimates, stems)
-            for frame in np.flatnonzero(~silent):
-                part = np.s_[..., frame * self.hop : frame * self.hop + self.window]
-                scores[:, :, frame] = _frame_scores(
-                    self.references[part], estimates[part], stems, own, every
-                )
-        return dict(zip(METRICS, scores))
-
-    def _filters(self, estimates, stems):
-        """Frequency responses of the projections on the own stem and on all stems.
-
-        Returns own (channels of the reference, stems, channels, bins) and every (all rows, stems, channels, bins).
-        """
-        _, n_channels, n_samples = estimates.shape
-        products = _correlate(
-            self.references.reshape(-1, n_samples), estimates.reshape(-1, n_samples)
-        )
-        every = self.project_on_all(products)  # (rows, estimate rows, taps)
-        rows = self._stem_rows()
-        # Each estimate on its own reference: with estimates of all stems, the blocks on the diagonal.
-        own = [
-            self.project_on_own[stem](products[rows[stem], rows[place]])
-            for place, stem in enumerate(stems)
+        frame = np.s_[..., start : start + self.window]
+        references, estimates = self.references[frame], estimates[frame]
+        s, e = rfft(references, self.n_fft), rfft(estimates, self.n_fft)  # (stems, channels, bins)
+        every, own = np.zeros_like(e), np.zeros_like(e)
+        for filters, row in zip(filters_all, s.reshape(-1, s.shape[-1]), strict=True):
+            every += filters * row  # P e
+        for channel, filters in enumerate(filters_own):
+            own += filters * s[:, channel, None]  # P_s e
+        true = np.sum(references**2, axis=(1, 2))
+        return [
+            _db(true, np.sum((estimates - references) ** 2, axis=(1, 2))),
+            _db(true, _energy(own - s, self.n_fft)),
+            _db(_energy(own, self.n_fft), _energy(every - own, self.n_fft)),
+            _db(_energy(every, self.n_fft), _energy(e - every, self.n_fft)),
         ]
-        own = np.stack(own, axis=1)  # (channels, stems, channels, taps)
-        every = every.reshape(-1, len(stems), n_channels, TAPS)
-        n_fft = _frame_fft_size(self.window)
-        return rfft(own, n_fft), rfft(every, n_fft)
-
-    def _stem_rows(self):
-        """The slice of rows that belongs to each stem."""
-        n_stems, _, n_channels = self.shape
-        return [slice(stem * n_channels, (stem + 1) * n_channels) for stem in range(n_stems)]
 
 
 class MusevalScorer:
-    """museval itself behind the interface of `BSSEval`, to check the numbers by: the referee.
+    """museval itself with the interface of `BSSEval`, to cross-check the scores.
 
-    Where museval raises all scores are NaN: a reference or an estimate that is silent throughout, and normal equations that
-    are exactly singular (an AttributeError under numpy 2). Raises ValueError as `BSSEval` does, FileNotFoundError where
-    museval cannot be imported.
+    All scores are NaN where museval raises: a signal is silent throughout, or the normal equations
+    are singular. Raises FileNotFoundError without ffmpeg, which museval needs to be imported.
     """
 
-    def __init__(self, references, sample_rate, window_s=1.0, hop_s=1.0):
+    def __init__(self, references: np.ndarray, sample_rate: int) -> None:
         if not museval_is_available():
-            raise FileNotFoundError(
-                "museval needs ffmpeg and ffprobe on the PATH; install them (apt-get install ffmpeg), or set scorer=bss_eval."
-            )
-        self.references = _checked(references, "references", ("stems", "samples", "channels"))
-        self.window, self.hop = _frame_sizes(self.references.shape[1], sample_rate, window_s, hop_s)
+            raise FileNotFoundError("museval needs ffmpeg: install it, or set scorer=bss_eval.")
+        self.references = _checked(references, "references")
+        self.frame_sizes = _frame_sizes(self.references.shape[1], sample_rate, 1.0, 1.0)
 
-    def score(self, estimates, stems=None):
-        """As `BSSEval.score`; museval is asked for all stems, with the reference in the place of an estimate that is not there."""
-        from museval.metrics import bss_eval as museval_bss_eval
+    def score(self, estimates: np.ndarray) -> Scores:
+        """Score as `BSSEval.score` does."""
+        from museval import metrics
 
-        estimates = _checked(estimates, "estimates", ("stems", "samples", "channels"))
-        stems = list(range(len(self.references))) if stems is None else stems
-        _check_same_shape((len(stems), *self.references.shape[1:]), estimates.shape)
-        everything = self.references.copy()
-        everything[stems] = estimates
-        silent = _silent_frames(
-            np.concatenate([self.references, everything]), self.window, self.hop
-        )  # (signals, frames)
-        scores = np.full((len(METRICS), len(self.references), silent.shape[1]), np.nan)
-        if not silent.all(axis=1).any():
-            try:
-                scores = museval_bss_eval(
-                    self.references, everything, window=self.window, hop=self.hop
-                )[: len(METRICS)]
-            except AttributeError as error:
-                if (
-                    error.name != "linalg"
-                ):  # numpy.linalg.linalg, where museval looks for the error of a singular matrix
-                    raise
-        return {metric: values[stems] for metric, values in zip(METRICS, scores)}
+        estimates = _checked(estimates, "estimates", shape=self.references.shape)
+        try:
+            scores = metrics.bss_eval(self.references, estimates, *self.frame_sizes)
+        except (ValueError, AttributeError):  # silent; singular (museval looks for an old name)
+            frames = _silent_frames(self.references, *self.frame_sizes)
+            scores = np.full((len(METRICS), *frames.shape), np.nan)
+        return {metric: scores[i] for i, metric in enumerate(METRICS)}
 
 
 def museval_is_available() -> bool:
-    """Whether museval can be imported here: it wants ffmpeg and ffprobe, which nothing else needs once tracks are decoded."""
+    """Return whether museval can be imported: it needs ffmpeg and ffprobe."""
     return bool(shutil.which("ffmpeg") and shutil.which("ffprobe"))
 
 
@@ -193,90 +176,102 @@ SCORERS = {"bss_eval": BSSEval, "museval": MusevalScorer}
 
 
 def score_track(
-    references, estimates: Mapping[Hashable, np.ndarray], sample_rate, scorer="bss_eval"
-) -> dict[Hashable, dict]:
-    """All scores of several estimates of one track, by the rules below for what BSSEval has no score for.
+    references: np.ndarray,
+    estimates: Mapping[str, np.ndarray],
+    sample_rate: int,
+    scorer: str = "bss_eval",
+) -> dict[str, dict]:
+    """Compute all scores of several estimates of one track.
 
-    references, and each of the estimates: (stems, samples, channels). Returns for each of the estimates a dict of SDR, ISR,
-    SIR and SAR, (stems, frames); of utterance_SDR and SI_SDR, (stems,); and of silent, two bool arrays (stems, frames): in
-    which frames the reference and in which the estimate of a stem is silent.
+    A stem whose reference or estimate is silent throughout has no BSSEval scores; the other stems
+    are scored without it.
 
-    Silent means, as in museval, that the channels add up to zero at every sample.
+    Parameters
+    ----------
+    references, and each of the estimates : np.ndarray, shape (stems, samples, channels)
+    sample_rate : int
+    scorer : {'bss_eval', 'museval'}
 
-    - A stem that is silent throughout has no score in BSSEval. The others are scored as if it were not there: there is nothing in it
-      that could interfere.
-    - An estimate that is silent throughout has no score in BSSEval; its utterance SDR is 0 dB if it is all zeros. The
-      estimates of other stems are scored as usual.
-    - A frame in which another reference or another estimate is silent has no score for any stem, as in museval.
-    - A track shorter than a second is scored as one frame, as in museval.
-
-    Raises ValueError as `BSSEval` does, naming the estimate; KeyError for a scorer that is not in `SCORERS`.
+    Returns
+    -------
+    dict of name to dict
+        SDR, ISR, SIR and SAR (stems, frames); utterance_SDR and SI_SDR (stems,); silent, two bool
+        arrays (stems, frames): silent references and silent estimates.
     """
-    references = _checked(references, "references", ("stems", "samples", "channels"))
-    heard = [stem for stem, signal in enumerate(references) if _sounds(signal)]
-    prepared = SCORERS[scorer](references[heard], sample_rate) if heard else None
+    references = _checked(references, "references")
+    audible = references.sum(axis=-1).any(axis=-1)  # (stems,)
+    prepared = SCORERS[scorer](references[audible], sample_rate) if audible.any() else None
     frames = _frame_sizes(references.shape[1], sample_rate, 1.0, 1.0)
     silent = _silent_frames(references, *frames)
-    found = {}
+    results = {}
     for name, signals in estimates.items():
-        try:
-            signals = _checked(signals, "estimates", ("stems", "samples", "channels"))
-            _check_same_shape(references.shape, signals.shape)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        scored = [stem for stem in heard if _sounds(signals[stem])]
+        signals = _checked(signals, f"{name}: estimates", shape=references.shape)
         scores = np.full((len(METRICS), *silent.shape), np.nan)
-        if scored:
-            few = prepared.score(signals[scored], [heard.index(stem) for stem in scored])
-            scores[:, scored] = np.stack([few[metric] for metric in METRICS])
-        whole = {
-            metric: np.array(list(map(score, references, signals)))
-            for metric, score in WHOLE_TRACK.items()
-        }
-        found[name] = (
-            dict(zip(METRICS, scores))
-            | whole
-            | dict(silent=(silent, _silent_frames(signals, *frames)))
-        )
-    return found
+        scored = audible & signals.sum(axis=-1).any(axis=-1)
+        if prepared and scored.any():
+            # References stand for silent estimates: the scores of other stems do not change.
+            mask = scored[:, None, None]
+            filled = signals if mask.all() else np.where(mask, signals, references)
+            partial = prepared.score(filled[audible])
+            scores[:, audible] = np.stack([partial[metric] for metric in METRICS])
+            scores[:, ~scored] = np.nan
+        results[name] = dict(zip(METRICS, scores, strict=True))
+        results[name]["silent"] = silent, _silent_frames(signals, *frames)
+        for metric, compute in WHOLE_TRACK.items():
+            results[name][metric] = np.array(list(map(compute, references, signals)))
+    return results
 
 
-def disagreement(ours, theirs):
-    """How far two programs are apart in scores of the same shape, in dB.
+def disagreement(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, float, int]:
+    """Compare scores of two programs, arrays of one shape in dB.
 
-    Returns how many scores at least one of them has below `MAX_SCORE_DB`, the largest difference between these (NaN if there
-    is none), how many differ by more than 1e-4 dB, and how many are missing in one of the two only.
+    Returns how many are below `MAX_SCORE_DB` in at least one program, the largest difference of
+    these (NaN if there are none), and how many are NaN in only one program.
     """
     both = ~(np.isnan(ours) | np.isnan(theirs)) & ((ours < MAX_SCORE_DB) | (theirs < MAX_SCORE_DB))
-    apart = np.abs(ours[both] - theirs[both])
-    unequal = np.count_nonzero(np.isnan(ours) != np.isnan(theirs))
-    return len(apart), max(apart, default=np.nan), np.count_nonzero(apart > 1e-4), unequal
+    differences = np.abs(ours[both] - theirs[both])
+    unequal_nan = int(np.count_nonzero(np.isnan(ours) != np.isnan(theirs)))
+    return len(differences), float(max(differences, default=np.nan)), unequal_nan
 
 
-def utterance_sdr(reference, estimate):
-    """Signal-to-distortion ratio over the whole signal in dB: 10 log10(sum s^2 / sum (s - e)^2).
+def utterance_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Compute the SDR of a whole signal in dB, 10 log10(sum s^2 / sum (s - e)^2).
 
-    reference, estimate: (samples, channels). Returns a float: NaN for a silent reference, inf for a perfect estimate,
-    0 for a silent estimate. Raises ValueError for a wrong or different shape and for NaN or infinite samples.
-    Source: Y. Mitsufuji et al., "Music Demixing Challenge 2021", Frontiers in Signal Processing 1, 2022, which adds a
-    small constant to both sums; we do not.
+    Y. Mitsufuji et al., "Music Demixing Challenge 2021", Frontiers in Signal Processing 1, 2022.
+
+    Parameters
+    ----------
+    reference, estimate : np.ndarray, shape (samples, channels)
+
+    Returns
+    -------
+    float
+        NaN for a silent reference, inf for a perfect estimate, 0 for an estimate of zeros.
     """
-    reference, estimate = _checked_pair(reference, estimate)
+    reference = _checked(reference, "reference samples", ndim=2)
+    estimate = _checked(estimate, "estimate samples", ndim=2, shape=reference.shape)
     if not reference.any():
         return float("nan")
     return float(_db(np.sum(reference**2), np.sum((reference - estimate) ** 2)))
 
 
-def si_sdr(reference, estimate):
-    """Scale-invariant SDR over the whole signal in dB: 10 log10(|a s|^2 / |a s - e|^2) with a = <e, s> / |s|^2.
+def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
+    """Compute the scale-invariant SDR of a whole signal in dB, with one scale for all channels.
 
-    reference, estimate: (samples, channels), one scale for all channels, means are left in. Returns a float: NaN for a
-    silent reference or a silent estimate, inf for a perfect estimate (a scaled copy comes to inf or, where the scale
-    rounds, about 300 dB), -inf for an estimate orthogonal to the reference.
-    Raises ValueError for a wrong or different shape and for NaN or infinite samples.
-    Source: J. Le Roux et al., "SDR - half-baked or well done?", ICASSP 2019.
+    10 log10(|a s|^2 / |a s - e|^2) with a = <e, s> / |s|^2. J. Le Roux et al., "SDR - half-baked
+    or well done?", ICASSP 2019. Means are not removed.
+
+    Parameters
+    ----------
+    reference, estimate : np.ndarray, shape (samples, channels)
+
+    Returns
+    -------
+    float
+        NaN if one of the two is silent, inf or about 300 for a scaled copy.
     """
-    reference, estimate = _checked_pair(reference, estimate)
+    reference = _checked(reference, "reference samples", ndim=2)
+    estimate = _checked(estimate, "estimate samples", ndim=2, shape=reference.shape)
     if not reference.any() or not estimate.any():
         return float("nan")
     target = np.sum(estimate * reference) / np.sum(reference**2) * reference
@@ -284,14 +279,14 @@ def si_sdr(reference, estimate):
 
 
 WHOLE_TRACK = {"utterance_SDR": utterance_sdr, "SI_SDR": si_sdr}
-TRACK_METRICS = (*METRICS, *WHOLE_TRACK)  # what a track has a value of
+TRACK_METRICS = (*METRICS, *WHOLE_TRACK)
 
 
-def _correlate(first, second):
-    """Products <first delayed by l, second> for l = 0 ... TAPS - 1: (a, samples), (b, samples) -> (a, b, TAPS).
+def _correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Products <first delayed by l, second>, l < TAPS: (a, samples), (b, samples) -> (a, b, TAPS).
 
-    Block by block: a block of `first` meets the same stretch of `second` and TAPS - 1 samples more, so nothing wraps
-    around, the spectra add up, and one inverse transform at the end does for all blocks.
+    A block of `first` meets the same samples of `second` and TAPS - 1 more, so that nothing wraps
+    around; the spectra of all blocks are added and transformed back once.
     """
     step = FFT_SIZE - TAPS + 1
     total = np.zeros((len(first), len(second), FFT_SIZE // 2 + 1), dtype=complex)
@@ -301,134 +296,77 @@ def _correlate(first, second):
     return irfft(total, FFT_SIZE)[..., :TAPS]
 
 
-def _twins(rows):
-    """For every row of (rows, samples), whether an earlier one is identical: (rows,)."""
-    energies = np.einsum("rn,rn->r", rows, rows)
-    same = lambda i, j: np.isclose(energies[i], energies[j]) and np.array_equal(rows[i], rows[j])
-    return np.array([any(same(i, j) for j in range(i)) for i in range(len(rows))])
+def _least_squares(
+    correlations: np.ndarray, rows: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Solver of the normal equations for the best filters, factorised once.
 
-
-def _least_squares(correlations, twin):
-    """The solver of the normal equations for the best filters, factorised once.
-
-    correlations: (rows, rows, TAPS) of the references; twin: (rows,), those that `_twins` finds get no filter. Returns a
-    function from the products of references and estimates, (rows, estimates, TAPS), to filters of the same shape.
+    Takes the references, (rows, samples), and their correlations, (rows, rows, TAPS). Returns a
+    function from products of references and estimates, (rows, estimates, TAPS), to filters. A row
+    that equals an earlier one gets no filter.
     """
-    kept = np.flatnonzero(~twin)
+    same = [any(np.array_equal(row, other) for other in rows[:i]) for i, row in enumerate(rows)]
+    kept = np.flatnonzero(~np.array(same))
     gram = np.block(
         [[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept]
     )
+    factorise, substitute = get_lapack_funcs(("getrf", "getrs"), (gram,))
     diagonal, eps = np.s_[:: len(gram) + 1], np.finfo(float).eps
     gram.flat[diagonal] += eps  # as museval does
-    # LU like museval, although Cholesky would take half the time: stems that were coded lossily have empty bands, and
-    # their Gram matrix is not positive definite within rounding.
-    lu, pivots, zero_pivot = lapack.dgetrf(gram)
-    if zero_pivot:  # one channel is a multiple of another: a ridge just above rounding changes a score by less than 1e-4 dB
+    # LU as in museval: lossy coding leaves empty bands, where Cholesky fails by rounding.
+    lu, pivots, zero_pivot = factorise(gram)
+    if zero_pivot:  # one channel is a multiple of another: a ridge changes scores by < 1e-4 dB
         gram.flat[diagonal] += 64 * eps * gram.max()
-        lu, pivots, _ = lapack.dgetrf(gram)
+        lu, pivots, _ = factorise(gram)
 
-    def solve(products):
+    def solve(products: np.ndarray) -> np.ndarray:
         right = products[kept].swapaxes(1, 2).reshape(len(gram), -1)  # (rows * taps, estimates)
+        solution = substitute(lu, pivots, right)[0]
         filters = np.zeros_like(products)
-        filters[kept] = (
-            lapack.dgetrs(lu, pivots, right)[0].reshape(len(kept), TAPS, -1).swapaxes(1, 2)
-        )
+        filters[kept] = solution.reshape(len(kept), TAPS, -1).swapaxes(1, 2)
         return filters
 
     return solve
 
 
-def _frame_scores(references, estimates, stems, own_filters, every_filter):
-    """The four scores of one frame: references and estimates (stems, channels, window) -> (4, stems of the estimates).
-
-    The frame is cut out before it is filtered, so the tails of the filters count (museval does the same). They fit into
-    the transform, hence every energy can be summed over the bins and no signal is ever transformed back.
-    """
-    n_fft = _frame_fft_size(references.shape[-1])
-    s, e = rfft(references, n_fft), rfft(estimates, n_fft)  # (stems, channels, bins)
-    every = sum(h * row for h, row in zip(every_filter, s.reshape(-1, s.shape[-1])))  # P e
-    s, references = s[stems], references[stems]
-    own = sum(h * s[:, c, None] for c, h in enumerate(own_filters))  # P_s e
-    true = np.sum(references**2, axis=(1, 2))
-    return np.stack(
-        [
-            _db(true, np.sum((estimates - references) ** 2, axis=(1, 2))),
-            _db(true, _energy(own - s, n_fft)),
-            _db(_energy(own, n_fft), _energy(every - own, n_fft)),
-            _db(_energy(every, n_fft), _energy(e - every, n_fft)),
-        ]
-    )
-
-
-def _frame_fft_size(window):
-    """Room for a window and the tail of its filters."""
-    return next_fast_len(window + TAPS - 1, real=True)
-
-
-def _energy(spectrum, n_fft):
-    """Energies of the signals behind half spectra, by Parseval: (stems, channels, bins) -> (stems,)."""
-    power = np.sum(spectrum.real**2 + spectrum.imag**2, axis=1)  # (stems, bins)
-    # Every bin but the first (and the last, of an even transform) stands for a pair.
+def _energy(spectrum: np.ndarray, n_fft: int) -> np.ndarray:
+    """Energies of signals from half spectra (Parseval): (stems, channels, bins) -> (stems,)."""
+    power = np.sum(np.real(spectrum) ** 2 + np.imag(spectrum) ** 2, axis=1)  # (stems, bins)
+    # Every bin counts twice, except the first and, if n_fft is even, the last.
     once = power[:, 0] + (power[:, -1] if n_fft % 2 == 0 else 0)
     return (2 * power.sum(axis=1) - once) / n_fft
 
 
-def _db(numerator, denominator):
-    """10 log10 of a ratio; inf where the denominator is zero, -inf where only the numerator is."""
+def _db(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """10 log10 of a ratio: inf where the denominator is 0, else -inf where the numerator is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator == 0, np.inf, 10 * np.log10(np.divide(numerator, denominator)))
 
 
-def _checked(signal, name, axes):
-    """The signal as float64, or a ValueError if it does not have these axes or holds NaN or infinite samples."""
+def _checked(
+    signal: np.ndarray, name: str, ndim: int = 3, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Convert to float64; raise ValueError for a wrong shape, NaN or infinite samples."""
     signal = np.asarray(signal, dtype=np.float64)
-    if signal.ndim != len(axes) or 0 in signal.shape:
-        raise ValueError(
-            f"{name} have shape {signal.shape}; expected ({', '.join(axes)}), none of them empty. "
-            "Mono needs its channel axis too: signal[..., None]."
-        )
-    if not np.isfinite(signal).all():
-        bad = np.count_nonzero(~np.isfinite(signal))
-        raise ValueError(
-            f"{name} hold {bad} NaN or infinite samples of {signal.size}; expected finite numbers. "
-            "Look for a diverged model or a damaged file."
-        )
+    if signal.ndim != ndim or 0 in signal.shape:
+        axes = ", ".join(("stems", "samples", "channels")[-ndim:])
+        raise ValueError(f"{name} have shape {signal.shape}; expected ({axes}), none empty.")
+    if shape and signal.shape != shape:
+        raise ValueError(f"{name} have shape {signal.shape}; expected {shape} of the references.")
+    if bad := np.count_nonzero(~np.isfinite(signal)):
+        raise ValueError(f"{name} hold {bad} NaN or infinite samples: did the model diverge?")
     return signal
 
 
-def _checked_pair(reference, estimate):
-    """Both signals as float64 (samples, channels) of one shape, or a ValueError."""
-    reference = _checked(reference, "reference samples", ("samples", "channels"))
-    estimate = _checked(estimate, "estimate samples", ("samples", "channels"))
-    _check_same_shape(reference.shape, estimate.shape)
-    return reference, estimate
-
-
-def _check_same_shape(references, estimates):
-    if references != estimates:
-        raise ValueError(
-            f"the estimates have shape {estimates}; expected that of the references, {references}. "
-            "Trim or pad the estimates to the length of the track and keep its channels and order of stems."
-        )
-
-
-def _frame_sizes(n_samples, sample_rate, window_s, hop_s):
-    """Window and hop in samples; a window is at most as long as the track. ValueError if one of them is below a sample."""
-    window, hop = int(window_s * sample_rate), int(hop_s * sample_rate)
+def _frame_sizes(samples: int, rate: int, window_s: float, hop_s: float) -> tuple[int, int]:
+    """Window and hop in samples; a window is at most as long as the track."""
+    window, hop = int(window_s * rate), int(hop_s * rate)
     if window < 1 or hop < 1:
-        raise ValueError(
-            f"a window of {window} and a hop of {hop} samples at {sample_rate} Hz; expected at least one sample each. "
-            "Give window_s and hop_s in seconds and the sample rate in Hz."
-        )
-    return min(window, n_samples), hop
+        raise ValueError(f"window {window} and hop {hop} samples; expected at least 1 each.")
+    return min(window, samples), hop
 
 
-def _silent_frames(signals, window, hop):
-    """In which frames each of the signals (stems, samples, channels) is silent, as museval defines it: (stems, frames)."""
+def _silent_frames(signals: np.ndarray, window: int, hop: int) -> np.ndarray:
+    """Frames in which the channels of (stems, samples, channels) cancel: (stems, frames) bool."""
     zero = signals.sum(axis=-1) == 0  # (stems, samples)
-    return sliding_window_view(zero, window, axis=-1)[:, ::hop].all(axis=-1)
-
-
-def _sounds(signal):
-    """Whether (samples, channels) is not silent throughout, as museval defines it."""
-    return bool(signal.sum(axis=-1).any())
+    return np.all(sliding_window_view(zero, window, axis=-1)[:, ::hop], axis=-1)

@@ -1,14 +1,11 @@
-"""What the scores of tracks say: medians with their intervals, paired differences, corrected tests, and sentences.
+"""Statistics of the table `tracks`: medians with intervals, paired differences, sentences.
 
-    table of tracks --> summary and paired differences --> sentences
-
-Taught in notebook 05.
+Scores above 80 dB count as 80 dB: what is above is rounding noise. Taught in notebook 05.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -19,111 +16,74 @@ from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 
 PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
 MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
-MIN_TRACKS = 6  # of fewer, even the range from the lowest to the highest holds the median less often than 95 times in 100
+MIN_TRACKS = 6  # the range of fewer tracks covers their median less often than 95 times in 100
 N_BOOTSTRAP = 10_000
 
 
 def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
-    """Median over tracks with its bootstrap 95 % interval, and mean over tracks, of every metric; see `median_interval`.
-
-    The value of a track is the median over its frames, so these are the two aggregations in use: median and mean of medians.
-    Scores above 80 dB count as 80 dB: what is beyond is rounding noise.
-    """
+    """Make the table `summary` of the table `tracks`: median with interval, and mean."""
     rows = []
-    for (references, target, model), group in tracks.groupby(
-        ["references", "target", "model"], sort=False
-    ):
+    key = ["references", "target", "model"]
+    for values, group in tracks.groupby(key, sort=False):
         for metric in TRACK_METRICS:
-            values = scores_by_seed(group, metric)
-            low, high = median_interval(values.to_numpy())
-            means = values.mean(axis=1)
-            rows.append(
-                dict(
-                    references=references,
-                    target=target,
-                    model=model,
-                    metric=metric,
-                    median=means.median(),
-                    mean=means.mean(),
-                    ci_low=low,
-                    ci_high=high,
-                    tracks=len(values),
-                    seeds=group["seed"].nunique(),
-                )
-            )
-    return pd.DataFrame(rows)
-
-
-def compare(tracks: pd.DataFrame, pairs: Collection[tuple[str, str]] = PAIRS) -> pd.DataFrame:
-    """Paired differences a - b over the tracks: median, bootstrap 95 % interval, Wilcoxon signed-rank p, Holm-corrected.
-
-    Seeds are compared one by one, then averaged on each track; the test is one of tracks, given these trainings. The correction
-    covers all `pairs` of one target and metric. Scores above 80 dB count as 80 dB.
-    """
-    columns = [
-        "target",
-        "a",
-        "b",
-        "metric",
-        "median_difference",
-        "ci_low",
-        "ci_high",
-        "p_wilcoxon",
-        "p_corrected",
-        "tracks",
-        "seeds",
-    ]
-    rows = []
-    for target, metric in itertools.product(tracks["target"].unique(), TRACK_METRICS):
-        of = lambda model: scores_by_seed(
-            tracks[(tracks["target"] == target) & (tracks["model"] == model)], metric
-        )
-        family = [
-            dict(target=target, a=a, b=b, metric=metric) | _difference(of(a) - of(b))
-            for a, b in pairs
-        ]
-        for row, corrected in zip(family, holm([row["p_wilcoxon"] for row in family])):
-            rows.append(row | dict(p_corrected=corrected))
+            scores = scores_by_seed(group, metric)
+            row = dict(zip(key, values, strict=True)) | median_with_interval(scores)
+            rows.append(row | dict(metric=metric, mean=scores.mean(axis=1).mean()))
+    columns = [*key, "metric", "median", "mean", "ci_low", "ci_high", "tracks", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
+def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> pd.DataFrame:
+    """Make the table `paired` of the table `tracks`: differences a - b of pairs of models (a, b).
+
+    They are taken seed by seed and averaged on each track. The p-value is that of the Wilcoxon
+    signed-rank test, corrected by Holm's method over the pairs of a target and metric.
+    """
+    rows = []
+    for target, of_target in tracks.groupby("target", sort=False):
+        for metric in TRACK_METRICS:
+            groups = of_target.groupby("model")
+            scores = {model: scores_by_seed(group, metric) for model, group in groups}
+            family = [
+                dict(target=target, a=a, b=b, metric=metric) | _difference(scores[a] - scores[b])
+                for a, b in pairs
+            ]
+            corrected = holm([row["p_wilcoxon"] for row in family])
+            rows += [row | dict(p_corrected=p) for row, p in zip(family, corrected, strict=True)]
+    columns = "target a b metric median_difference ci_low ci_high p_wilcoxon p_corrected"
+    return pd.DataFrame(rows, columns=[*columns.split(), "tracks", "seeds"])
+
+
+def _difference(differences: pd.DataFrame) -> dict:
+    means = differences.mean(axis=1).dropna().to_numpy()
+    p_value = stats.wilcoxon(means)[1] if means.any() else np.nan
+    row = median_with_interval(differences)
+    return row | dict(median_difference=row["median"], p_wilcoxon=p_value)
+
+
 def scores_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A metric with a row a track and a column a seed, at most 80 dB; tracks without any score are left out."""
-    return (
-        rows.pivot(index="track", columns="seed", values=metric)
-        .dropna(how="all")
-        .clip(upper=MAX_SCORE_DB)
-    )
-
-
-def _difference(values: pd.DataFrame) -> dict:
-    """Statistics of paired differences, a row a track and a column a seed."""
-    found, means = median_with_interval(values), values.mean(axis=1).dropna()
-    p = stats.wilcoxon(means).pvalue if len(means) and means.any() else np.nan
-    return dict(median_difference=found.pop("median"), p_wilcoxon=p) | found
+    """Pivot a metric to one row a track and one column a seed; drop tracks without a score."""
+    scores = rows.pivot(index="track", columns="seed", values=metric)
+    return scores.dropna(how="all").clip(upper=MAX_SCORE_DB)
 
 
 def median_with_interval(values: pd.DataFrame) -> dict:
-    """Median over tracks of `values`, a row a track and a column a seed, with its interval and the counts; tracks without a value are left out."""
+    """Compute median, ci_low, ci_high, tracks and seeds of a table from `scores_by_seed`."""
     values = values.dropna(how="all")
     low, high = median_interval(values.to_numpy())
-    return dict(
-        median=values.mean(axis=1).median(),
-        ci_low=low,
-        ci_high=high,
-        tracks=len(values),
-        seeds=values.shape[1],
-    )
+    counts = dict(tracks=len(values), seeds=values.shape[1])
+    return dict(median=values.mean(axis=1).median(), ci_low=low, ci_high=high) | counts
 
 
 def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the median over tracks of `values`, `(tracks,)` or `(tracks, seeds)`; NaN for fewer than six tracks.
+    """Compute the confidence interval of the median over tracks; NaN for fewer than six tracks.
 
-    Seeds are no further tracks: they are averaged on each track. Over tracks it is the percentile bootstrap interval (B. Efron,
-    "Bootstrap methods: another look at the jackknife", Annals of Statistics 7(1), 1979). From three seeds on, the interval of
-    Student's t for the mean over seeds of their medians is added to either side, as the root of the sum of squares (G. Zou,
-    A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27(10), 2008): then it holds the
-    luck of training as well as the choice of songs.
+    Values have the shape (tracks,) or (tracks, seeds). Seeds are averaged on each track. Over
+    tracks it is the percentile bootstrap interval (B. Efron, "Bootstrap methods: another look at
+    the jackknife", Annals of Statistics 7(1), 1979). From three seeds on, the interval of Student's
+    t for the mean over seeds is added to either side as the root of the sum of squares (G. Zou,
+    A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine
+    27(10), 2008).
     """
     if len(values) < MIN_TRACKS:
         return np.nan, np.nan
@@ -134,13 +94,15 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float
     low, high = np.quantile(np.median(means[drawn], axis=1), [tail, 1 - tail])
     if n_seeds >= MIN_SEEDS:
         centre = np.median(means)
-        luck = stats.sem(np.nanmedian(values, axis=0)) * stats.t.ppf(1 - tail, n_seeds - 1)
-        low, high = centre - np.hypot(centre - low, luck), centre + np.hypot(high - centre, luck)
+        standard_error = stats.sem(np.nanmedian(values, axis=0))
+        seed_margin = standard_error * stats.t.ppf(1 - tail, n_seeds - 1)
+        low = centre - np.hypot(centre - low, seed_margin)
+        high = centre + np.hypot(high - centre, seed_margin)
     return float(low), float(high)
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction of a family of p-values (Holm, 1979); NaN stays NaN and does not count."""
+def holm(p_values: list) -> list[float]:
+    """Correct p-values by Holm's step-down method (Holm, 1979); NaN does not count."""
     p = np.asarray(p_values, float)
     corrected, largest = np.full(len(p), np.nan), 0.0
     tested = [index for index in np.argsort(p) if np.isfinite(p[index])]
@@ -151,45 +113,45 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def detectable_difference(row: pd.Series | Mapping, power: float = 0.8) -> float:
-    """The smallest true difference in dB that would keep zero out of such an interval in `power` of all repetitions.
+    """Return the true difference in dB that would be found with a probability of `power`.
 
-    A 95 % interval reaches 1.96 standard errors to either side; a difference of 1.96 + 0.84 standard errors is beyond its
-    own reach with a probability of 80 %. Source: J. Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988.
+    Found means that the 95 % interval, 1.96 standard errors to either side, excludes zero: for
+    80 % it takes 1.96 + 0.84 standard errors (J. Cohen, "Statistical Power Analysis for the
+    Behavioral Sciences", 1988).
     """
     reach = stats.norm.ppf(0.975)
     return float((row["ci_high"] - row["ci_low"]) / 2 * (reach + stats.norm.ppf(power)) / reach)
 
 
 def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -> str:
-    """One row of the paired table as a plain sentence; with fewer than three seeds it speaks of these trained weights.
+    """Describe a row of the table `paired` in a sentence; `names` are those of a and b.
 
-    `names` is how a and b are called. A difference is one if its interval leaves out zero; the corrected test may disagree.
+    There is a difference if the interval excludes zero; the corrected test may disagree.
     """
     names = names or MODEL_LETTERS
-    a, b = names[row["a"]], names[row["b"]]
-    metric = row["metric"].replace("_", " ")
-    where = format_counts(row)
-    whose = "" if row["seeds"] >= MIN_SEEDS else " for these trained weights"
-    if np.isnan(row["ci_low"]):
-        return f"{a} and {b} cannot be compared in {metric}: {where} with a score of both, at least {MIN_TRACKS} tracks are needed."
-    low, high, difference = row["ci_low"], row["ci_high"], row["median_difference"]
+    a, b, low, high = names[row["a"]], names[row["b"]], row["ci_low"], row["ci_high"]
+    metric, counts = row["metric"].replace("_", " "), format_counts(row)
+    if np.isnan(low):
+        return f"{a} and {b} in {metric}: no interval, {counts} (at least {MIN_TRACKS} tracks)."
+    scope = f"in {metric}" + ("" if row["seeds"] >= MIN_SEEDS else " for these trained weights")
     confirmed = row["p_corrected"] < 0.05
     if low <= 0 <= high:
-        found = f"{difference:+.2f} dB [{low:+.2f}, {high:+.2f}], {where}"
-        enough = f"a difference of {detectable_difference(row):.2f} dB would have been found with a probability of 80 %"
-        doubt = "; the corrected Wilcoxon test can" if confirmed else ""
-        text = f"The data cannot tell {a} from {b} in {metric}{whose}: {found}; {enough}{doubt}."
-    else:
-        better, worse = (a, b) if difference > 0 else (b, a)
-        size, near, far = abs(difference), *sorted((abs(low), abs(high)))
-        doubt = "" if confirmed else "; the corrected Wilcoxon test does not confirm it"
-        text = f"{better} is {size:.2f} dB better than {worse} in {metric}{whose} [{near:.2f}, {far:.2f}], {where}{doubt}."
-    return text
+        doubt = "; the corrected Wilcoxon test finds a difference" if confirmed else ""
+        return (
+            f"No difference found between {a} and {b} {scope}: {a} - {b} is "
+            f"{row['median_difference']:+.2f} dB (95 % CI {low:+.2f} to {high:+.2f} dB, {counts}). "
+            f"{detectable_difference(row):.2f} dB would be found with a probability of 80 %{doubt}."
+        )
+    if high < 0:
+        a, b, low, high = b, a, -high, -low
+    doubt = "" if confirmed else "; the corrected Wilcoxon test does not confirm it"
+    size = abs(row["median_difference"])
+    interval = f"95 % CI {low:.2f} to {high:.2f} dB, {counts}"
+    return f"{a} is {size:.2f} dB better than {b} {scope} ({interval}){doubt}."
 
 
 def format_counts(row: pd.Series | Mapping) -> str:
-    """ "3 tracks, 1 seed"."""
-    return ", ".join(
-        f"{row[things]} {things if row[things] != 1 else things[:-1]}"
-        for things in ("tracks", "seeds")
-    )
+    """Format the numbers of tracks and seeds, as in "3 tracks, 1 seed"."""
+    tracks, seeds = row["tracks"], row["seeds"]
+    plural = ["" if count == 1 else "s" for count in (tracks, seeds)]
+    return f"{tracks} track{plural[0]}, {seeds} seed{plural[1]}"

@@ -1,11 +1,12 @@
-"""The estimates of a run: every test track is separated once, and everything after that reads the files.
+"""Estimates of a run: every test track is separated once, later stages only read the files.
 
-    results/<run>/estimates/<model>-seed<k>/test/<track>/<target>.wav             the estimate
-    results/<run>/estimates/<model>-seed<k>/test/<track>/no_<target>.wav          mixture minus estimate
-    results/<run>/estimates/<model>-seed<k>/<target>.json                         what they were made from
+    results/<run>/estimates/<model>-seed<k>/test/<track>/<target>.wav      estimate
+    results/<run>/estimates/<model>-seed<k>/test/<track>/no_<target>.wav   mixture minus estimate
+    results/<run>/estimates/<model>-seed<k>/<target>.json                  hash of data and weights
 
-For vocals the residual is called `accompaniment.wav`: this is the folder layout that museval evaluates. Files are
-32-bit float WAV, so nothing is rounded. Taught in notebook 05.
+This is the layout of `museval.eval_mus_dir`, which takes references at the run's sample rate and
+channels. It scores vocals beside their residual, therefore named `accompaniment.wav`. It ignores
+`no_<target>.wav`: other targets in a folder are scored beside each other, a single one not at all.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
+from scipy.io import wavfile
 from tqdm.auto import tqdm
 
 from mss_utils.config import MODELS, Run
@@ -37,40 +38,43 @@ ROWS = (MIXTURE, *ESTIMATED)  # rows of the score table
 def write_estimates(
     run: Run, store: Store, models: Iterable[str] = ESTIMATED, trained: Run | None = None
 ) -> None:
-    """Separate every test track with the trained models and oracles of a run; skip what is up to date.
+    """Separate every test track with trained models and oracles, unless the files are up to date.
 
     Parameters
     ----------
     run : Run
-        The estimates are written to its folder.
+        Its folder receives the estimates.
     store : Store
         Its test tracks are separated.
     models : iterable of str
-        Which of `ESTIMATED` to write; models in every seed of the run, oracles once.
+        Some of `ESTIMATED`: models in every seed of the run, oracles once.
     trained : Run, optional
         The run that holds the trained models, if it is another one.
-
-    Raises
-    ------
-    FileNotFoundError
-        A model is not trained.
     """
-    trained = trained or run
     for model, target in itertools.product(models, store.targets(run.settings.target)):
         for seed in range(1 if model in ORACLES else run.settings.seeds):
-            manifest = estimates_folder(run, model, seed) / f"{target}.json"
-            key = _key(trained, store, target, model, seed)
-            if not _is_current(manifest, key, run, store, target, model, seed):
-                _write_all(run, store, target, model, seed, trained)
-                write_text(manifest, json.dumps(key, indent=2) + "\n")
+            model_folder = (trained or run).model_folder(target, model, seed)
+            source: dict = dict(n_fft=run.settings.n_fft, hop=run.settings.hop)
+            if model not in ORACLES:
+                weights = (model_folder / "model.safetensors").read_bytes()
+                source = dict(weights=hashlib.sha256(weights).hexdigest())
+            content = json.dumps(dict(data=store.sha) | source, indent=2) + "\n"
+            files = [run.folder / "estimates" / f"{model}-seed{seed}" / f"{target}.json"]
+            for track in store.split("test"):
+                files += estimate_paths(run, track, target, model, seed)
+            if all(file.is_file() for file in files) and files[0].read_text("utf-8") == content:
+                continue
+            files[0].unlink(missing_ok=True)
+            _separate_tracks(run, store, target, model, seed, model_folder)
+            write_text(files[0], content)
 
 
-def _write_all(run: Run, store: Store, target: str, model: str, seed: int, trained: Run) -> None:
-    network = None
-    if model in MODELS:
-        device = training_device(run.settings)
-        network = load_model(trained.model_folder(target, model, seed)).to(device)
-    for track in tqdm(store.split("test"), desc=f"estimates of {target}, {model}", unit="track"):
+def _separate_tracks(
+    run: Run, store: Store, target: str, model: str, seed: int, model_folder: Path
+) -> None:
+    device = training_device(run.settings)
+    network = load_model(model_folder).to(device) if model in MODELS else None
+    for track in tqdm(store.split("test"), f"Estimates of {target}, {model}", unit="track"):
         mixture, stems = store.load(track)
         if network is None:
             estimate = oracle(model, mixture, stems[store.stem_index(target)], run.settings)
@@ -79,41 +83,32 @@ def _write_all(run: Run, store: Store, target: str, model: str, seed: int, train
         paths = estimate_paths(run, track, target, model, seed)
         for path, audio in zip(paths, (estimate, mixture - estimate), strict=True):
             with atomic_write(path) as part:
-                soundfile.write(part, audio.T, store.sample_rate, "FLOAT", format="WAV")
-
-
-def estimates_folder(run: Run, model: str, seed: int = 0) -> Path:
-    """`results/<run>/estimates/<model>-seed<k>`, the folder that museval evaluates."""
-    return run.folder / "estimates" / f"{model}-seed{seed}"
+                wavfile.write(part, store.sample_rate, audio.T)  # 32-bit float
 
 
 def estimate_paths(
     run: Run, track: Track, target: str, model: str, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Files of the estimate of a target and of its residual, in one test track."""
+    """Return the paths of an estimate and of its residual for one test track."""
+    # museval looks for the exact name of the track.
     name = track.name if is_safe_file_name(track.name) else safe_name(track.name)
-    folder = estimates_folder(run, model, seed) / "test" / name
     residual = "accompaniment" if target == "vocals" else f"no_{target}"
+    folder = run.folder / "estimates" / f"{model}-seed{seed}" / "test" / name
     return folder / f"{target}.wav", folder / f"{residual}.wav"
 
 
 def read_estimate(
     run: Run, store: Store, track: Track, target: str, model: str, seed: int = 0
 ) -> np.ndarray:
-    """One estimate of a test track, `(channels, samples)` float32; the estimate of `mixture` is the mixture.
+    """Return an estimate of one test track, `(channels, samples)` float32.
 
-    Raises
-    ------
-    FileNotFoundError
-        The estimate has not been written.
+    The model `mixture` returns the mixture. Raises FileNotFoundError for an unwritten estimate.
     """
     if model == MIXTURE:
         return store.load(track)[0]
     path, _ = estimate_paths(run, track, target, model, seed)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"No estimate {path}: run notebook 05, or write_estimates(run, store)."
-        )
+        raise FileNotFoundError(f"No estimate {path}: call write_estimates(run, store) first.")
     audio, _ = soundfile.read(path, dtype="float32", always_2d=True)
     return np.ascontiguousarray(audio.T)
 
@@ -121,7 +116,7 @@ def read_estimate(
 def read_estimates(
     run: Run, store: Store, track: Track, target: str, models: Iterable[str] = ROWS, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Estimates of one test track by model name, each `(channels, samples)` float32; oracles have seed 0 only."""
+    """Return estimates by model as `read_estimate` does; oracles are those of seed 0."""
     return {
         model: read_estimate(run, store, track, target, model, 0 if model in ORACLES else seed)
         for model in models
@@ -129,50 +124,16 @@ def read_estimates(
 
 
 def read_all_estimates(run: Run, store: Store, track: Track) -> dict[tuple[str, int], np.ndarray]:
-    """Every estimate of one test track by (model, seed), each `(targets, channels, samples)` float32."""
+    """Return estimates by (model, seed), each `(targets, channels, samples)` float32."""
     targets = store.targets(run.settings.target)
     keys = [(model, 0) for model in ROWS]
     keys += [(model, seed) for seed in range(1, run.settings.seeds) for model in MODELS]
     return {
-        (model, seed): np.stack(
-            [read_estimate(run, store, track, target, model, seed) for target in targets]
-        )
-        for model, seed in keys
+        key: np.stack([read_estimate(run, store, track, target, *key) for target in targets])
+        for key in keys
     }
 
 
 def trained_model(run: Run, target: str, model: str, seed: int = 0) -> torch.nn.Module:
-    """One trained model of a run in evaluation mode, on the CPU; kept in memory until its folder changes."""
-    folder = run.model_folder(target, model, seed)
-    written = folder / "model.json"
-    return _cached_model(folder, written.stat().st_mtime_ns if written.exists() else 0)
-
-
-@lru_cache(maxsize=32)
-def _cached_model(folder: Path, _written_ns: int) -> torch.nn.Module:
-    return load_model(folder)
-
-
-def _key(trained: Run, store: Store, target: str, model: str, seed: int) -> dict[str, str]:
-    """What the estimates depend on: the test tracks, and the weights or the STFT of the oracles."""
-    key = dict(data=store.sha)
-    if model in ORACLES:
-        return key | dict(n_fft=trained.settings.n_fft, hop=trained.settings.hop)
-    weights = trained.model_folder(target, model, seed) / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f"No trained model in {weights.parent}: train it first (notebooks 02 to 04)."
-        )
-    return key | dict(weights=hashlib.sha256(weights.read_bytes()).hexdigest())
-
-
-def _is_current(
-    manifest: Path, key: dict, run: Run, store: Store, target: str, model: str, seed: int
-) -> bool:
-    try:
-        if json.loads(manifest.read_text(encoding="utf-8")) != key:
-            return False
-    except (OSError, ValueError):
-        return False
-    paths = [estimate_paths(run, track, target, model, seed) for track in store.split("test")]
-    return all(path.is_file() for pair in paths for path in pair)
+    """Load a trained model of a run in evaluation mode, on the CPU."""
+    return load_model(run.model_folder(target, model, seed))

@@ -1,0 +1,240 @@
+import os
+
+import numpy as np
+import pytest
+
+from mss_utils.evaluation.bsseval import (
+    MAX_SCORE_DB,
+    METRICS,
+    MusevalScorer,
+    bss_eval,
+    disagreement,
+    score_track,
+    si_sdr,
+    utterance_sdr,
+)
+
+RATE = 8000
+TOLERANCE_DB = 1e-4
+
+
+def music(n_stems, n_channels, seconds=3.3, seed=0):
+    """Decaying chords with some noise: (stems, samples, channels)."""
+    rng = np.random.default_rng(seed)
+    time = np.arange(int(seconds * RATE)) / RATE
+    frequencies = 110 * 2 ** (rng.integers(0, 36, (n_stems, 4, 1)) / 12)
+    phases = rng.uniform(0, 6, (n_stems, 4, 1))
+    tones = np.sin(2 * np.pi * frequencies * time + phases)  # (stems, tones, samples)
+    beats = np.exp(-5 * (time * np.arange(1, n_stems + 1)[:, None] % 1))
+    pan = rng.uniform(0.2, 1, (n_stems, 4, n_channels))
+    signals = np.einsum("stn,stc,sn->snc", tones, pan, beats)
+    return 0.1 * signals + 0.003 * rng.standard_normal(signals.shape)
+
+
+def estimate(references, seed=1):
+    """Estimates as of a model: some delayed leakage, some noise."""
+    noise = 0.002 * np.random.default_rng(seed).standard_normal(references.shape)
+    return 0.9 * references + 0.1 * np.roll(references.sum(axis=0), 5, axis=0) + noise
+
+
+def assert_equal_scores(scores, expected):
+    for metric in METRICS:
+        ours, theirs = scores[metric], expected[metric]
+        assert ours.shape == theirs.shape and ours.dtype == np.float64
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs), err_msg=metric)
+        exact = theirs < MAX_SCORE_DB
+        np.testing.assert_allclose(ours[exact], theirs[exact], rtol=0, atol=TOLERANCE_DB)
+        assert (ours[theirs >= MAX_SCORE_DB] > MAX_SCORE_DB - 1).all(), metric
+
+
+def assert_equals_museval(museval, references, estimates, rate=RATE, window_s=1.0, hop_s=1.0):
+    window, hop = int(window_s * rate), int(hop_s * rate)
+    expected = museval.metrics.bss_eval(references, estimates, window, hop)[:4]
+    scores = bss_eval(references, estimates, rate, window_s, hop_s)
+    assert_equal_scores(scores, dict(zip(METRICS, expected, strict=True)))
+    return scores
+
+
+@pytest.mark.parametrize("n_stems, n_channels", [(2, 1), (2, 2), (4, 1)])
+def test_equals_museval(museval, n_stems, n_channels):
+    references = music(n_stems, n_channels, seconds=2.3)
+    scores = assert_equals_museval(museval, references, estimate(references))
+    assert scores["SDR"].shape == (n_stems, 2), "the last 0.3 seconds are not scored"
+    noise = np.random.default_rng(0).standard_normal((n_stems, RATE, n_channels))
+    assert_equals_museval(museval, noise, noise[::-1] + noise / 3)
+
+
+@pytest.mark.parametrize("window_s, hop_s", [(1.0, 0.5), (0.3, 0.7), (2.0, 2.0)])
+def test_equals_museval_for_other_frames(museval, window_s, hop_s):
+    references = music(2, 1, seconds=2.0)
+    assert_equals_museval(museval, references, estimate(references), RATE, window_s, hop_s)
+
+
+def test_short_track_is_one_frame(museval):
+    references = music(2, 2, seconds=0.3)
+    scores = assert_equals_museval(museval, references, estimate(references))
+    assert scores["SDR"].shape == (2, 1)
+
+
+def test_equals_museval_for_mixture_and_perfect_estimate(museval):
+    references = music(2, 1)
+    mixture = np.stack([references.sum(axis=0)] * 2)
+    for estimates in (mixture, mixture / 4, references):
+        assert_equals_museval(museval, references, estimates)
+
+
+def test_silent_frames_are_nan_as_in_museval(museval):
+    references = music(2, 2, seconds=5.0)
+    estimates = estimate(references)
+    second = [slice(i * RATE, (i + 1) * RATE) for i in range(5)]
+    references[0, second[1]] = 0
+    estimates[1, second[2]] = 0
+    references[1, second[3], 1] = -references[1, second[3], 0]  # left = -right is silent too
+    estimates[0, 4 * RATE : 5 * RATE - 1] = 0  # one sample short of silence
+    scores = assert_equals_museval(museval, references, estimates)
+    np.testing.assert_array_equal(np.isnan(scores["SDR"]), [[False, True, True, True, False]] * 2)
+
+
+def test_equals_museval_for_an_empty_band_and_a_centred_stem(museval):
+    spectrum = np.fft.rfft(music(2, 2), axis=1)
+    spectrum[:, int(0.6 * spectrum.shape[1]) :] = 0  # as lossy coding does
+    references = np.round(np.fft.irfft(spectrum, axis=1) * 2**15) / 2**15
+    references[1, :, 1] = references[1, :, 0]
+    assert_equals_museval(museval, references, estimate(references))
+
+
+def test_equals_museval_on_musdb(museval):
+    root = os.environ.get("MUSDB_PATH")
+    if not root:
+        pytest.skip("MUSDB_PATH does not name a MUSDB18 folder")
+    import musdb
+
+    for track, n_channels in zip(musdb.DB(root=root, subsets="test")[:2], (2, 1), strict=True):
+        track.chunk_duration = 4
+        mixture, *_, vocals = track.stems[..., :n_channels]
+        references = np.stack([vocals, mixture - vocals])
+        assert_equals_museval(museval, references, estimate(references), track.rate)
+
+
+def test_museval_scorer_has_nan_where_museval_raises(museval):
+    references = music(2, 1)
+    estimates = estimate(references)
+    scores = MusevalScorer(references, RATE).score(estimates)
+    assert_equal_scores(scores, bss_eval(references, estimates, RATE))
+    estimates[1] = 0
+    scores = MusevalScorer(references, RATE).score(estimates)
+    assert scores["SAR"].shape == (2, 3) and np.isnan(scores["SAR"]).all()
+
+
+def test_museval_without_ffmpeg_is_an_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="needs ffmpeg: .*scorer=bss_eval"):
+        MusevalScorer(music(2, 1), RATE)
+
+
+def test_quarter_of_the_mixture_has_an_isr_of_2_5_db():
+    references = np.random.default_rng(0).standard_normal((2, 3 * RATE, 1))
+    mixture = np.stack([references.sum(axis=0)] * 2)
+    scores = bss_eval(references, mixture / 4, RATE)
+    np.testing.assert_allclose(scores["ISR"], 20 * np.log10(4 / 3), atol=0.2)
+    assert (scores["SAR"] > 200).all(), "a mixture has interference and no artifacts"
+
+
+def test_perfect_estimate_has_an_infinite_sdr():
+    references = music(2, 1)
+    scores = bss_eval(references, references, RATE)
+    assert np.isposinf(scores["SDR"]).all()
+    assert all((scores[metric] > 200).all() for metric in METRICS)
+
+
+@pytest.mark.parametrize("pan", [[1.0, 1.0], [1.0, 0.5]])
+def test_proportional_channels_score_as_mono(pan):
+    references = music(2, 1)
+    estimates = estimate(references)
+    mono = bss_eval(references, estimates, RATE)
+    stereo = bss_eval(references * pan, estimates * pan, RATE)
+    for metric in METRICS:
+        np.testing.assert_allclose(stereo[metric], mono[metric], atol=TOLERANCE_DB)
+
+
+def test_utterance_sdr():
+    reference = music(1, 2)[0]
+    assert utterance_sdr(reference, 0.9 * reference) == pytest.approx(20)
+    assert utterance_sdr(reference, np.zeros_like(reference)) == 0
+    assert utterance_sdr(reference, reference) == np.inf
+    assert np.isnan(utterance_sdr(np.zeros_like(reference), reference))
+
+
+def test_si_sdr():
+    reference, noise = np.random.default_rng(0).standard_normal((2, RATE, 2))
+    noise -= np.sum(noise * reference) / np.sum(reference**2) * reference
+    noise *= np.sqrt(np.sum(reference**2) / np.sum(noise**2))  # orthogonal, of the same energy
+    mixed = reference + 0.1 * noise
+    for scale in (1, -3):
+        assert si_sdr(reference, scale * mixed) == pytest.approx(20)
+    assert si_sdr(reference, noise) < -250 and si_sdr(reference, 0.3 * reference) > 250
+    assert si_sdr(reference, reference) == np.inf
+    assert np.isnan(si_sdr(np.zeros_like(reference), mixed))
+    assert np.isnan(si_sdr(reference, np.zeros_like(reference)))
+
+
+def test_track_scores_are_those_of_its_estimates():
+    references = music(2, 2)
+    estimates = {"a": estimate(references), "b": estimate(references, seed=2)}
+    results = score_track(references, estimates, RATE)
+    for name, signals in estimates.items():
+        assert_equal_scores(results[name], bss_eval(references, signals, RATE))
+        assert results[name]["utterance_SDR"][1] == utterance_sdr(references[1], signals[1])
+        assert not np.any(results[name]["silent"])
+
+
+def test_silent_stem_costs_the_others_nothing():
+    references = music(3, 2)
+    references[1] = 0
+    estimates = estimate(references)
+    scores = score_track(references, {"model": estimates}, RATE)["model"]
+    alone = bss_eval(references[[0, 2]], estimates[[0, 2]], RATE)
+    for metric in METRICS:
+        np.testing.assert_array_equal(scores[metric][[0, 2]], alone[metric])
+        assert np.isnan(scores[metric][1]).all()
+    assert np.isnan(scores["utterance_SDR"][1])
+    assert scores["silent"][0].all(axis=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scorer", ["bss_eval", "museval"])
+def test_silent_estimate_has_no_sdr(scorer, museval):
+    references = music(3, 1)
+    estimates = estimate(references)
+    usual = score_track(references, {"model": estimates}, RATE, scorer)["model"]
+    estimates[0] = 0
+    scores = score_track(references, {"model": estimates}, RATE, scorer)["model"]
+    assert scores["utterance_SDR"][0] == 0 and np.isnan(scores["SI_SDR"][0])
+    assert np.isnan(scores["SDR"][0]).all()
+    np.testing.assert_allclose(scores["SIR"][1:], usual["SIR"][1:], atol=1e-9)
+
+
+def test_disagreement_by_hand():
+    ours = np.array([1.0, 2.0, np.nan, 120.0, 20.0, np.nan])
+    theirs = np.array([1.0, 2.5, np.nan, 150.0, 120.0, 3.0])
+    assert disagreement(ours, theirs) == (3, 100.0, 1)
+    assert np.isnan(disagreement(np.array([np.inf]), np.array([np.inf]))[1])
+
+
+def test_wrong_arrays_are_errors():
+    references = np.ones((2, RATE, 1))
+    broken = references.copy()
+    broken[0, :3] = np.nan
+    for wrong_references, wrong_estimates, message in [
+        (references[..., 0], references, r"references have shape \(2, 8000\); expected \(stems"),
+        (references, references[..., 0], r"estimates have shape \(2, 8000\)"),
+        (references[:0], references[:0], "none empty"),
+        (references, references[:, :-1], r"estimates have shape \(2, 7999, 1\).*\(2, 8000, 1\)"),
+        (references, broken, "estimates hold 3 NaN or infinite samples"),
+        (references * np.inf, references, "references hold 16000 NaN"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            bss_eval(wrong_references, wrong_estimates, RATE)
+    with pytest.raises(ValueError, match="hop 0 samples"):
+        bss_eval(references, references, RATE, hop_s=0)
+    with pytest.raises(ValueError, match="the model: estimates hold 3 NaN"):
+        score_track(references, {"fine": references, "the model": broken}, RATE)

@@ -1,0 +1,110 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mss_utils.evaluation.bsseval import TRACK_METRICS
+from mss_utils.evaluation.statistics import (
+    compare,
+    detectable_difference,
+    holm,
+    median_interval,
+    paired_sentence,
+    summarise,
+)
+
+DIFFERENCES = [0.5, 0.6, 0.7, 0.4, 0.6, 0.8, 0.5, 0.7]
+
+
+def track_table(differences, seeds=1):
+    """Tracks on which B1 is better than A by `differences` dB in every metric, and B2 equals A."""
+    rows = []
+    for i, difference in enumerate(differences):
+        scores = dict(unet=3.0 + i, demucs_lstm=3.0 + i + difference, demucs_attention=3.0 + i)
+        for seed in range(seeds):
+            for model, value in scores.items():
+                key = dict(target="piano", track=f"t{i}", model=model, seed=seed)
+                key["references"] = "target+residual"
+                rows.append(key | dict.fromkeys(TRACK_METRICS, value))
+    return pd.DataFrame(rows)
+
+
+def sdr_rows(table):
+    return table.query("metric == 'SDR'").reset_index(drop=True)
+
+
+def test_paired_differences_of_known_numbers():
+    table = sdr_rows(compare(track_table(DIFFERENCES))).set_index(["a", "b"])
+    row = table.loc["demucs_lstm", "unet"]
+    assert row["median_difference"] == pytest.approx(0.6)
+    assert row["ci_low"] > 0 and row["tracks"] == 8 and row["seeds"] == 1
+    assert row["p_wilcoxon"] == pytest.approx(2 / 2**8)
+    assert row["p_corrected"] == pytest.approx(4 / 2**8), "one pair is equal on all tracks"
+    assert math.isnan(table.loc["demucs_attention", "unet"]["p_wilcoxon"])
+
+
+def test_sentences_of_paired_differences():
+    rows = sdr_rows(compare(track_table(DIFFERENCES)))
+    scope = "in SDR for these trained weights"
+    counts = "8 tracks, 1 seed)."
+    better = paired_sentence(rows.iloc[0])
+    assert (
+        better.startswith(f"B1 is 0.60 dB better than A {scope} (95 % CI 0.") and counts in better
+    )
+    assert paired_sentence(rows.iloc[1]) == (
+        f"No difference found between B2 and A {scope}: B2 - A is +0.00 dB (95 % CI +0.00 to "
+        f"+0.00 dB, {counts} 0.00 dB would be found with a probability of 80 %."
+    )
+    assert paired_sentence(rows.iloc[2]).startswith("B1 is 0.60 dB better than B2")
+    doubtful = paired_sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07))
+    assert doubtful.endswith("; the corrected Wilcoxon test does not confirm it.")
+    other = paired_sentence(rows.iloc[0], dict(demucs_lstm="with", unet="without"))
+    assert other.startswith("with is 0.60 dB better than without")
+    three = paired_sentence(sdr_rows(compare(track_table(DIFFERENCES, seeds=3))).iloc[0])
+    assert "trained weights" not in three and "3 seeds" in three
+    one = paired_sentence(sdr_rows(compare(track_table([0.5]))).iloc[0])
+    assert one == "B1 and A in SDR: no interval, 1 track, 1 seed (at least 6 tracks)."
+
+
+def test_summary_of_known_numbers():
+    tracks = track_table([0.0] * 7)
+    row = sdr_rows(summarise(tracks)).iloc[0]
+    assert (row["median"], row["mean"], row["tracks"], row["seeds"]) == (6.0, 6.0, 7, 1)
+    assert 3.0 <= row["ci_low"] < 6 < row["ci_high"] <= 9
+    tracks.loc[tracks["track"] == "t0", "SDR"] = np.inf  # scores above 80 dB count as 80 dB
+    assert sdr_rows(summarise(tracks)).iloc[0]["mean"] == pytest.approx((80 + 39) / 7)
+    assert (sdr_rows(compare(tracks))["median_difference"] == 0).all()
+
+
+@pytest.mark.parametrize("n_seeds, seed_sd", [(1, 0.0), (3, 0.1), (3, 3.0)])
+def test_interval_covers_the_median_as_stated(n_seeds, seed_sd):
+    rng, covered = np.random.default_rng(1), []
+    for _ in range(150):
+        seeds = seed_sd * rng.standard_normal((1, n_seeds))
+        low, high = median_interval(rng.standard_normal((25, 1)) + seeds)
+        covered.append(low <= 0 <= high)
+    assert 0.88 < np.mean(covered) <= 1
+    assert all(math.isnan(limit) for limit in median_interval(np.arange(5.0)))
+
+
+def test_seeds_are_not_tracks_but_widen_the_interval():
+    def width(values):
+        low, high = median_interval(values)
+        return high - low
+
+    rng = np.random.default_rng(0)
+    tracks, seeds = rng.standard_normal((30, 1)), 3 * rng.standard_normal((1, 3))
+    assert width(np.tile(tracks, 3)) == pytest.approx(width(tracks))
+    assert width(tracks + seeds) > 2 * width(tracks)
+    assert width((tracks + seeds)[:, :2]) == pytest.approx(width(tracks)), "too few for a margin"
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, math.nan, 0.9])[0] == 1.0 and math.isnan(holm([0.5, math.nan, 0.9])[1])
+
+
+def test_detectable_difference_by_hand():
+    row = dict(ci_low=-1, ci_high=1)  # a standard error of 1 / 1.96
+    assert detectable_difference(row) == pytest.approx((1.96 + 0.84) / 1.96, rel=0.002)
