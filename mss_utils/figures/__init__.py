@@ -1,24 +1,12 @@
-"""Every plot of the report: axes in, axes out, one style, saved as SVG for the report and PNG for everything else.
+"""Figures of the notebooks and the report, in one style; one module per notebook page.
 
-A function that draws takes `ax` (or `axes`) and makes a figure of report width (16 cm) when it gets None. `show` is what
-notebooks call: it saves under `results/<run>/figures/` and displays. A model has the same colour and marker everywhere;
-colours differ in lightness too, so a grey print stays readable. Used by all notebooks.
-
-    style.py --> data.py, architecture.py, training.py, scores.py, questions.py
+A figure function takes tables of a run and a target, and returns its axes. `show` saves and
+displays them, `save_vector` only saves them.
 """
 
-from mss_utils.figures.analysis import attack, data_amount, phase, reach, repeat, verdict_table
-from mss_utils.figures.architecture import architecture, pipeline, positions
-from mss_utils.figures.data import (
-    LOWEST_HZ,
-    co_activity,
-    curriculum,
-    data_levels,
-    excerpt,
-    mixing,
-    spectrogram_db,
-    spectrograms,
-)
+from mss_utils.figures.analysis import attack, damaged_repeat, data_amount, hypothesis_table, phase
+from mss_utils.figures.data import co_activity, curriculum, data_levels, mixing, spectrograms
+from mss_utils.figures.models import live_curves, positions, reconstruction, training_curves
 from mss_utils.figures.scores import (
     ablation_table,
     cost,
@@ -27,7 +15,7 @@ from mss_utils.figures.scores import (
     paired,
     score_table,
     scores,
-    slopes,
+    track_lines,
     trade_off,
 )
 from mss_utils.figures.style import (
@@ -35,53 +23,18 @@ from mss_utils.figures.style import (
     LABELS,
     MARKERS,
     SHORT_LABELS,
+    SHOWN_METRICS,
     WIDTH,
     format_db,
     format_number,
-    save,
     save_vector,
     show,
+    show_diagram,
 )
-from mss_utils.figures.training import live_curves, reconstruction, training_curves
 
-__all__ = [
-    "COLOURS",
-    "LABELS",
-    "LOWEST_HZ",
-    "MARKERS",
-    "SHORT_LABELS",
-    "WIDTH",
-    "ablation_table",
-    "architecture",
-    "attack",
-    "co_activity",
-    "cost",
-    "curriculum",
-    "data_amount",
-    "data_levels",
-    "format_db",
-    "excerpt",
-    "live_curves",
-    "mixing",
-    "format_number",
-    "opinion",
-    "overview",
-    "paired",
-    "phase",
-    "pipeline",
-    "positions",
-    "reach",
-    "reconstruction",
-    "repeat",
-    "save",
-    "save_vector",
-    "score_table",
-    "scores",
-    "show",
-    "slopes",
-    "spectrogram_db",
-    "spectrograms",
-    "trade_off",
-    "training_curves",
-    "verdict_table",
-]
+__all__ = ["COLOURS", "LABELS", "MARKERS", "SHORT_LABELS", "SHOWN_METRICS", "WIDTH", "attack"]
+__all__ += ["ablation_table", "co_activity", "cost", "curriculum", "damaged_repeat", "data_amount"]
+__all__ += ["data_levels", "format_db", "format_number", "hypothesis_table", "live_curves"]
+__all__ += ["mixing", "opinion", "overview", "paired", "phase", "positions", "reconstruction"]
+__all__ += ["save_vector", "score_table", "scores", "show", "show_diagram", "spectrograms"]
+__all__ += ["track_lines", "trade_off", "training_curves"]

@@ -1,244 +1,209 @@
-"""The one style: names, colours and markers of the models, saving and showing, and marks that several plots share."""
-
-from __future__ import annotations
+"""Colours and labels of the models, saving and showing, and marks that several figures share."""
 
 import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, Image, display
+from IPython.display import HTML, SVG, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mss_utils.config import MODEL_LETTERS, Run
+from mss_utils.config import MODEL_LETTERS, ROOT, Run
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.files import atomic_write, safe_name
 
-LABELS = {
-    "mixture": "mixture",
-    "unet": "A U-Net",
-    "demucs_lstm": "B1 Demucs + BiLSTM",
-    "demucs_attention": "B2 Demucs + attention",
-    "irm": "ratio-mask oracle",
-    "mwf": "Wiener-filter oracle",
-    "reference": "reference",
-    "anchor": "low anchor",
+# A works on spectrograms (cold colour), B1 and B2 on waveforms (warm). Colours differ in lightness,
+# markers and lines in shape, so that a grey print is readable.
+STYLES = {  # label, colour, marker, line
+    "mixture": ("mixture", "#9a9a9a", "v", ":"),
+    "unet": ("A U-Net", "#1f5a99", "o", "-"),
+    "demucs_lstm": ("B1 Demucs + BiLSTM", "#d1553d", "s", "--"),
+    "demucs_attention": ("B2 Demucs + attention", "#e9ae3c", "D", "-."),
+    "irm": ("ratio-mask oracle", "#2b2b2b", "^", (0, (1, 1))),
+    "mwf": ("Wiener-filter oracle", "#5d5566", "p", "-"),
+    "reference": ("reference", "#5f7f5f", "|", "-"),
+    "anchor": ("low anchor", "#b99c7d", "|", "-"),
 }
+LABELS = {name: label for name, (label, _, _, _) in STYLES.items()}
+COLOURS = {name: colour for name, (_, colour, _, _) in STYLES.items()}
+MARKERS = {name: marker for name, (_, _, marker, _) in STYLES.items()}
+LINES = {name: line for name, (_, _, _, line) in STYLES.items()}
 SHORT_LABELS = LABELS | MODEL_LETTERS | {"irm": "IRM", "mwf": "MWF"}
-# A works on spectrograms (cold), B1 and B2 on waveforms (warm); lightness rises from the oracle to B2.
-COLOURS = {
-    "mixture": "#9a9a9a",
-    "unet": "#1f5a99",
-    "demucs_lstm": "#d1553d",
-    "demucs_attention": "#e9ae3c",
-    "irm": "#2b2b2b",
-    "mwf": "#5d5566",
-    "reference": "#5f7f5f",
-    "anchor": "#b99c7d",
-}
-MARKERS = {
-    "mixture": "v",
-    "unet": "o",
-    "demucs_lstm": "s",
-    "demucs_attention": "D",
-    "irm": "^",
-    "mwf": "p",
-}
-SPLIT_COLOURS = {"train": "#b9c4d0", "valid": "#6d8299", "test": "#27384a"}
 SHOWN_METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
-TABLE_METRICS = (*SHOWN_METRICS, "ISR", "utterance_SDR", "SI_SDR")
 
+ESTIMATE = ("median", "ci_low", "ci_high")
 WIDTH = 16 / 2.54  # inches: the text width of the report
-DPI = 200
 INK, PALE = "#30363d", "#eef1f4"
 
-plt.rcParams.update(
-    {
-        "font.size": 8,
-        "axes.titlesize": 8.5,
-        "axes.labelsize": 8,
-        "legend.fontsize": 7.5,
-        "xtick.labelsize": 7.5,
-        "ytick.labelsize": 7.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": INK,
-        "axes.linewidth": 0.7,
-        "xtick.major.width": 0.7,
-        "ytick.major.width": 0.7,
-        "axes.grid": True,
-        "grid.color": "#e3e6ea",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "lines.linewidth": 1.5,
-        "lines.markersize": 4.5,
-        "legend.frameon": False,
-        "axes.titleweight": "bold",
-        "figure.dpi": 110,
-        "svg.hashsalt": "mss",
-        "text.parse_math": False,
-        "image.interpolation": "nearest",
-    }
-)
+plt.rc("font", size=8)
+plt.rc("axes", edgecolor=INK, linewidth=0.7, grid=True, axisbelow=True)
+plt.rc("axes", labelsize=8, titlesize=8.5, titleweight="bold")
+plt.rc("axes.spines", top=False, right=False)
+plt.rc(("xtick", "ytick"), labelsize=7.5)
+plt.rc(("xtick.major", "ytick.major"), width=0.7)
+plt.rc("grid", color="#e3e6ea", linewidth=0.6)
+plt.rc("lines", linewidth=1.5, markersize=4.5)
+plt.rc("legend", fontsize=7.5, frameon=False)
+plt.rc("figure", dpi=110)
+plt.rc("image", interpolation="nearest")
+plt.rc("text", parse_math=False)  # stem names may contain dollar signs
+plt.rc("svg", hashsalt="mss")  # the same figure is the same file
 
 
-def save(fig: Figure, run: Run, name: str, kinds: Sequence[str] = ("svg", "png")) -> Path:
-    """Write `figures/<name>.svg` and `.png` of a run, each through a temporary name; return the path of the last of `kinds`."""
-    for suffix in kinds:
-        path = run.figure(f"{safe_name(name)}.{suffix}")
-        with atomic_write(path) as part:
-            # Without a date the same figure is the same file, and git sees a change only where there is one.
-            fig.savefig(
-                part, format=suffix, dpi=DPI, metadata={"Date": None} if suffix == "svg" else None
-            )
-    return path
+def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str) -> None:
+    """Save a figure, display it with a caption, and close it.
+
+    Parameters
+    ----------
+    axes : Axes or array of Axes
+    run : Run
+    name : str
+        The files are `results/<run>/figures/<name>.svg` and `.png`.
+    alt : str
+        Description of the figure: caption, and text for screen readers.
+    """
+    fig = figure_of(axes)
+    _save(fig, run, name, "svg")
+    path = _save(fig, run, name, "png")
+    plt.close(fig)
+    image = Image(filename=str(path), width=round(fig.get_figwidth() * 120), alt=alt)
+    display(image, HTML(f"<small>{html.escape(alt)}</small>"))
+
+
+def show_diagram(name: str, alt: str) -> None:
+    """Display the hand-drawn `report/diagrams/<name>.svg` (pipeline, unet or demucs)."""
+    diagram = SVG(filename=str(ROOT / "report" / "diagrams" / f"{name}.svg"))
+    display(diagram, HTML(f"<small>{html.escape(alt)}</small>"))
 
 
 def save_vector(axes: Axes | np.ndarray, run: Run, name: str) -> None:
-    """Save the figure of `axes` as SVG alone, and close it."""
-    save(figure_of(axes), run, name, kinds=("svg",))
+    """Save a figure as `results/<run>/figures/<name>.svg` and close it."""
+    _save(figure_of(axes), run, name, "svg")
     plt.close(figure_of(axes))
 
 
-def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str = "") -> None:
-    """Save the figure of `axes`, display it here (not at the end of the cell) and close it.
-
-    `alt` says what is to be seen: the caption below the figure, and what a screen reader reads out.
-    """
-    fig = figure_of(axes)
-    path = save(fig, run, name)
-    plt.close(fig)
-    display(
-        Image(
-            filename=str(path),
-            width=round(fig.get_figwidth() * 120),
-            alt=alt or name.replace("_", " "),
-        )
-    )
-    if alt:
-        display(HTML(f"<small>{html.escape(alt)}</small>"))
-
-
-def figure_of(axes: Axes | np.ndarray) -> Figure:
-    return np.ravel(axes)[0].figure
+def _save(fig: Figure, run: Run, name: str, suffix: str) -> Path:
+    path = run.figure(f"{safe_name(name)}.{suffix}")
+    metadata = {"Date": None} if suffix == "svg" else None  # else every save would differ
+    with atomic_write(path) as part:
+        fig.savefig(part, format=suffix, dpi=200, metadata=metadata)
+    return path
 
 
 def format_db(value: float, digits: int = 1) -> str:
-    """A level or score as text."""
+    """Format a level or score with its unit."""
     return f"{format_number(value, digits)} dB"
 
 
 def format_number(value: float, digits: int = 2, sign: str = "") -> str:
-    """Decibels without the unit, with a real minus sign (and a plus for `sign="+"`); from 80 dB on, where digits are rounding
-    noise, "> 80"; NaN is a dash.
-    """
+    """Format a score; from 80 dB on as "> 80", NaN as a dash, with a plus for `sign="+"`."""
     if np.isnan(value):
         return "–"
-    return (
-        f"> {MAX_SCORE_DB:.0f}"
-        if value >= MAX_SCORE_DB
-        else f"{value:{sign}.{digits}f}".replace("-", "−")
+    if value >= MAX_SCORE_DB:
+        return f"> {MAX_SCORE_DB:.0f}"
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+
+def format_interval(row: Mapping[str, float]) -> str:
+    """Format median, ci_low and ci_high of a difference, with signs."""
+    median, low, high = (format_number(row[name], sign="+") for name in ESTIMATE)
+    return f"{median} [{low}, {high}]"
+
+
+def new_axes(height_cm: float, rows: int = 1, columns: int = 1, **options) -> Axes | np.ndarray:
+    """Create a figure of report width and return its axes, as `plt.subplots` does."""
+    size = (WIDTH, height_cm / 2.54)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)[1]
+
+
+def figure_of(axes: Axes | np.ndarray) -> Figure:
+    """Return the figure of axes."""
+    return np.ravel(axes)[0].figure
+
+
+def legend_below(axes: np.ndarray, columns: int) -> None:
+    """Add a legend below all axes with the labels of the first one."""
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure_of(axes).legend(handles, labels, ncols=columns, loc="outside lower center")
+
+
+def model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
+    """Add a legend below all axes with the markers of models."""
+    handles = [
+        plt.Line2D([], [], linestyle="", label=LABELS[name], **look(name)) for name in models
+    ]
+    options = dict(
+        ncols=3 if len(models) > 4 else len(models), columnspacing=1.2, handletextpad=0.2
     )
+    figure_of(axes).legend(handles=handles, loc="outside lower center", **options)
 
 
-def create_axes(
-    axes: Axes | np.ndarray | None, height_cm: float, rows: int = 1, columns: int = 1, **options
-) -> Axes | np.ndarray:
-    """The given axes, or those of a new figure of report width."""
-    if axes is not None:
-        return axes
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, height_cm / 2.54), layout="constrained", **options
-    )
-    return axes
+def look(model: str) -> dict:
+    """Return colour and marker of a model as arguments of plot and scatter."""
+    return dict(color=COLOURS[model], marker=MARKERS[model])
 
 
-# --- shared marks ---------------------------------------------------------------------------------------------------------
+def line_look(model: str) -> dict:
+    """Return colour and line of a model as arguments of plot."""
+    return dict(color=COLOURS[model], linestyle=LINES[model])
+
+
+def category_axis(ax: Axes, labels: Sequence[str], margin: float = 0.6) -> None:
+    """Label the positions 0, 1, ... of the x axis."""
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set_xlim(-margin, len(labels) - 1 + margin)
+    ax.grid(axis="x", visible=False)
+
+
+def label_line(ax: Axes, y: float, text: str, points: float, **options) -> None:
+    """Write a text at the left end of a horizontal line, `points` above it."""
+    coordinates = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
+    ax.annotate(text, (0, y), (4, points), fontsize=7, **coordinates, **options)
+
+
+def frequency_ticks(highest_hz: float) -> tuple[list[int], list[str]]:
+    """Return tick positions in Hz and their labels."""
+    ticks = [hz for hz in (100, 300, 1000, 3000, 10000) if hz < highest_hz]
+    return ticks, [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks]
 
 
 def jitter(count: int, spread: float) -> np.ndarray:
-    """Offsets in +-spread that neither repeat nor change from call to call: multiples of the golden ratio, wrapped."""
+    """Return reproducible offsets within +-spread: multiples of the golden ratio, wrapped."""
     return spread * (2 * (np.arange(count) * 0.618034 % 1) - 1)
 
 
-def limit(ax: Axes, values: pd.Series, more: pd.Series | None) -> None:
-    """Limits from the models' finite values, and from the mixture's where they are worth the room."""
-    finite = pd.concat([values, more]) if more is not None else values
-    finite = finite[np.isfinite(finite)]
+def fit_ylim(ax: Axes, values: Sequence[float]) -> None:
+    """Set limits that show all values below 80 dB, and lines that have been drawn before."""
+    finite = np.append(values, ax.dataLim.intervaly)
+    finite = finite[np.abs(finite) < MAX_SCORE_DB]
     low, high = (finite.min(), finite.max()) if len(finite) else (-1, 1)
     margin = 0.07 * max(high - low, 1)
     ax.set_ylim(low - margin, high + margin)
 
 
-def dots(ax: Axes, x: float, values: np.ndarray, model: str) -> None:
-    """One dot a track, left of `x`: the interval stands on the right. What lies above the axes becomes an arrow with a number."""
+def error_bars(row: Mapping) -> np.ndarray:
+    """Return lengths of error bars from median, ci_low and ci_high; zero without an interval."""
+    lengths = row["median"] - row["ci_low"], row["ci_high"] - row["median"]
+    return np.nan_to_num(lengths).clip(min=0).reshape(2, -1)
+
+
+def dots(ax: Axes, x: float, values: pd.Series, model: str, row: Mapping[str, float]) -> None:
+    """Draw a dot per track, and right of them median, ci_low and ci_high of `row`.
+
+    Values above the limits of the axes become an arrow with their median.
+    """
     low, high = ax.get_ylim()
-    inside = values[(values > low) & (values < high)]
-    spread = x - 0.14 + jitter(len(inside), 0.2)
-    ax.scatter(
-        spread,
-        inside,
-        s=12,
-        marker=MARKERS[model],
-        color=COLOURS[model],
-        alpha=0.7,
-        edgecolors="white",
-        linewidths=0.3,
-    )
-    if len(outside := values[values >= high]):
-        ax.annotate(
-            format_db(np.median(outside), 0),
-            (x, high),
-            (x, high - 0.14 * (high - low)),
-            ha="center",
-            fontsize=6.5,
-            arrowprops=dict(arrowstyle="-|>", color=COLOURS[model]),
-        )
-
-
-def interval(ax: Axes, x: float, row: pd.Series | None, centre: str, model: str) -> None:
-    """The median as a large marker with its interval, right of the dots."""
-    low, high = ax.get_ylim()
-    if row is not None and low < row[centre] < high:
-        error = [[max(0, row[centre] - row["ci_low"])], [max(0, row["ci_high"] - row[centre])]]
-        ax.errorbar(
-            x + 0.27,
-            row[centre],
-            np.nan_to_num(error),
-            color=INK,
-            marker=MARKERS[model],
-            markersize=5.5,
-            capsize=2.5,
-            markerfacecolor=COLOURS[model],
-            markeredgewidth=0.9,
-            elinewidth=1.3,
-            zorder=3,
-        )
-
-
-def model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
-    handles = [
-        plt.Line2D(
-            [], [], linestyle="", marker=MARKERS[name], color=COLOURS[name], label=LABELS[name]
-        )
-        for name in models
-    ]
-    columns = len(models) if len(models) < 5 else 3
-    figure_of(axes).legend(
-        handles=handles,
-        ncols=columns,
-        loc="outside lower center",
-        columnspacing=1.2,
-        handletextpad=0.2,
-    )
-
-
-def difference_text(row) -> str:
-    """Median difference and interval of a row of paired statistics, with signs, in dB."""
-    median, low, high = (
-        format_number(value, sign="+") for value in (row.median_difference, row.ci_low, row.ci_high)
-    )
-    return f"{median} [{low}, {high}]"
+    inside, outside = values[(values > low) & (values < high)], values[values >= high]
+    white = dict(edgecolors="white", linewidths=0.3, alpha=0.7)
+    ax.scatter(x - 0.14 + jitter(len(inside), 0.2), inside, s=12, **look(model), **white)
+    if len(outside):
+        text, below = format_db(np.median(outside), 0), high - 0.14 * (high - low)
+        arrow = dict(arrowstyle="-|>", color=COLOURS[model])
+        ax.annotate(text, (x, high), (x, below), ha="center", fontsize=6.5, arrowprops=arrow)
+    if low < row["median"] < high:
+        marker = dict(marker=MARKERS[model], markerfacecolor=COLOURS[model], color=INK, zorder=3)
+        sizes = dict(markersize=5.5, markeredgewidth=0.9, elinewidth=1.3, capsize=2.5)
+        ax.errorbar(x + 0.27, row["median"], error_bars(row), **marker, **sizes)
