@@ -1,340 +1,158 @@
-"""What the measurements say of each hypothesis, by a rule that stood before the numbers: the first of these that holds.
+"""Hypotheses: labels, effects with intervals, and verdicts, from the tables of a run.
 
-    *supported*      the 95 % interval leaves out zero on the stated side, and at least three seeds have that sign
-    *not supported*  it leaves out zero on the other side, or lies inside +-0.2 dB (where the unit is dB)
-    *cannot tell*    anything else
+Every effect is defined so that the hypothesis predicts a positive value. The verdict is the first
+of these that applies; the rule was fixed before the numbers were known:
 
-Every effect is written so that the hypothesis says it is positive. Everything is computed from the tables of a run. Taught in
-notebook 05.
+    supported       the 95 % interval lies above zero, and at least three seeds agree
+    not supported   the interval lies below zero, or within +-0.2 dB (if the unit is dB)
+    cannot tell     anything else
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from mss_utils.analysis.phase import phase_share
-from mss_utils.analysis.repetition import FAR_S, askable, lags_s
-from mss_utils.config import MODEL_LETTERS, WAVEFORM_MODELS, Settings
+from mss_utils.analysis.phase import whole_band_rows
+from mss_utils.analysis.repetition import CONDITIONS, LAGS_S, lags_s
+from mss_utils.analysis.studies import data_gains
+from mss_utils.config import WAVEFORM_MODELS, Settings
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
-from mss_utils.evaluation.statistics import (
-    MIN_SEEDS,
-    MIN_TRACKS,
-    N_BOOTSTRAP,
-    format_counts,
-    median_with_interval,
-)
+from mss_utils.evaluation.statistics import MIN_SEEDS, format_counts, median_with_interval
 
 NEGLIGIBLE_DB = 0.2
-RHO, SHARE, LEVEL, WEIGHT = (
-    "rho",
-    "of 1",
-    "dB of gradient",
-    "dB of attention",
-)  # units that the rule of +-0.2 dB is not about
-COLUMNS = [
-    "hypothesis",
-    "measure",
-    "effect",
-    "unit",
-    "ci_low",
-    "ci_high",
-    "tracks",
-    "seeds",
-    "verdict",
-]
-PHASE = "the time domain keeps the phase"
-ATTACK = "the time domain keeps the attack"
-# Two statements that follow from those if all else is equal, but hold for a model that is merely soft or quiet as well.
-PHASE_SHARE = "more of A's error is phase"
-PRE_ECHO = "A has more error before an onset"
-FAINT = "of the little that comes from far, B2 has more"  # shares so small that an untrained model passes
-LOCAL = "B1 is good at what is near"
-FAR = "B1 is weak at what is far"
-GLOBAL = "B2 sees all of a segment"
-RHYTHM = "B2 is better on rhythm"
-DATA = "B2 needs more data"
-SUPPORTED, NOT_SUPPORTED, CANNOT_TELL, NOT_ASKABLE, NOT_RUN = (
-    "supported",
-    "not supported",
-    "cannot tell",
-    "not askable",
-    "not run",
-)
-Tables = Mapping[str, pd.DataFrame]
+SUPPORTED, NOT_SUPPORTED, CANNOT_TELL = "supported", "not supported", "cannot tell"
+NOT_ASKABLE, NOT_RUN = "not askable", "not run"
+
+PHASE = "time-domain models preserve the phase better"
+ATTACK = "time-domain models preserve attacks better"
+CONTEXT = "B1 uses nearby context"
+REPETITION, MORE_REPETITION = "B2 uses repetitions", "B2 uses repetitions more than B1"
+HYPOTHESES = {  # id: hypothesis, measure, unit; code finds a hypothesis by its id only
+    "phase_true_magnitude_b1": (PHASE, "SDR of true magnitude with model phase, B1 − A", "dB"),
+    "phase_true_magnitude_b2": (PHASE, "SDR of true magnitude with model phase, B2 − A", "dB"),
+    "context_gain_b1_1s": (CONTEXT, "context gain of B1 at 1 s", "dB"),
+    "repetition_gain_b2_1s": (REPETITION, "repetition gain of B2 at 1 s", "dB"),
+    "repetition_gain_b2_2s": (REPETITION, "repetition gain of B2 at 2 s", "dB"),
+    "repetition_gain_b2_4s": (REPETITION, "repetition gain of B2 at 4 s", "dB"),
+    "repetition_gain_b2_8s": (REPETITION, "repetition gain of B2 at 8 s", "dB"),
+    "repetition_gain_b2_minus_b1_1s": (MORE_REPETITION, "repetition gain at 1 s, B2 − B1", "dB"),
+    "repetition_gain_b2_minus_b1_2s": (MORE_REPETITION, "repetition gain at 2 s, B2 − B1", "dB"),
+    "repetition_gain_b2_minus_b1_4s": (MORE_REPETITION, "repetition gain at 4 s, B2 − B1", "dB"),
+    "repetition_gain_b2_minus_b1_8s": (MORE_REPETITION, "repetition gain at 8 s, B2 − B1", "dB"),
+    "sdr_b2_minus_b1": ("B2 separates better than B1", "SDR, B2 − B1", "dB"),
+    "data_gain_b2_minus_b1": ("B2 needs more data", "SDR per tenfold music, B2 − B1", "dB"),
+    "attack_minus_sustain_b1": (ATTACK, "attack SDR minus sustain SDR, B1 − A", "dB"),
+    "attack_minus_sustain_b2": (ATTACK, "attack SDR minus sustain SDR, B2 − A", "dB"),
+}
 
 
-def hypotheses(settings: Settings, tables: Tables) -> pd.DataFrame:
-    """The table `hypotheses`, from the tables phase, long_range, transients, data_amount and tracks."""
+def evaluate_hypotheses(settings: Settings, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Compute the table `hypotheses` from tracks, phase, attack, repetition and data_amount."""
     rows = []
     for target in tables["tracks"]["target"].unique():
-        of = {name: table[table["target"] == target] for name, table in tables.items()}
-        for question in (_phase, _repetition, _rhythm, _data, _attack):
-            for hypothesis, measure, unit, found in question(settings, of):
-                rows.append(
-                    dict(hypothesis=hypothesis, measure=f"{target}: {measure}", unit=unit) | found
-                )
-    return pd.DataFrame(rows, columns=COLUMNS)
+        own = {name: table[table["target"] == target] for name, table in tables.items()}
+        for id_, values in _effects(settings, own):
+            hypothesis, measure, unit = HYPOTHESES[id_]
+            labels = dict(id=id_, target=target, hypothesis=hypothesis, measure=measure)
+            rows.append(labels | dict(effect=np.nan, unit=unit) | _evaluate(values, unit))
+    return pd.DataFrame(rows)
 
 
-def verdict(effect: float, low: float, high: float, unit: str, by_seed: np.ndarray) -> str:
-    """The verdict on an effect that the hypothesis says is positive, with its interval and the effect in each seed."""
-    if np.isnan([effect, low, high]).any():
+def _effects(
+    settings: Settings, tables: Mapping[str, pd.DataFrame]
+) -> Iterator[tuple[str, pd.DataFrame | str]]:
+    """Yield every id with its effect (rows: tracks, columns: seeds), or a verdict instead."""
+    b1, b2 = WAVEFORM_MODELS
+    phase = whole_band_rows(tables["phase"])
+    yield "phase_true_magnitude_b1", _difference(phase, "sdr_true_magnitude", b1, "unet")
+    yield "phase_true_magnitude_b2", _difference(phase, "sdr_true_magnitude", b2, "unet")
+    for lag_s, askable in lags_s(settings.segment_s).items():
+        gain_b1, context_b1 = repetition_gains(tables["repetition"], b1, lag_s)
+        gain_b2, _ = repetition_gains(tables["repetition"], b2, lag_s)
+        if lag_s == LAGS_S[0]:
+            yield "context_gain_b1_1s", context_b1 if askable else NOT_ASKABLE
+        yield f"repetition_gain_b2_{lag_s:g}s", gain_b2 if askable else NOT_ASKABLE
+        difference = gain_b2 - gain_b1
+        yield f"repetition_gain_b2_minus_b1_{lag_s:g}s", difference if askable else NOT_ASKABLE
+    yield "sdr_b2_minus_b1", _difference(tables["tracks"], "SDR", b2, b1)
+    if settings.data_study:
+        data_b1, data_b2 = (data_gains(tables["data_amount"], model) for model in (b1, b2))
+        yield "data_gain_b2_minus_b1", data_b2 - data_b1
+    else:
+        yield "data_gain_b2_minus_b1", NOT_RUN
+    attack = tables["attack"]
+    attack = attack.assign(attack_minus_sustain=attack["attack_sdr"] - attack["sustain_sdr"])
+    yield "attack_minus_sustain_b1", _difference(attack, "attack_minus_sustain", b1, "unet")
+    yield "attack_minus_sustain_b2", _difference(attack, "attack_minus_sustain", b2, "unet")
+
+
+def _difference(table: pd.DataFrame, value: str, a: str, b: str) -> pd.DataFrame:
+    return pivot_by_seed(table, a, value) - pivot_by_seed(table, b, value)
+
+
+def _evaluate(values: pd.DataFrame | str, unit: str) -> dict:
+    """Median over tracks with its interval, and the verdict; infinite values count as missing."""
+    if isinstance(values, str):
+        return dict(ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=values)
+    values = values.replace([np.inf, -np.inf], np.nan)
+    result = median_with_interval(values)
+    result["effect"] = result.pop("median")
+    by_seed = values.median().to_numpy()
+    return result | dict(verdict=verdict(result["ci_low"], result["ci_high"], unit, by_seed))
+
+
+def verdict(low: float, high: float, unit: str, by_seed: np.ndarray) -> str:
+    """Apply the rule to an interval and to the median effect of every seed."""
+    if np.isnan([low, high]).any():
         return CANNOT_TELL
-    if low > 0 and (np.asarray(by_seed) > 0).sum() >= MIN_SEEDS:
+    if low > 0 and (by_seed > 0).sum() >= MIN_SEEDS:
         return SUPPORTED
-    if high < 0 or (unit == "dB" and -NEGLIGIBLE_DB <= low and high <= NEGLIGIBLE_DB):
+    if high < 0 or (unit == "dB" and low >= -NEGLIGIBLE_DB and high <= NEGLIGIBLE_DB):
         return NOT_SUPPORTED
     return CANNOT_TELL
 
 
-def evaluate_hypothesis(values: pd.DataFrame, unit: str) -> dict:
-    """Effect, interval and verdict of `values`, a row a track and a column a seed: the median over tracks."""
-    values = values.replace([np.inf, -np.inf], np.nan)
-    found = median_with_interval(values)
-    found = dict(effect=found.pop("median")) | found
-    return found | dict(
-        verdict=verdict(
-            found["effect"], found["ci_low"], found["ci_high"], unit, values.median().to_numpy()
-        )
-    )
-
-
-def rank_correlation(index: pd.Series, advantage: pd.DataFrame) -> dict:
-    """Spearman's rank correlation of a number a track with an advantage, a row a track and a column a seed; bootstrap interval.
-
-    Seeds are averaged on each track; the interval covers the choice of tracks.
-    """
-    both = advantage.join(index.rename("index"), how="inner").dropna()
-    known, means = both.pop("index").to_numpy(), both.mean(axis=1).to_numpy()
-    if len(both) < MIN_TRACKS:
-        return dict(
-            effect=np.nan,
-            ci_low=np.nan,
-            ci_high=np.nan,
-            tracks=len(both),
-            seeds=advantage.shape[1],
-            verdict=CANNOT_TELL,
-        )
-    ranks = lambda values: stats.rankdata(values, axis=-1)
-    drawn = np.random.default_rng(0).integers(len(both), size=(N_BOOTSTRAP, len(both)))
-    rho = _correlation(ranks(known[drawn]), ranks(means[drawn]))
-    low, high = np.nanquantile(rho, [0.025, 0.975])
-    effect = float(stats.spearmanr(known, means).statistic)
-    by_seed = np.array([stats.spearmanr(known, both[seed]).statistic for seed in both])
-    found = dict(
-        effect=effect, ci_low=float(low), ci_high=float(high), tracks=len(both), seeds=both.shape[1]
-    )
-    return found | dict(verdict=verdict(effect, low, high, RHO, by_seed))
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's correlation along the last axis; NaN where one does not vary."""
-    a, b = (values - values.mean(axis=-1, keepdims=True) for values in (a, b))
-    with np.errstate(invalid="ignore"):
-        return (a * b).sum(axis=-1) / np.sqrt(np.square(a).sum(axis=-1) * np.square(b).sum(axis=-1))
-
-
-def format_hypothesis(row: Mapping) -> str:
-    """One row of the table `hypotheses` as a sentence, with what keeps it from telling."""
-    if row["verdict"] in (NOT_ASKABLE, NOT_RUN):
-        return f"{row['measure']}: {row['verdict']}."
-    counts = format_counts(row)
-    if np.isnan(row["ci_low"]):
-        return f"{row['measure']}: **{row['verdict']}** ({counts}; an interval takes {MIN_TRACKS} tracks with a value)."
-    unit = "" if row["unit"] in (RHO, SHARE) else f" {row['unit']}"
-    effect = f"{row['effect']:+.2f}{unit} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}], {counts}".replace(
-        "-", "−"
-    )
-    seeds = f"; the interval leaves out zero, but it takes {MIN_SEEDS} seeds that agree"
-    doubt = seeds if row["verdict"] == CANNOT_TELL and row["ci_low"] > 0 else ""
-    return f"{row['measure']}: {effect}: **{row['verdict']}**{doubt}."
-
-
-def unanswered(why: str) -> dict:
-    """A row without a number: `NOT_ASKABLE` or `NOT_RUN`."""
-    return dict(effect=np.nan, ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=why)
-
-
-def pivot_by_seed(table: pd.DataFrame, model: str, value: str, item: str = "track") -> pd.DataFrame:
-    """One column of one model, a row a track and a column a seed; decibels above 80 count as 80."""
+def pivot_by_seed(table: pd.DataFrame, model: str, value: str) -> pd.DataFrame:
+    """Arrange a column of a model in a row per track and a column per seed, at most 80 dB."""
     rows = table[table["model"] == model]
-    return rows.pivot_table(index=item, columns="seed", values=value, dropna=False).clip(
-        upper=MAX_SCORE_DB
-    )
-
-
-Findings = Iterator[tuple[str, str, str, dict]]  # hypothesis, measure, unit, what was found
-
-
-def _phase(_settings: Settings, tables: Tables) -> Findings:
-    whole = whole_band_rows(tables["phase"])
-    whole = whole.assign(share=phase_share(whole["sdr"], whole["sdr_true_phase"]))
-    for model in WAVEFORM_MODELS:
-        gain = pivot_by_seed(whole, model, "sdr_true_magnitude") - pivot_by_seed(
-            whole, "unet", "sdr_true_magnitude"
-        )
-        yield (
-            PHASE,
-            f"SDR of the true magnitude with a model's phase, {MODEL_LETTERS[model]} − A",
-            "dB",
-            evaluate_hypothesis(gain, "dB"),
-        )
-        less = pivot_by_seed(whole, "unet", "share") - pivot_by_seed(whole, model, "share")
-        yield (
-            PHASE_SHARE,
-            f"share of the error that is phase, A − {MODEL_LETTERS[model]}",
-            SHARE,
-            evaluate_hypothesis(less, SHARE),
-        )
-
-
-def _attack(_settings: Settings, tables: Tables) -> Findings:
-    table = tables["transients"].assign(kept=lambda rows: rows["attack_sdr"] - rows["sustain_sdr"])
-    for model in WAVEFORM_MODELS:
-        kept = pivot_by_seed(table, model, "kept") - pivot_by_seed(table, "unet", "kept")
-        yield (
-            ATTACK,
-            f"SDR in the attack minus SDR in the sustain, {MODEL_LETTERS[model]} − A",
-            "dB",
-            evaluate_hypothesis(kept, "dB"),
-        )
-        quieter = pivot_by_seed(table, "unet", "pre_echo_db") - pivot_by_seed(
-            table, model, "pre_echo_db"
-        )
-        yield (
-            PRE_ECHO,
-            f"pre-echo, A − {MODEL_LETTERS[model]}",
-            "dB",
-            evaluate_hypothesis(quieter, "dB"),
-        )
-
-
-def _repetition(settings: Settings, tables: Tables) -> Findings:
-    table = tables["long_range"]
-    reach = table[(table["probe"] == "reach") & (table["item"] != "all tracks")]
-    within, beyond = (
-        reach[reach["condition"] == condition] for condition in ("99 %", f"beyond {FAR_S:g} s")
-    )
-    further = pivot_by_seed(within, "demucs_attention", "value", "item") - pivot_by_seed(
-        within, "demucs_lstm", "value", "item"
-    )
-    yield (
-        GLOBAL,
-        "radius that holds 99 % of the gradient, B2 − B1",
-        "s",
-        evaluate_hypothesis(further, "s"),
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        more = 10 * np.log10(
-            pivot_by_seed(beyond, "demucs_attention", "value", "item")
-            / pivot_by_seed(beyond, "demucs_lstm", "value", "item")
-        )
-    yield (
-        FAINT,
-        f"gradient from beyond {FAR_S:g} s, B2 over B1",
-        LEVEL,
-        evaluate_hypothesis(more, LEVEL),
-    )
-    bar = table[table["probe"] == "attention_at_bar"]
-    yield (
-        GLOBAL,
-        "attention at one bar over that near it",
-        WEIGHT,
-        evaluate_hypothesis(pivot_by_seed(bar, "demucs_attention", "value", "item"), WEIGHT),
-    )
-    lags = lags_s(settings.segment_s)
-    near = [
-        repetition_gains(table, "demucs_lstm", lag)[1]
-        for lag in lags[:1]
-        if askable(lag, settings.segment_s)
-    ]
-    yield (
-        LOCAL,
-        f"context gain of B1 at {lags[0]:g} s",
-        "dB",
-        evaluate_hypothesis(near[0], "dB") if near else unanswered(NOT_ASKABLE),
-    )
-    for lag in lags:
-        names = f"repetition gain of B2 at {lag:g} s", f"repetition gain at {lag:g} s, B2 − B1"
-        if askable(lag, settings.segment_s):
-            b1, b2 = (repetition_gains(table, model, lag)[0] for model in WAVEFORM_MODELS)
-            answers = evaluate_hypothesis(b2, "dB"), evaluate_hypothesis(b2 - b1, "dB")
-        else:
-            answers = (unanswered(NOT_ASKABLE),) * 2
-        yield GLOBAL, names[0], "dB", answers[0]
-        yield FAR, names[1], "dB", answers[1]
-
-
-def _rhythm(_settings: Settings, tables: Tables) -> Findings:
-    table = tables["long_range"]
-    index = table[table["probe"] == "repetitiveness"].set_index("item")["value"]
-    advantage = pivot_by_seed(tables["tracks"], "demucs_attention", "SDR") - pivot_by_seed(
-        tables["tracks"], "demucs_lstm", "SDR"
-    )
-    yield (
-        RHYTHM,
-        "rank correlation of repetitiveness with the SDR of B2 − B1",
-        RHO,
-        rank_correlation(index, advantage),
-    )
-    yield RHYTHM, "SDR, B2 − B1", "dB", evaluate_hypothesis(advantage, "dB")
-
-
-def _data(settings: Settings, tables: Tables) -> Findings:
-    measure, unit = "gain in SDR from ten times the music, B2 − B1", "dB"
-    if not settings.data_study:
-        yield DATA, measure, unit, unanswered(NOT_RUN)
-        return
-    b1, b2 = (slopes(tables["data_amount"], model) for model in WAVEFORM_MODELS)
-    yield DATA, measure, unit, evaluate_hypothesis(b2 - b1, "dB")
-
-
-def whole_band_rows(phase: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the table `phase` that are of all frequencies."""
-    return phase[
-        (phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())
-    ]
+    wide = rows.pivot_table(index="track", columns="seed", values=value, dropna=False)
+    return wide.clip(upper=MAX_SCORE_DB)
 
 
 def repetition_gains(
-    long_range: pd.DataFrame, model: str, lag_s: float
+    repetition: pd.DataFrame, model: str, lag_s: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Repetition gain and context gain in dB of a model at a lag: a row a track (the mean of its loops), a column a seed.
+    """Compute repetition gain and context gain of a model in dB from the table `repetition`.
 
-    Repetition gain is the SDR with the repeat around minus that with different music, context gain the latter minus that with silence.
+    They are the SDR with the repeat minus that with different music, and the SDR with different
+    music minus that with silence: a row per track, the mean over its loops, and a column per seed.
     """
-    rows = long_range[
-        (long_range["probe"] == "damaged_repeat")
-        & (long_range["model"] == model)
-        & (long_range["lag_s"] == lag_s)
-    ]
-    rows = rows.assign(
-        track=rows["item"].str.rsplit(" @ ", n=1).str[0],
-        value=rows["value"].clip(upper=MAX_SCORE_DB),
+    rows = repetition[(repetition["model"] == model) & (repetition["lag_s"] == lag_s)]
+    rows = rows.assign(sdr=rows["sdr"].clip(upper=MAX_SCORE_DB))
+    repeat, different, silent = (
+        rows[rows["condition"] == name].pivot_table(index="track", columns="seed", values="sdr")
+        for name in CONDITIONS
     )
-    under = {
-        name: part.pivot_table(index="track", columns="seed", values="value")
-        for name, part in rows.groupby("condition")
-    }
-    if not under:
-        return pd.DataFrame(columns=[0], dtype=float), pd.DataFrame(columns=[0], dtype=float)
-    return under["repeat"] - under["different"], under["different"] - under["silent"]
+    return repeat - different, different - silent
 
 
-def slopes(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Gain in SDR in dB from ten times the training music: least-squares slope over its logarithm, a row a track, a column a seed."""
-    rows = data_amount[data_amount["model"] == model]
-    table = (
-        rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
-        .clip(upper=MAX_SCORE_DB)
-        .dropna()
-    )
-    decades = np.log10(table.columns.to_numpy(float))
-    centred = decades - decades.mean()
-    return pd.Series(table.to_numpy() @ centred / np.square(centred).sum(), table.index).unstack(
-        "seed"
-    )
+def hypothesis_rows(hypotheses: pd.DataFrame, target: str, prefix: str) -> pd.DataFrame:
+    """Select the rows of the table `hypotheses` of one target whose id starts with `prefix`."""
+    return hypotheses[(hypotheses["target"] == target) & hypotheses["id"].str.startswith(prefix)]
+
+
+def format_hypothesis(row: Mapping) -> str:
+    """Format a row of the table `hypotheses` as a sentence in Markdown."""
+    name, result = f"{row['target']}: {row['measure']}", row["verdict"]
+    if result in (NOT_ASKABLE, NOT_RUN):
+        return f"{name}: {result}."
+    counts = format_counts(row)
+    if np.isnan(row["ci_low"]):
+        return f"{name}: **{result}** ({counts}; too few tracks for an interval)."
+    interval = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+    effect = f"{row['effect']:+.2f} {row['unit']} {interval}, {counts}".replace("-", "−")
+    note = ""
+    if result == CANNOT_TELL and row["ci_low"] > 0:
+        note = f"; the interval lies above zero, but {MIN_SEEDS} seeds must agree"
+    return f"{name}: {effect}: **{result}**{note}."

@@ -1,119 +1,91 @@
-"""Is the time domain crisper? How far the phase of an estimate is from the true one, and what that costs.
-
-    reference, estimate --STFT--> magnitudes and the angle between them --by band--> phase error, and three SDRs
-
-Taught in notebook 05, heard in notebook 06.
-"""
-
-from __future__ import annotations
+"""Phase: how far the phase of an estimate is from the true one, and what that costs in SDR."""
 
 from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import torch
 
 from mss_utils.models.unet import STFT
 
-EDGES_HZ = (0, 250, 500, 1000, 2000, 4000, 8000, 16000)  # octaves, and all below the first
-ONE_CHANNEL = "one channel: no phase between channels"
-
-
-def bands(sample_rate: int) -> list[tuple[float, float]]:
-    """(low, high) in Hz: the whole band first, then its octaves."""
-    nyquist = sample_rate / 2
-    return [
-        (0.0, nyquist),
-        *pairwise([*(float(edge) for edge in EDGES_HZ if edge < nyquist), nyquist]),
-    ]
+BAND_EDGES_HZ = (0.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, 8000.0, 16000.0)
 
 
 def phase_scores(
     reference: np.ndarray, estimate: np.ndarray, sample_rate: int, stft: STFT
 ) -> list[dict]:
-    """Phase error and SDRs in dB of an estimate, `(channels, samples)` both, a row a band of `bands`.
+    """Measure phase error in radians and SDRs in dB: the whole band, then octaves.
 
-    `phase_error_rad` is the mean angle between the two, from 0 to pi, weighted by the true magnitude; random phases have pi / 2.
-    `sdr` is that of the estimate, `sdr_true_phase` that of its magnitude with the true phase, `sdr_true_magnitude` that of the
-    true magnitude with its phase. All are energies of STFT cells before any resynthesis, because there the squared error
-    falls into two parts, |R - E|^2 = (|R| - |E|)^2 + 2 |R| |E| (1 - cos angle): one of magnitude, one of phase.
-    `interchannel_error_rad` is the error of the angle between left and right, weighted alike. A cell in which the estimate is
-    zero has no phase and is left out of what needs one. `reason` says what is empty and why.
+    In a cell with true value R, estimate E and an angle a between them, the squared error is
+    |R - E|^2 = (|R| - |E|)^2 + 2 |R| |E| (1 - cos a): a magnitude part plus a phase part. Energies
+    are therefore summed over STFT cells. A cell in which the estimate is zero has no phase.
+    Signals are `(channels, samples)`; angles are averaged with the true magnitude as weight.
     """
-    true, found = (
-        stft(torch.from_numpy(np.ascontiguousarray(signal))[None])[0]
-        for signal in (reference, estimate)
+    true, estimated = _transform(reference, stft), _transform(estimate, stft)
+    true_magnitude, magnitude = true.abs(), estimated.abs()  # (channels, bins, frames)
+    angle, has_phase = torch.angle(estimated * true.conj()), magnitude > 0
+    cells = dict(
+        energy=true_magnitude.square(),
+        error=(true - estimated).abs().square(),
+        error_true_phase=(true_magnitude - magnitude).square(),
+        weight=true_magnitude * has_phase,
+        angle=true_magnitude * angle.abs() * has_phase,
+        energy_with_phase=true_magnitude.square() * has_phase,
+        error_true_magnitude=2 * true_magnitude.square() * (1 - torch.cos(angle)) * has_phase,
     )
-    r, e = true.abs(), found.abs()  # (channels, bins, frames)
-    angle, has_phase = torch.angle(found * true.conj()), e > 0
-    sums = dict(
-        energy=r.square(),
-        error=(true - found).abs().square(),
-        error_true_phase=(r - e).square(),
-        weight=r * has_phase,
-        angle=r * angle.abs() * has_phase,
-        energy_with_phase=r.square() * has_phase,
-        error_true_magnitude=2 * r.square() * (1 - torch.cos(angle)) * has_phase,
-    )
-    per_bin = {
-        name: cells.sum(dim=(0, 2), dtype=torch.float64).numpy() for name, cells in sums.items()
-    }
-    if len(reference) == 2:
-        per_bin |= _between_channels(true, found)
-    hz = np.arange(len(per_bin["energy"])) * sample_rate / stft.n_fft
-    inside = lambda low, high: (hz >= low) & ((hz < high) | (high == sample_rate / 2))
-    return [
-        dict(band_low_hz=low, band_high_hz=high)
-        | _row({name: values[inside(low, high)].sum() for name, values in per_bin.items()})
-        for low, high in bands(sample_rate)
-    ]
+    if len(reference) == 2:  # the angle between left and right
+        true, estimated = (spectrum[:1] * spectrum[1:].conj() for spectrum in (true, estimated))
+        cells["across_weight"] = true.abs() * (estimated.abs() > 0)
+        cells["across"] = cells["across_weight"] * torch.angle(estimated * true.conj()).abs()
+    per_bin = {name: x.sum(dim=(0, 2), dtype=torch.float64).numpy() for name, x in cells.items()}
+    hz = np.arange(true.shape[1]) * sample_rate / stft.n_fft
+    nyquist, rows = sample_rate / 2, []
+    edges = [*(edge for edge in BAND_EDGES_HZ if edge < nyquist), nyquist]
+    for low, high in [(0.0, nyquist), *pairwise(edges)]:
+        inside = (hz >= low) & ((hz < high) | (high == nyquist))
+        sums = {name: values[inside].sum() for name, values in per_bin.items()}
+        rows.append(dict(band_low_hz=low, band_high_hz=high) | _band_scores(sums))
+    return rows
 
 
-def _between_channels(true: torch.Tensor, found: torch.Tensor) -> dict[str, np.ndarray]:
-    """Weighted error of the angle between left and right of complex `(2, bins, frames)`, and its weight, each `(bins,)`."""
-    across_true, across_found = (spec[0] * spec[1].conj() for spec in (true, found))
-    weight = across_true.abs() * (across_found.abs() > 0)
-    error = torch.angle(across_found * across_true.conj()).abs()
-    over_frames = lambda cells: cells.sum(dim=1, dtype=torch.float64).numpy()
-    return dict(across=over_frames(weight * error), across_weight=over_frames(weight))
+def _transform(audio: np.ndarray, stft: STFT) -> torch.Tensor:
+    return stft(torch.from_numpy(np.ascontiguousarray(audio))[None])[0]
 
 
-def _row(sums: dict[str, float]) -> dict:
-    """The scores of one band from its sums."""
-    mean = lambda value, weight: value / weight if weight > 0 else np.nan
-    silent = (
-        "the reference is silent here"
-        if sums["energy"] == 0
-        else "the estimate is silent here"
-        if sums["weight"] == 0
-        else ""
-    )
+def _band_scores(sums: dict[str, float]) -> dict:
+    reason = "" if "across" in sums else "one channel: no phase between channels"
+    if sums["energy"] == 0:
+        reason = "the reference is silent here"
+    elif sums["weight"] == 0:
+        reason = "the estimate is silent here"
     return dict(
-        phase_error_rad=mean(sums["angle"], sums["weight"]),
+        phase_error_rad=_mean(sums["angle"], sums["weight"]),
         sdr=ratio_db(sums["energy"], sums["error"]),
         sdr_true_phase=ratio_db(sums["energy"], sums["error_true_phase"]),
         sdr_true_magnitude=ratio_db(sums["energy_with_phase"], sums["error_true_magnitude"]),
-        interchannel_error_rad=mean(sums["across"], sums["across_weight"])
-        if "across" in sums
-        else np.nan,
-        reason=silent or ("" if "across" in sums else ONE_CHANNEL),
+        interchannel_error_rad=_mean(sums.get("across", 0), sums.get("across_weight", 0)),
+        reason=reason,
     )
 
 
+def _mean(total: float, weight: float) -> float:
+    return total / weight if weight > 0 else np.nan
+
+
 def ratio_db(signal: float, error: float) -> float:
-    """Energy ratio in dB; NaN without a signal, infinite without an error."""
+    """Return an energy ratio in dB; NaN without a signal, infinite without an error."""
     if not signal > 0:
         return np.nan
     return 10 * np.log10(signal / error) if error > 0 else np.inf
 
 
-def phase_share(sdr: np.ndarray, sdr_true_phase: np.ndarray) -> np.ndarray:
-    """Share of the squared error that is gone once the phase is true, 0 to 1, see `phase_scores`."""
-    return 1 - 10 ** ((sdr - sdr_true_phase) / 10)
-
-
 def combine_magnitude_phase(magnitude: np.ndarray, phase: np.ndarray, stft: STFT) -> np.ndarray:
-    """The magnitude of one signal with the phase of another, as sound; all `(channels, samples)`."""
-    size, angle = (
-        stft(torch.from_numpy(np.ascontiguousarray(signal))[None]) for signal in (magnitude, phase)
-    )
-    return stft.inverse(torch.polar(size.abs(), angle.angle()), magnitude.shape[-1])[0].numpy()
+    """Resynthesise the magnitude of one signal with the phase of another, `(channels, samples)`."""
+    spectrum = torch.polar(_transform(magnitude, stft).abs(), _transform(phase, stft).angle())
+    return stft.inverse(spectrum[None], magnitude.shape[-1])[0].numpy()
+
+
+def whole_band_rows(phase: pd.DataFrame) -> pd.DataFrame:
+    """Select the rows of the table `phase` that cover all frequencies."""
+    whole = (phase["band_low_hz"] == 0) & (phase["band_high_hz"] == phase["band_high_hz"].max())
+    return phase[whole]

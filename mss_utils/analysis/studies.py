@@ -1,121 +1,94 @@
-"""Studies that train more models: ablations of random mixing and of the curriculum.
-
-Taught in notebook 05.
-"""
-
-from __future__ import annotations
+"""Studies that train more models: ablations of the mixing, and the amount of training data."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
-from mss_utils.config import Run
+from mss_utils.config import WAVEFORM_MODELS, Run
 from mss_utils.data import Store, Track
-from mss_utils.evaluation.scores import Estimates, score
-from mss_utils.evaluation.statistics import compare, scores_by_seed
+from mss_utils.evaluation.bsseval import MAX_SCORE_DB
+from mss_utils.evaluation.scores import score
+from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.files import write_text
 from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training import train
 
-ABLATIONS = ("random_mix", "curriculum")  # settings that are turned off
+ABLATIONS = ("random_mix", "curriculum")  # settings that are switched
 ABLATION_COLUMNS = [
-    "target",
-    "model",
-    "ablation",
-    "metric",
-    "with_it",
-    "without_it",
-    "median_difference",
-    "ci_low",
-    "ci_high",
-    "p_wilcoxon",
-    "p_corrected",
-    "tracks",
-    "seeds",
-    "steps",
+    *("target", "model", "ablation", "metric", "with_it", "without_it"),
+    *("median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected"),
+    *("tracks", "seeds", "steps"),
 ]
-
-
-def ablation_runs(run: Run) -> dict[str, Run]:
-    """For every ablation the same run with that one setting turned round: what was on is off."""
-    return {
-        name: run.variant(f"ablations/{name}", **{name: not getattr(run.settings, name)})
-        for name in ABLATIONS
-    }
+DATA_SHARES = (0.1, 0.3)  # all of it is the run itself
+DATA_COLUMNS = ["target", "track", "model", "seed", "share", "SDR"]
 
 
 def run_ablations(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
-    """What random mixing and the curriculum bring: differences of a model trained with to one trained without, on the test tracks.
+    """Measure what random mixing and the curriculum bring to the models in `ablations`.
 
-    Trains what is missing, `steps` steps like the run's own models, whose scores are in `tracks`. Columns: those of `compare` but
-    for a and b: model, the setting that was left out, and the medians with and without it. Nothing is chosen by these scores.
+    Trains what is missing, for as many steps as the run's own models, whose scores are in the table
+    `tracks`. Writes and returns the table `ablations`: medians with and without each setting, and
+    paired differences as in the table `paired`.
     """
-    if not run.settings.ablations:
-        table = pd.DataFrame(columns=ABLATION_COLUMNS)
-        write_text(run.table("ablations"), table.to_csv(index=False))
-        return table
-    runs = ablation_runs(run)
-    both = pd.concat([tracks, score_variants(run, store, runs, run.settings.ablations)])
-    # In a run that goes without by its settings it is the ablation that has it.
-    pair_of = lambda model, name: (model, f"{model} {name}")[
-        :: 1 if getattr(run.settings, name) else -1
-    ]
-    pairs = {
-        (model, name): pair_of(model, name)
-        for model, name in itertools.product(run.settings.ablations, runs)
-    }
-    keys = {pair: dict(zip(("model", "ablation"), key)) for key, pair in pairs.items()}
-
-    def median(target: str, label: str, metric: str) -> float:
-        return (
-            scores_by_seed(both[(both["target"] == target) & (both["model"] == label)], metric)
-            .mean(axis=1)
-            .median()
-        )
-
-    rows = []
-    for row in compare(both, list(keys)).to_dict("records"):
-        target, metric, sides = row["target"], row["metric"], (row["a"], row["b"])
-        scores = dict(
-            zip(("with_it", "without_it"), (median(target, side, metric) for side in sides))
-        )
-        rows.append(row | keys[sides] | scores | dict(steps=run.settings.steps))
-    table = pd.DataFrame(rows, columns=ABLATION_COLUMNS).sort_values(
-        ["target", "model", "ablation"], kind="stable", ignore_index=True
-    )
+    models, parts, pairs = run.settings.ablations, [tracks], {}
+    for name in ABLATIONS if models else ():
+        switched_on = getattr(run.settings, name)
+        variant = run.variant(f"ablations/{name}", **{name: not switched_on})
+        scores = score_variant(variant, store, models)
+        parts.append(scores.assign(model=scores["model"] + f" {name}"))
+        for model in models:
+            pair = (model, f"{model} {name}")
+            pairs[pair if switched_on else pair[::-1]] = dict(model=model, ablation=name)
+    both, rows = pd.concat(parts), []
+    medians = summarise(both).set_index(["target", "model", "metric"])["median"]
+    for row in compare(both, list(pairs)).to_dict("records"):
+        a, b = (medians[row["target"], row[side], row["metric"]] for side in "ab")
+        row |= pairs[row["a"], row["b"]] | dict(with_it=a, without_it=b, steps=run.settings.steps)
+        rows.append(row)
+    table = pd.DataFrame(rows, columns=ABLATION_COLUMNS)
+    keys = ["target", "model", "ablation"]
+    table = table.sort_values(keys, kind="stable", ignore_index=True)
     write_text(run.table("ablations"), table.to_csv(index=False))
     return table
 
 
-def score_variants(
-    run: Run, store: Store, variants: Mapping[str, Run], models: Iterable[str]
-) -> pd.DataFrame:
-    """Train what is missing of `models` in each variant of a run, and score it on the test tracks.
+def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
+    """Score B1 and B2 trained with 10 %, 30 % and all of the training tracks; else empty."""
+    if not run.settings.data_study:
+        return pd.DataFrame(columns=DATA_COLUMNS)
+    parts = [tracks[tracks["model"].isin(WAVEFORM_MODELS)].assign(share=1.0)]
+    for share in DATA_SHARES:
+        label = f"data_study/{100 * share:g}-percent"
+        variant = run.variant(label, train_share=share * run.settings.train_share)
+        parts.append(score_variant(variant, store, WAVEFORM_MODELS).assign(share=share))
+    return pd.concat(parts, ignore_index=True)[DATA_COLUMNS]
 
-    Returns the table `tracks` of them; a model is called "<model> <variant>" there.
-    """
-    targets = store.targets(run.settings.target)
-    models = list(models)
-    for variant, model, seed in itertools.product(
-        variants.values(), models, range(run.settings.seeds)
-    ):
-        for target in targets:
-            train(variant, store, target, model, seed)
-    for variant in variants.values():
-        write_estimates(variant, store, models)
 
-    def estimates_of(track: Track) -> Estimates:
-        estimates = {}
-        for (name, variant), model in itertools.product(variants.items(), models):
-            for seed in range(run.settings.seeds):
-                estimates[f"{model} {name}", seed] = np.stack(
-                    [
-                        read_estimate(variant, store, track, target, model, seed)
-                        for target in targets
-                    ]
-                )
-        return estimates
+def data_gains(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Compute the gain in SDR in dB from ten times the music, by track (rows) and seed (columns)."""
+    rows = data_amount[data_amount["model"] == model]
+    table = rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
+    table = table.clip(upper=MAX_SCORE_DB).dropna()
+    decades = np.log10(table.columns.to_numpy(float))
+    slopes = np.polyfit(decades, table.to_numpy().T, deg=1)[0]
+    return pd.Series(slopes, table.index).unstack("seed")
 
-    return score(run.settings, store, estimates_of, n_cross_check=0)["tracks"]
+
+def score_variant(variant: Run, store: Store, models: Iterable[str]) -> pd.DataFrame:
+    """Train what is missing of a variant of a run; return its table `tracks`."""
+    targets, seeds = store.targets(variant.settings.target), range(variant.settings.seeds)
+    for target, model, seed in itertools.product(targets, models, seeds):
+        train(variant, store, target, model, seed)
+    write_estimates(variant, store, models)
+
+    def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
+        return {
+            (model, seed): np.stack(
+                [read_estimate(variant, store, track, target, model, seed) for target in targets]
+            )
+            for model, seed in itertools.product(models, seeds)
+        }
+
+    return score(variant.settings, store, estimates_of, n_cross_check=0)["tracks"]

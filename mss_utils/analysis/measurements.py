@@ -1,0 +1,72 @@
+"""All measurements of a run, written as tables."""
+
+from collections import defaultdict
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from mss_utils.analysis.attack import attack_scores, find_onsets, mean_envelopes
+from mss_utils.analysis.hypotheses import evaluate_hypotheses
+from mss_utils.analysis.phase import phase_scores
+from mss_utils.analysis.repetition import measure_repetition
+from mss_utils.analysis.studies import data_amount
+from mss_utils.config import Run
+from mss_utils.data import Store
+from mss_utils.files import write_text
+from mss_utils.models.unet import STFT
+from mss_utils.separation import read_all_estimates
+
+TABLES = ("phase", "attack", "envelopes", "repetition", "data_amount", "hypotheses")
+ENVELOPE_KEYS = ["target", "model", "seed", "time_ms"]
+REPETITION_COLUMNS = ["target", "track", "start_s", "model", "seed", "lag_s", "condition"]
+
+
+def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Take all measurements on the test tracks and write each of `TABLES`.
+
+    Parameters
+    ----------
+    run, store : Run, Store
+        The estimates must be written. With the setting `data_study`, more models are trained.
+    tracks : pd.DataFrame
+        The table `tracks` of the evaluation.
+
+    Returns
+    -------
+    dict of str to pd.DataFrame
+        The tables by name. A measurement that is impossible has a row whose `reason` says why.
+    """
+    tables, repetition = _measure_estimates(run, store), []
+    for target in store.targets(run.settings.target):
+        rows = measure_repetition(run, store, target)
+        repetition += tqdm(rows, desc=f"Damaged repeat, {target}", unit="row")
+    tables["repetition"] = pd.DataFrame(repetition, columns=[*REPETITION_COLUMNS, "sdr", "reason"])
+    tables["data_amount"] = data_amount(run, store, tracks)
+    tables["hypotheses"] = evaluate_hypotheses(run.settings, tables | dict(tracks=tracks))
+    for name in TABLES:
+        write_text(run.table(name), tables[name].to_csv(index=False))
+    return tables
+
+
+def _measure_estimates(run: Run, store: Store) -> dict[str, pd.DataFrame]:
+    """Compute the tables phase, attack and envelopes from the estimates of every test track."""
+    stft, rate = STFT(run.settings.n_fft, run.settings.hop), store.sample_rate
+    rows = defaultdict(list)
+    for track in tqdm(store.split("test"), desc="Phase and attack", unit="track"):
+        _, stems = store.load(track)
+        all_estimates = read_all_estimates(run, store, track)
+        for i, target in enumerate(store.targets(run.settings.target)):
+            reference = stems[store.stem_index(target)]
+            onsets_s = find_onsets(store, track, target)
+            estimates = {key: estimate[i] for key, estimate in all_estimates.items()}
+            for (model, seed), estimate in estimates.items():
+                key = dict(target=target, track=track.name, model=model, seed=seed)
+                for band in phase_scores(reference, estimate, rate, stft):
+                    rows["phase"].append(key | band)
+                rows["attack"].append(key | attack_scores(reference, estimate, onsets_s, rate))
+            for level in mean_envelopes(reference, estimates, onsets_s, rate):
+                rows["envelopes"].append(dict(target=target) | level)
+    envelopes = pd.DataFrame(rows["envelopes"], columns=[*ENVELOPE_KEYS, "level"])
+    by_time = envelopes.groupby(ENVELOPE_KEYS, sort=False, as_index=False)
+    means = by_time.agg(level=("level", "mean"), tracks=("level", "size"))
+    return {name: pd.DataFrame(rows[name]) for name in ("phase", "attack")} | dict(envelopes=means)
