@@ -517,10 +517,20 @@ def _answer(parts: list[Part], repetition: list[dict]) -> str:
     attacks = [side for part in parts for side in _sides(part, "attack_minus_sustain")]
     gains = ["above" if row["ci_low"] > 0 else "rest" for row in repetition]
     phase = _count_outcomes(
-        phases, dict(above="the phase is better than A's", below="it is worse", open="it is open")
+        phases,
+        dict(
+            above="the phase is better than A's",
+            below="the phase is worse than A's",
+            open="no difference in phase is found",
+        ),
     )
     attack = _count_outcomes(
-        attacks, dict(above="attacks are kept better", below="worse", open="it is open")
+        attacks,
+        dict(
+            above="attacks are kept better than by A",
+            below="attacks are kept worse than by A",
+            open="no difference in attacks is found",
+        ),
     )
     helped = spell(gains.count("above"))
     repeat = f"an exact repeat helps B2 in {helped} of {spell(len(gains))} cases"
