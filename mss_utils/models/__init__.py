@@ -80,7 +80,7 @@ def load_model(folder: Path | str) -> torch.nn.Module:
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
-            f"{path} is damaged or does not fit the model in model.json ({reason}): train again."
+            f"{path} is damaged or does not fit model.json ({reason}): delete both and train again."
         ) from None
     attributes = settings.model_dump(include={"sample_rate", "channels", "segment_s"})
     for name, value in (attributes | {"target": target}).items():
@@ -104,7 +104,7 @@ def _read_description(path: Path) -> tuple[torch.nn.Module, Settings, str]:
         return build_model(name, settings), settings, target
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(repr(error).split())[:200]
-        raise ValueError(f"{path} does not describe a model: {reason}") from None
+        raise ValueError(f"{path} does not describe a model: {reason}.") from None
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mss_utils.config import Settings, upgrade_settings
@@ -26,20 +25,13 @@ NO_EFFECT_ON_WEIGHTS = {
 
 
 def is_trained(folder: Path, identity: dict) -> bool:
-    """Return whether `folder` holds the finished model of this training, with readable weights."""
+    """Return whether `folder` holds the finished model of the training with this identity."""
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        return _has_weights(folder) and _fingerprint(description) == _fingerprint(identity)
+        is_same = _fingerprint(description) == _fingerprint(identity)
+        return is_same and (folder / "model.safetensors").is_file()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False  # there is no model.json, or it does not describe a model
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
 
 
 def _fingerprint(identity: dict) -> dict:
@@ -109,8 +101,8 @@ def _load_checkpoint(path: Path, parts: dict, identity: dict) -> dict:
         raise ValueError("the file is damaged or is not a checkpoint") from None
     if not is_same:
         raise ValueError("it belongs to a training with other settings or data")
-    if state["best_step"] and not _has_weights(path.parent):
-        raise ValueError("model.safetensors is missing or damaged")
+    if state["best_step"] and not (path.parent / "model.safetensors").is_file():
+        raise ValueError("model.safetensors is missing")
     before = deepcopy([part.state_dict() for part in parts.values()])
     try:
         for name, part in parts.items():

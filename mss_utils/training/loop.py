@@ -58,11 +58,6 @@ def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return snr_loss(model(batch.mixture), batch.target, batch.mixture)
 
 
-def reconstruction_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the `snr_loss` of a network whose target is the mixture itself."""
-    return snr_loss(model(batch.mixture), batch.mixture, batch.mixture)
-
-
 def snr_loss(
     estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0
 ) -> torch.Tensor:
@@ -131,8 +126,7 @@ def train_in_this_process(
     folder, identity = run.model_folder(*job), training_identity(settings, store, *job)
     if is_trained(folder, identity):
         return
-    row = store.stem_index(target)
-    if not any(stems[row].any() for _, stems in _validation_excerpts(store, settings)):
+    if not any(reference.any() for _, reference in _validation_excerpts(store, settings, target)):
         raise ValueError(
             f"{target} is silent in the middle {settings.valid_s:g} s of every validation track: "
             "raise valid_s, or choose other validation tracks."
@@ -142,16 +136,16 @@ def train_in_this_process(
     if settings.start_from:
         load_pretrained_weights(recipe.network, settings, *job)
     run.write_settings()  # from now on they are fixed
-    with nullcontext() if "WORLD_SIZE" in os.environ else file_lock(folder):
+    with file_lock(folder) if "WORLD_SIZE" not in os.environ else nullcontext():
         if is_trained(folder, identity):  # by another process while this one waited for the lock
             return
         reset_peak_memory(settings)
         state = fit(settings, store, identity, folder, recipe, on_validation)
-        results = dict(steps=state["step"], valid_sdr=state["best"])
-        results |= {key: state[key] for key in ("best_step", "best_weights", "train_s")}
+        results = {key: state[key] for key in ("best_step", "best_weights", "train_s")}
+        results |= dict(steps=state["step"], valid_sdr=state["best"])
+        results |= dict(processes=int(os.environ.get("WORLD_SIZE", 1)))
         results |= dict(parameters=count_parameters(recipe.network))
         results |= dict(peak_memory_mb=peak_memory_mb(settings))
-        results |= dict(processes=int(os.environ.get("WORLD_SIZE", 1)))
         if os.environ.get("RANK", "0") == "0":  # one process writes
             write_text(folder / "model.json", json.dumps(identity | results, indent=2) + "\n")
 
@@ -203,15 +197,16 @@ def fit(
             lr = learning_rate(state["step"], settings, recipe.lr)
             loss = train_step(fabric, model, optimizer, recipe, batch, lr)
             update_ema(average, recipe.network, settings.ema_decay)
-            step = state["step"] = state["step"] + 1
-            validating = step % settings.valid_every == 0 or step == settings.steps
+            state["step"] += 1
+            is_last = state["step"] == settings.steps
+            validating = is_last or state["step"] % settings.valid_every == 0
             monitor.step(loss, recipe.network, batch, check=validating)
             if not fabric.is_global_zero:
                 continue  # the other processes wait for the main process at their next step
             if validating:
-                nets, target = networks.values(), identity["target"]
-                scores = [validate(network, store, settings, target) for network in nets]
-                _add_to_history(state, settings, *scores, lr)
+                raw = validate(recipe.network, store, settings, identity["target"])
+                ema = validate(average, store, settings, identity["target"])
+                _add_to_history(state, settings, raw, ema, lr)
                 keep_best(folder, networks, state)
             if validating or monitor.save_is_due():
                 save_checkpoint(folder, parts, state, identity)
@@ -275,17 +270,19 @@ def _add_to_history(state: dict, settings: Settings, raw: float, ema: float, lr:
 def validate(model: torch.nn.Module, store: Store, settings: Settings, target: str) -> float:
     """Return the median utterance SDR in dB over the middle `valid_s` of the validation tracks."""
     vars(model)["segment_s"] = settings.segment_s  # length of the chunks in `separate`
-    row, scores = store.stem_index(target), []
-    for mixture, stems in _validation_excerpts(store, settings):
-        scores.append(utterance_sdr(stems[row].T, separate(model, mixture, store.sample_rate).T))
+    scores = []
+    for mixture, reference in _validation_excerpts(store, settings, target):
+        estimate = separate(model, mixture, store.sample_rate)
+        scores.append(utterance_sdr(reference.T, estimate.T))
     return float(np.nanmedian(scores))
 
 
-def _validation_excerpts(store: Store, settings: Settings) -> Iterator[tuple]:
-    """Yield mixture `(channels, samples)` and stems `(stems, channels, samples)`."""
+def _validation_excerpts(store: Store, settings: Settings, target: str) -> Iterator[tuple]:
+    """Yield mixture and reference, both `(channels, samples)`."""
     for track in store.split("valid"):
         length = min(track.samples, round(settings.valid_s * store.sample_rate))
-        yield store.load(track, (track.samples - length) // 2, length)
+        mixture, stems = store.load(track, (track.samples - length) // 2, length)
+        yield mixture, stems[store.stem_index(target)]
 
 
 def reconstruction_check(
@@ -300,17 +297,17 @@ def reconstruction_check(
     """
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
     peak = 4e-3  # twice the learning rate of separation
-    recipe = replace(build_recipe(model_name, settings), objective=reconstruction_loss, lr=peak)
+    recipe = build_recipe(model_name, settings)
     network, (model, optimizer) = recipe.network, setup_optimizer(fabric, recipe)
     vars(network)["segment_s"] = settings.segment_s
     mixer, track = Mixer(store, settings, store.stems[0]), store.split("valid")[0]
     mixture, _ = store.load(track, 0, min(track.samples, 10 * store.sample_rate))
     rows, first = [], settings.stage3_step  # from which on a batch has all sources
     batches = mixer.batches(first, first + n_steps, fabric.device)
-    for step, batch in enumerate(
-        tqdm(batches, desc=f"{model_name} reconstructs", total=n_steps), 1
-    ):
+    bar = tqdm(batches, desc=f"{model_name} reconstructs", total=n_steps, mininterval=1)
+    for step, batch in enumerate(bar, 1):
         lr = peak * min(1.0, 2 * (1 - step / (n_steps + 1)))
+        batch = replace(batch, target=batch.mixture)
         train_step(fabric, model, optimizer, recipe, batch, lr)
         if step % every == 0 or step == n_steps:
             estimate = separate(network, mixture, store.sample_rate)

@@ -30,7 +30,7 @@ class TrainingMonitor(AbstractContextManager):
     def __init__(self, fabric: Fabric, settings: Settings, identity: dict, state: dict):
         self.settings, self.name, self.state = settings, identity["model"], state
         self.is_main_process = fabric.is_global_zero
-        self.losses, self.warned = [], set()
+        self.losses = []
         options: Any = dict(unit="step", mininterval=1, disable=not self.is_main_process)
         title = f"{self.name} on {identity['target']}"
         self.bar = tqdm(total=settings.steps, initial=state["step"], desc=title, **options)
@@ -61,7 +61,7 @@ class TrainingMonitor(AbstractContextManager):
                     "lower its learning rate (unet_lr, demucs_lr) or raise warmup_steps."
                 )
         if self.is_main_process and state["step"] > self.settings.warmup_steps:
-            self._warn_of_collapse(network, Batch(*(x[:4] for x in vars(batch).values())))
+            _warn_of_collapse(self.name, network, Batch(*(x[:4] for x in vars(batch).values())))
         self.losses = []
         state["losses"] += losses
         state["train_s"] += time.perf_counter() - self.clock
@@ -78,15 +78,14 @@ class TrainingMonitor(AbstractContextManager):
         """Restart the clock after validation and saving, which are not training time."""
         self.clock = self.last_save = time.perf_counter()
 
-    def _warn_of_collapse(self, network: torch.nn.Module, batch: Batch) -> None:
-        output = collapsed_output(network, batch)
-        if output and output not in self.warned:
-            self.warned.add(output)
-            warnings.warn(
-                f"At step {self.state['step']}, {self.name} returns {output} for every example. "
-                "If that lasts, lower its learning rate, raise warmup_steps or use another seed.",
-                stacklevel=3,
-            )
+
+def _warn_of_collapse(name: str, network: torch.nn.Module, batch: Batch) -> None:
+    if output := collapsed_output(network, batch):
+        warnings.warn(
+            f"{name} returns {output} for every example. If that lasts, lower its learning rate, "
+            "raise warmup_steps or use another seed.",
+            stacklevel=3,
+        )
 
 
 @torch.inference_mode()
