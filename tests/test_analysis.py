@@ -681,7 +681,7 @@ def test_the_figures_show_what_the_tables_hold(finished):
     attack = figures.attack(tables["envelopes"], tables["transients"], "piano")
     assert [line.get_label() for line in attack[0].lines[:4]] == ["reference", "A", "B1", "B2"]
     assert len(figures.data_amount(tables["data_amount"], "piano").get_xticks()) == 3
-    assert len(figures.verdict_table(tables["hypotheses"])) == len(tables["hypotheses"])
+    assert len(figures.hypothesis_table(tables["hypotheses"])) == len(tables["hypotheses"])
 
 
 def test_the_three_questions_can_be_heard(finished):

@@ -205,7 +205,7 @@ def test_the_overview_has_an_axis_a_part_and_one_scale(tracks, tmp_path):
 
 
 def test_a_slope_joins_the_scores_of_a_track_in_the_colour_of_the_better_model(tracks):
-    axes = figures.slopes(tracks, compare(tracks), "piano")
+    axes = figures.track_lines(tracks, compare(tracks), "piano")
     means = tracks.groupby(["model", "track"])["SDR"].mean()
     for line, track in zip(axes[0].lines, sorted(tracks["track"].unique())):
         a, b1 = means["unet"][track], means["demucs_lstm"][track]
@@ -250,7 +250,7 @@ def test_scores_are_written_with_no_digits_of_noise():
 
 def test_figures_survive_a_table_without_intervals(tracks):
     one = tracks[tracks["track"] == "t2"]
-    figures.slopes(one, compare(one), "piano")
+    figures.track_lines(one, compare(one), "piano")
     figures.trade_off(one, summarise(one), "piano")
     figures.scores(one, summarise(one), "piano")
     figures.paired(one, compare(one), "piano")

@@ -1,17 +1,10 @@
-"""The blind test after ITU-R BS.1534-3 (MUSHRA): what is rated, and from the listeners' answers to mean opinions.
+"""The blind test after ITU-R BS.1534-3 (MUSHRA): low anchor, hidden reference, mean opinions.
 
-    answers/*.json (one a listener, from listening.html) -> tables/ratings.csv -> tables/opinion.csv
-
-Taught in notebook 06, reported in 05.
+answers/*.json (one response per listener, from listening.html) -> tables/ratings.csv, opinion.csv
 """
 
-from __future__ import annotations
-
 import hashlib
-import itertools
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -25,245 +18,185 @@ from mss_utils.files import atomic_write, safe_name, write_text
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
-RATED = ("reference", ANCHOR, *MODELS)
-GOOD_EAR = 90  # the hidden reference is rated at least this
-MAX_MISSED = 0.15  # share of excerpts on which a listener may rate it lower
-MIN_LISTENERS = 3  # for an interval
+RATED = ("reference", ANCHOR, *MODELS)  # versions that listeners rate; the reference is hidden
+MIN_REFERENCE_RATING = 90  # of the hidden reference
+MAX_MISSED_SHARE = 0.15  # of excerpts on which a listener may rate the hidden reference lower
+MIN_LISTENERS = 3  # for a confidence interval
+VERSION_LETTERS = "VWXYZ"  # names of the versions in the test; A and B are models
 TABLES = ("ratings", "opinion")
-LETTERS_SHOWN = "VWXYZ"  # what a listener knows the versions of an excerpt by, in the order that was drawn; A and B are models elsewhere
-RATING_COLUMNS = [
-    "listener",
-    "target",
-    "track",
-    "model",
-    "letter",
-    "rating",
-    "heard_s",
-    "comment",
-    "kept",
-    "reason",
-]
-OPINION_COLUMNS = [
-    "target",
-    "model",
-    "mean",
-    "ci_low",
-    "ci_high",
-    "listeners",
-    "excerpts",
-    "ratings",
-]
+RATING_COLUMNS = ["listener", "target", "track", "model", "letter", "rating", "heard_s", "comment"]
+RATING_COLUMNS += ["kept", "reason"]
+OPINION_COLUMNS = ["target", "model", "mean", "ci_low", "ci_high"]
+OPINION_COLUMNS += ["listeners", "excerpts", "ratings"]
 
 
 def low_anchor(mixture: np.ndarray, sample_rate: int) -> np.ndarray:
-    """The spoilt version: the mixture `(channels, samples)` through a steep low-pass at 3.5 kHz.
+    """Make the low anchor: the mixture `(channels, samples)` through a low-pass at 3.5 kHz.
 
-    BS.1534-3 takes the reference through that filter. A separation fails by leaving the others in, so the bottom of the
-    scale has them all; without the treble it is not the mixture that listeners know either.
+    BS.1534-3 filters the reference; the worst separation, however, removes no other instrument.
     """
-    width = 128  # zero crossings to each side: the stop band starts within 100 Hz
-    new_rate = round(2 * ANCHOR_HZ)
+    width, low_rate = 128, round(2 * ANCHOR_HZ)  # with 128 zero crossings the edge is 100 Hz wide
     audio = torch.from_numpy(np.ascontiguousarray(mixture))
-    down = torchaudio.functional.resample(audio, sample_rate, new_rate, lowpass_filter_width=width)
-    return torchaudio.functional.resample(
-        down, new_rate, sample_rate, lowpass_filter_width=width
-    ).numpy()[:, : mixture.shape[1]]
+    for rates in ((sample_rate, low_rate), (low_rate, sample_rate)):
+        audio = torchaudio.functional.resample(audio, *rates, lowpass_filter_width=width)
+    return audio.numpy()[:, : mixture.shape[1]]
 
 
-def models_of(run: Run) -> str | None:
-    """What the rated models' weights are known by, 16 digits; None where a run has none. Answers name it, so old ones are told apart."""
-    files = sorted(run.folder.glob("models/*/*/seed0/model.safetensors"))
-    return (
-        hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
-        if files
-        else None
-    )
+def weights_digest(run: Run) -> str | None:
+    """Return 16 digits that identify the trained weights, None without any; responses name them."""
+    paths = sorted(run.folder.glob("models/*/*/seed0/model.safetensors"))
+    weights = b"".join(path.read_bytes() for path in paths)
+    return hashlib.sha256(weights).hexdigest()[:16] if paths else None
 
 
-class Page(BaseModel):
-    """Ratings of one excerpt: version -> 0 to 100."""
+class RatedExcerpt(BaseModel):
+    """The answers of one listener on one excerpt: ratings by version."""
 
     track: str
     target: str
     order: tuple[str, ...]
-    ratings: dict[str, float]
+    ratings: dict[str, Annotated[float, Field(ge=0, le=100)]]
     heard_s: dict[str, float]
     comment: str = Field("", max_length=10_000)
 
-    @model_validator(mode="after")
-    def _complete(self) -> Page:
-        if not set(self.ratings) == set(RATED) == set(self.order) or len(self.order) != len(RATED):
-            raise ValueError(
-                f"rates {', '.join(self.ratings)} in the order {', '.join(self.order)}; expected each of {', '.join(RATED)} once"
-            )
-        if not all(0 <= rating <= 100 for rating in self.ratings.values()):
-            raise ValueError(f"has a rating outside 0 to 100: {self.ratings}")
-        return self
 
-
-class Answers(BaseModel):
-    """What a listener downloads at the end of the blind test."""
+class Response(BaseModel):
+    """The file that a listener downloads at the end of the blind test."""
 
     format: Literal["mss-answers-1"]
     run: str
     models: str | None
     listener: str = Field(min_length=1, max_length=200)
-    pages: tuple[Page, ...] = Field(min_length=1)
+    pages: tuple[RatedExcerpt, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _once(self) -> Answers:
+    def _check(self) -> Self:
+        for page in self.pages:
+            if not sorted(page.ratings) == sorted(page.order) == sorted(RATED):
+                raise ValueError(f"expected each of {', '.join(RATED)} once")
         if len({(page.target, page.track) for page in self.pages}) < len(self.pages):
-            raise ValueError("rates an excerpt twice")
+            raise ValueError("an excerpt is rated twice")
         return self
 
 
-def read_answers(content: bytes, name: str) -> Answers:
-    """The answers in one downloaded file; ValueError in one sentence where it holds anything else."""
+def read_response(content: bytes, name: str) -> Response:
+    """Parse one response; ValueError for any other file, with `name` in the message."""
     try:
-        return Answers.model_validate_json(content.decode("utf-8-sig"))
-    except ValueError as error:  # pydantic's, and that of a file that is no text
-        first = (
-            error.errors()[0]
-            if isinstance(error, ValidationError)
-            else dict(msg=str(error), loc=())
-        )
-        where = " in " + ".".join(map(str, first["loc"])) if first["loc"] else ""
-        raise ValueError(
-            f"{name} holds no answers of the blind test ({first['msg']}{where}); expected the file that listening.html offers at the end."
-        ) from None
+        return Response.model_validate_json(content.decode("utf-8-sig"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+    except UnicodeDecodeError:
+        reason = "not a text file"
+    raise ValueError(
+        f"{name} has no answers of the blind test ({reason}). "
+        "Use the file that listening.html offers at the end."
+    )
 
 
-def add_answers(run: Run, files: Iterable[tuple[str, bytes]]) -> list[Path]:
-    """Keep downloaded answers, `(file name, content)`, under `answers/` of the run; the same file twice is kept once.
+def import_responses(run: Run, files: list[tuple[str, bytes]]) -> None:
+    """Copy responses, file names and contents, into `answers/` of a run, once all are checked.
 
-    All are checked before any is written. Raises ValueError for a file that holds no answers, or those of another run.
+    ValueError for a file that is not a response or rates another run.
     """
-    checked = []
+    contents = {}
     for name, content in files:
-        answers = read_answers(content, name)
-        if answers.run != run.name:
-            raise ValueError(
-                f"{name} has answers about run {answers.run!r}, this is {run.name!r}: open the run that was rated."
-            )
-        checked.append(
-            (
-                run.folder
-                / "answers"
-                / f"{safe_name(answers.listener)}-{hashlib.sha256(content).hexdigest()[:16]}.json",
-                content,
-            )
-        )
-    for path, content in checked:
+        response = read_response(content, name)
+        if response.run != run.name:
+            raise ValueError(f"{name} rates run {response.run!r}, not {run.name!r}: open that run.")
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        path = run.folder / "answers" / f"{safe_name(response.listener)}-{digest}.json"
+        contents[path] = content
+    for path, content in contents.items():
         with atomic_write(path) as part:
             part.write_bytes(content)
-    return [path for path, _ in checked]
 
 
-def answer_files(place: str) -> list[tuple[str, bytes]]:
-    """Name and content of an answers file, or of every one in a folder; a path starts at the repository root. FileNotFoundError without one."""
-    path = expand_path(place)
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+def response_files(path: str) -> list[tuple[str, bytes]]:
+    """Read name and content of a response file or of all in a folder, for `import_responses`."""
+    location = expand_path(path)
+    files = sorted(location.glob("*.json")) if location.is_dir() else [location]
     if not files or not files[0].is_file():
-        raise FileNotFoundError(
-            f"No answers in {path}; expected a file that the blind test offered at its end, or a folder of them."
-        )
+        raise FileNotFoundError(f"No answers in {location}: name a file or folder of responses.")
     return [(file.name, file.read_bytes()) for file in files]
 
 
-def ratings_of(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Read every file under `answers/`, write `tables/ratings.csv` and `tables/opinion.csv`, and return the two.
+def write_ratings(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read `answers/` of a run; write and return the tables `ratings` and `opinion`.
 
-    Both have no rows where nobody has answered yet; of equal files one is read. Raises ValueError for a file that holds no answers.
+    Both are empty without responses. ValueError for a file that is not a response.
     """
-    files = {
-        file.read_bytes(): file
-        for file in sorted((run.folder / "answers").glob("[!.]*.json"))
-        if file.is_file()
-    }
-    ratings = screened(
-        [read_answers(content, str(file)) for content, file in files.items()],
-        run.name,
-        models_of(run),
-    )
-    opinions = opinion(ratings)
-    for name, table in zip(TABLES, (ratings, opinions)):
+    paths = sorted((run.folder / "answers").glob("[!.]*.json"))
+    names = {path.read_bytes(): str(path) for path in paths if path.is_file()}
+    responses = [read_response(content, name) for content, name in names.items()]
+    ratings = screen_responses(responses, run.name, weights_digest(run))
+    opinions = mean_opinions(ratings)
+    for name, table in zip(TABLES, (ratings, opinions), strict=True):
         write_text(run.table(name), table.to_csv(index=False))
     return ratings, opinions
 
 
-def screened(answers: list[Answers], run_name: str, models: str | None) -> pd.DataFrame:
-    """One row a rating, columns `RATING_COLUMNS`, with whether it counts and if not why.
+def screen_responses(responses: list[Response], run: str, models: str | None) -> pd.DataFrame:
+    """Return one row per rating, columns `RATING_COLUMNS`, with whether it counts and if not why.
 
-    Answers are left out that rate the hidden reference under 90 on more than 15 % of the excerpts (ITU-R BS.1534-3, section 4.1.2), and
-    those about another run or other weights than `models`. Answers under one name are one listener's.
+    Excluded are responses that rate the hidden reference below 90 on more than 15 % of the excerpts
+    (ITU-R BS.1534-3, section 4.1.2), and those on another run or on other weights than `models`.
     """
     rows = []
-    for given in answers:
-        reason = _why_left_out(given, run_name, models)
-        for page in given.pages:
-            key = dict(listener=given.listener, target=page.target, track=page.track)
-            rows += [
-                key
-                | dict(
-                    model=version,
-                    letter=letter,
-                    rating=page.ratings[version],
-                    heard_s=page.heard_s.get(version),
-                    comment=page.comment,
-                    kept=not reason,
-                    reason=reason,
-                )
-                for letter, version in zip(LETTERS_SHOWN, page.order)
-            ]
+    for response in responses:
+        reason = _exclusion_reason(response, run, models)
+        for page in response.pages:
+            for letter, version in zip(VERSION_LETTERS, page.order, strict=True):
+                rating, heard_s = page.ratings[version], page.heard_s.get(version)
+                row = (response.listener, page.target, page.track, version, letter, rating)
+                rows.append((*row, heard_s, page.comment, not reason, reason))
     return pd.DataFrame(rows, columns=RATING_COLUMNS)
 
 
-def _why_left_out(given: Answers, run_name: str, models: str | None) -> str:
-    if given.run != run_name:
-        return f"about run {given.run}"
-    if models and given.models and given.models != models:
-        return "about models that have been trained anew since"
-    missed = sum(page.ratings["reference"] < GOOD_EAR for page in given.pages)
-    if missed > MAX_MISSED * len(given.pages):
-        return f"hidden reference under {GOOD_EAR} on {missed} of {len(given.pages)} excerpts"
+def _exclusion_reason(response: Response, run: str, models: str | None) -> str:
+    if response.run != run:
+        return f"about run {response.run}"
+    if models and response.models and response.models != models:
+        return "about models that have been trained again since"
+    pages = response.pages
+    missed = sum(page.ratings["reference"] < MIN_REFERENCE_RATING for page in pages)
+    if missed > MAX_MISSED_SHARE * len(pages):
+        return f"hidden reference under {MIN_REFERENCE_RATING} on {missed} of {len(pages)} excerpts"
     return ""
 
 
-def opinion(ratings: pd.DataFrame) -> pd.DataFrame:
-    """Mean opinion of every version with its 95 % interval, columns `OPINION_COLUMNS`.
+def mean_opinions(ratings: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean opinion of every version with its 95 % interval, columns `OPINION_COLUMNS`.
 
-    A listener's ratings are averaged first: the excerpts are no independent witnesses. The interval is Student's t over
-    listeners, from three on, and ends where the scale does.
+    The ratings of a listener are averaged first, because they are not independent. The interval is
+    Student's t over listeners, clipped to the scale.
     """
     kept = ratings[ratings["kept"].astype(bool)]
     rows = []
-    for target, model in itertools.product(kept["target"].unique(), RATED):
-        group = kept[(kept["target"] == target) & (kept["model"] == model)]
-        means = group.groupby("listener")["rating"].mean()
-        mean, half = means.mean(), np.nan
-        if len(means) >= MIN_LISTENERS:
-            half = stats.t.ppf(0.975, len(means) - 1) * means.sem()
-        ends = np.clip([mean - half, mean + half], 0, 100)
-        rows.append((target, model, mean, *ends, len(means), group["track"].nunique(), len(group)))
+    for target in kept["target"].unique():
+        for model in RATED:
+            group = kept[(kept["target"] == target) & (kept["model"] == model)]
+            means = group.groupby("listener")["rating"].mean()
+            mean, half_width = means.mean(), np.nan
+            if len(means) >= MIN_LISTENERS:
+                half_width = stats.t.ppf(0.975, len(means) - 1) * means.sem()
+            interval = np.clip([mean - half_width, mean + half_width], 0, 100)
+            counts = len(means), group["track"].nunique(), len(group)
+            rows.append((target, model, mean, *interval, *counts))
     return pd.DataFrame(rows, columns=OPINION_COLUMNS)
 
 
 def opinion_sentence(ratings: pd.DataFrame, opinions: pd.DataFrame, target: str) -> str:
-    """Who listened and what they think of the models, in one sentence."""
-    heard = ratings[ratings["target"] == target]
-    count, kept = (
-        heard["listener"].nunique(),
-        heard.loc[heard["kept"].astype(bool), "listener"].nunique(),
-    )
-    if not count:
+    """Return the number of listeners and the mean opinions of the models as one sentence."""
+    rows = ratings[ratings["target"] == target]
+    if rows.empty:
         return "nobody has taken the blind test yet."
-    heard = f"{count} listener{'s' * (count != 1)}, {count - kept} left out"
-    rows = opinions[(opinions["target"] == target) & opinions["model"].isin(MODELS)].sort_values(
-        "mean", ascending=False
-    )
-    said = [
-        f"{MODEL_LETTERS[row.model]} {row.mean:.0f}"
-        + ("" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]")
-        for row in rows.itertuples()
-    ]
-    return f"{heard}; mean opinion {', '.join(said)} of 100." if said else f"{heard}."
+    count = rows["listener"].nunique()
+    excluded = count - rows.loc[rows["kept"].astype(bool), "listener"].nunique()
+    sentence = f"{count} listener{'s' * (count != 1)}, {excluded} left out"
+    opinions = opinions[(opinions["target"] == target) & opinions["model"].isin(MODELS)]
+    means = []
+    for row in opinions.sort_values("mean", ascending=False).itertuples():
+        interval = "" if np.isnan(row.ci_low) else f" [{row.ci_low:.0f}, {row.ci_high:.0f}]"
+        means.append(f"{MODEL_LETTERS[row.model]} {row.mean:.0f}{interval}")
+    return f"{sentence}; mean opinion {', '.join(means)} of 100." if means else f"{sentence}."

@@ -1,149 +1,118 @@
-"""Menus and upload fields of notebook 06, for a running notebook; in an exported page only their first state remains."""
+"""Menus and upload fields of notebook 06; in an exported page only their output remains."""
 
-from __future__ import annotations
-
-import html
-from collections.abc import Callable
-from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 import ipywidgets
 import numpy as np
 import soundfile
-from IPython.display import HTML, display
+from IPython.display import HTML, DisplayHandle, display
 
 from mss_utils.config import MODELS, Run, expand_path
-from mss_utils.data import Store, Track, loudest_start
+from mss_utils.data import Store, loudest_start
 from mss_utils.figures import LABELS
 from mss_utils.files import atomic_write, safe_name
-from mss_utils.listening.blind_test import add_answers, opinion_sentence, ratings_of
-from mss_utils.listening.excerpts import Excerpt, excerpt_players, scored_excerpt
+from mss_utils.listening.blind_test import import_responses, opinion_sentence, write_ratings
+from mss_utils.listening.excerpts import excerpt_players, scored_excerpt
 from mss_utils.listening.player import players
-from mss_utils.separation import trained_model
-from mss_utils.separation.song_files import bandwidth_note, separate_file
+from mss_utils.separation import separate_file, trained_model
+from mss_utils.separation.song_files import bandwidth_note
 
 
-def chooser(
-    run: Run, store: Store, target: str, excerpt_of: Callable[[Track], Excerpt] | None = None
-) -> None:
-    """A menu of all test tracks; the player below follows it. Separates on demand.
-
-    Displays the menu (empty in an exported page) and, as plain output, the first state, which every copy of the page keeps.
-    `excerpt_of` makes the excerpt of a track; by default `scored_excerpt` of this run.
-    """
-    excerpt_of = lru_cache(maxsize=8)(
-        excerpt_of or (lambda track: scored_excerpt(run, store, target, track))
-    )
-    view = lambda track: excerpt_players(
-        {f"from {excerpt_of(track).start_s:.0f} s": excerpt_of(track)}, store.sample_rate
-    )
-    tracks = store.split("test")
-    menu = ipywidgets.Dropdown(
-        options=[(track.name, track) for track in tracks], description="track"
-    )
+def track_menu(run: Run, store: Store, target: str) -> None:
+    """Display a menu of all test tracks and a player of the chosen one, first the first track."""
+    names = [track.name for track in store.split("test")]
+    menu = ipywidgets.Dropdown(options=names, description="track")
     display(menu)
-    below = display(view(menu.value), display_id=True)
+    output = DisplayHandle()
 
-    def update(_change) -> None:
-        below.update(HTML(f"Separating {html.escape(menu.value.name)} …"))
-        below.update(view(menu.value))
+    def player() -> HTML:
+        excerpt = scored_excerpt(run, store, target, menu.value)
+        return excerpt_players({f"from {excerpt.start_s:.0f} s": excerpt}, store.sample_rate)
 
+    def update(_change: dict) -> None:
+        output.update(HTML(f"Loading {escape(menu.value)} …"))
+        output.update(player())
+
+    output.display(player())
     menu.observe(update, names="value")
 
 
-def answers_field(run: Run) -> None:
-    """An upload field for the files that listeners downloaded; says what listeners think."""
+def answers_upload(run: Run) -> None:
+    """Display an upload field for responses to the blind test; below it stands the mean opinion."""
     upload = ipywidgets.FileUpload(accept=".json", multiple=True, description="answers")
     display(upload)
-    below = display(HTML(""), display_id=True)
+    output = DisplayHandle()
+    output.display(HTML(""))
 
-    def update(change) -> None:
-        below.update(
-            HTML(
-                html.escape(
-                    _taken_in(
-                        run, [(file["name"], bytes(file["content"])) for file in change["new"]]
-                    )
-                )
-            )
-        )
+    def update(change: dict) -> None:
+        try:
+            import_responses(run, _uploaded(change["new"]))
+            ratings, opinions = write_ratings(run)
+        except ValueError as error:
+            output.update(HTML(escape(str(error))))
+            return
+        text = "Imported."
+        for target in ratings["target"].unique():
+            text += f" {target}: {opinion_sentence(ratings, opinions, target)}"
+        output.update(HTML(escape(text)))
 
     upload.observe(update, names="value")
 
 
-def _taken_in(run: Run, files: list[tuple[str, bytes]]) -> str:
-    try:
-        add_answers(run, files)
-    except ValueError as error:
-        return str(error)
-    ratings, opinions = ratings_of(run)
-    said = [
-        f"{target}: {opinion_sentence(ratings, opinions, target)}"
-        for target in ratings["target"].unique()
-    ]
-    return "Taken in. " + " ".join(said)
+def _uploaded(value: dict | tuple) -> list[tuple[str, bytes]]:
+    """Return names and contents of an upload: ipywidgets 7 has a dict, ipywidgets 8 a tuple."""
+    files = value.items() if isinstance(value, dict) else ((file["name"], file) for file in value)
+    return [(name, bytes(file["content"])) for name, file in files]
 
 
-def own_song(run: Run, targets: tuple[str, ...]) -> None:
-    """An upload field, or a path for files too large for it, and a menu of models: any song is separated and played."""
+def song_upload(run: Run, targets: tuple[str, ...]) -> None:
+    """Display an upload field, a path field and a menu of models that separate any song."""
     upload = ipywidgets.FileUpload(multiple=False, description="song")
     path = ipywidgets.Text(placeholder="or a path on this machine", description="path")
-    choices = [
-        (f"{LABELS[model]}, {target}", (target, model)) for target in targets for model in MODELS
-    ]
-    menu = ipywidgets.Dropdown(options=choices, description="model")
+    models = [(f"{LABELS[m]}, {target}", (target, m)) for target in targets for m in MODELS]
+    menu = ipywidgets.Dropdown(options=models, description="model")
     button = ipywidgets.Button(description="Separate", button_style="primary")
+    output = ipywidgets.Output()
     display(ipywidgets.VBox([ipywidgets.HBox([upload, path]), ipywidgets.HBox([menu, button])]))
-    out = ipywidgets.Output()
-    display(out)
+    display(output)
 
-    def work(_button) -> None:
-        out.clear_output()
-        with out:
+    def separate_song(_button: ipywidgets.Button) -> None:
+        output.clear_output()
+        with output:
             try:
-                song = expand_path(path.value) if path.value else _uploaded(run, upload.value)
-                display(separated_song(run, song, *menu.value))
+                song = expand_path(path.value) if path.value else _store_song(run, upload.value)
+                display(song_player(run, song, *menu.value))
             except (ValueError, OSError) as error:
                 print(error)
 
-    button.on_click(work)
+    button.on_click(separate_song)
 
 
-def _uploaded(run: Run, files: tuple) -> Path:
-    """The uploaded file, kept in the run's folder."""
-    if not files:
-        raise FileNotFoundError("No song yet: upload one, or give its path.")
-    song = run.folder / "songs" / safe_name(files[0]["name"])
+def _store_song(run: Run, value: dict | tuple) -> Path:
+    """Write an uploaded song to `songs/` of the run."""
+    if not value:
+        raise FileNotFoundError("No song: upload a file or enter its path.")
+    [(name, content)] = _uploaded(value)
+    song = run.folder / "songs" / safe_name(name)
     with atomic_write(song) as part:
-        part.write_bytes(files[0]["content"])
+        part.write_bytes(content)
     return song
 
 
-def separated_song(run: Run, song: Path, target: str, model: str) -> HTML:
-    """Separate a song into `songs/` of the run's folder; a player of the stretch in which the target is loudest.
-
-    Raises as `separate_file` does.
-    """
+def song_player(run: Run, song: Path, target: str, model: str) -> HTML:
+    """Separate a song into `songs/` of the run; return a player of the target's loudest seconds."""
     network = trained_model(run, target, model)
     paths = separate_file(song, network, run.folder / "songs" / target / model)
-    start, rate = _loudest(paths[0], run.settings.excerpt_s)
+    rate = soundfile.info(paths[0]).samplerate
+    seconds = soundfile.blocks(paths[0], blocksize=rate, always_2d=True)  # a song may be an hour
+    levels = np.sqrt([np.sum(second.astype(float) ** 2) for second in seconds])
+    start_s = loudest_start(levels[None], max(1, round(run.settings.excerpt_s)))
     length = round(run.settings.excerpt_s * rate)
-    found, rest = (
-        soundfile.read(path, length, start, dtype="float32", always_2d=True)[0].T for path in paths
+    estimate, residual = (
+        soundfile.read(path, length, start_s * rate, dtype="float32", always_2d=True)[0].T
+        for path in paths
     )
-    print(*paths, *filter(None, [bandwidth_note(network, rate)]), sep="\n")
-    return players(
-        {f"{song.name}, from {start / rate:.0f} s": {"mixture": found + rest, model: found}}, rate
-    )
-
-
-def _loudest(path: Path, length_s: float) -> tuple[int, int]:
-    """First sample of the `length_s` seconds with most energy, to a second, and the rate; reads a second at a time."""
-    rate = soundfile.info(path).samplerate
-    energy = np.array(
-        [
-            np.sum(block.astype(float) ** 2)
-            for block in soundfile.blocks(path, blocksize=rate, always_2d=True)
-        ]
-    )
-    return loudest_start(np.sqrt(energy)[None], max(1, round(length_s))) * rate, rate
+    print(*paths, bandwidth_note(network, rate), sep="\n")
+    versions = {"mixture": estimate + residual, model: estimate}
+    return players({f"{song.name}, from {start_s} s": versions}, rate)

@@ -1,4 +1,4 @@
-"""Oracle masks: filters that are given the true target, as reference points for the models."""
+"""Oracle masks computed from the true target: reference points for the models, not upper bounds."""
 
 from __future__ import annotations
 
@@ -12,60 +12,60 @@ ORACLES = ("irm", "mwf")
 
 
 def oracle(name: str, mixture: np.ndarray, target: np.ndarray, settings: Settings) -> np.ndarray:
-    """What a filter that knows the true target makes of the mixture, with the STFT of model A; all arrays `(channels, samples)`.
+    """Filter the mixture with a mask made from the true target, using the STFT of model A.
 
-    `irm` is the ideal ratio mask |T| / (|T| + |R|) with R the residual; it keeps the mixture's phase, as A does. `mwf` is the
-    multichannel Wiener filter, for one channel the mask |T|^2 / (|T|^2 + |R|^2). Both are reference points for A, no bounds
-    for B. Source: F.-R. Stoeter et al., "The 2018 Signal Separation Evaluation Campaign", LVA/ICA 2018, section 3.2.
+    Parameters
+    ----------
+    name : str
+        `irm`, the ideal ratio mask |T| / (|T| + |R|) with R the residual, or `mwf`, the
+        multichannel Wiener filter (Stoeter et al., "The 2018 SiSEC", LVA/ICA 2018, section 3.2).
+    mixture, target : ndarray, shape (channels, samples)
+    settings : Settings
+
+    Returns
+    -------
+    ndarray, shape (channels, samples)
     """
     stft = STFT(settings.n_fft, settings.hop)
-    signals = [
-        torch.from_numpy(np.ascontiguousarray(signal))[None]
-        for signal in (mixture, target, mixture - target)
-    ]
-    mixed, wanted, rest = map(stft, signals)  # (1, channels, bins, frames)
-    found = (
-        mixed * (wanted.abs() / (wanted.abs() + rest.abs() + 1e-10))
-        if name == "irm"
-        else wiener(mixed, wanted, rest)
-    )
-    return stft.inverse(found, mixture.shape[-1])[0].numpy()
+    signals = (mixture, target, mixture - target)
+    x, t, r = (stft(torch.from_numpy(np.ascontiguousarray(signal))[None]) for signal in signals)
+    ratio_mask = t.abs() / (t.abs() + r.abs() + 1e-10)  # (1, channels, bins, frames)
+    estimate = x * ratio_mask if name == "irm" else wiener(x, t, r)
+    return stft.inverse(estimate, mixture.shape[-1])[0].numpy()
 
 
 def wiener(
-    mixed: torch.Tensor, wanted: torch.Tensor, rest: torch.Tensor, bins_at_once: int = 64
+    mixture: torch.Tensor, target: torch.Tensor, residual: torch.Tensor, bins_at_once: int = 64
 ) -> torch.Tensor:
-    """The mixture under the Wiener filter of the true target and residual, all complex `(1, channels, bins, frames)`.
+    """Apply the Wiener filter of the true target, all complex `(1, channels, bins, frames)`.
 
-    Target and residual are Gaussian with a power v of their own in every bin and frame and one spatial covariance R a bin; the
-    filter is v_T R_T (v_T R_T + v_R R_R)^-1. Source: N. Duong, E. Vincent, R. Gribonval, "Under-determined reverberant audio
-    source separation using a full-rank spatial covariance model", IEEE TASLP 18(7), 2010.
+    Target and residual are Gaussian with a power v in every bin and frame and a spatial covariance
+    R in every bin; the filter is v_T R_T (v_T R_T + v_R R_R)^-1. Source: N. Duong, E. Vincent,
+    R. Gribonval, "Under-determined reverberant audio source separation using a full-rank spatial
+    covariance model", IEEE TASLP 18(7), 2010.
     """
+    floor = 1e-10 * torch.eye(mixture.shape[1], dtype=mixture.dtype)
+    splits = (spec[0].split(bins_at_once, dim=1) for spec in (mixture, target, residual))
     blocks = []
-    for parts in zip(*(signal[0].split(bins_at_once, dim=1) for signal in (mixed, wanted, rest))):
+    for block in zip(*splits, strict=True):  # blocks of bins, to limit the memory
         x, t, r = (
-            part.permute(1, 2, 0)[..., None] for part in parts
+            part.permute(1, 2, 0)[..., None] for part in block
         )  # (bins, frames, channels, 1)
-        target, residual = _gaussian(t), _gaussian(r)
-        floor = 1e-10 * torch.eye(len(mixed[0]), dtype=mixed.dtype)
-        blocks.append(
-            (target @ torch.linalg.solve(target + residual + floor, x))[..., 0].permute(2, 0, 1)
-        )
+        t, r = _covariance(t), _covariance(r)  # (bins, frames, channels, channels)
+        estimate = t @ torch.linalg.solve(t + r + floor, x)  # (bins, frames, channels, 1)
+        blocks.append(estimate[..., 0].permute(2, 0, 1))  # (channels, bins, frames)
     return torch.cat(blocks, dim=1)[None]
 
 
-def _gaussian(vectors: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
-    """v R of every bin and frame, `(bins, frames, channels, channels)`, fitted to complex `(bins, frames, channels, 1)`."""
-    outer, n_channels = vectors @ vectors.mH, vectors.shape[2]
-    unit = torch.eye(n_channels, dtype=vectors.dtype)
-    spatial = unit.expand(len(vectors), 1, n_channels, n_channels)
+def _covariance(spec: torch.Tensor, n_iterations: int = 2) -> torch.Tensor:
+    """Fit v R, `(bins, frames, channels, channels)`, to complex `(bins, frames, channels, 1)`."""
+    outer, n_channels = spec @ spec.mH, spec.shape[2]
+    identity = torch.eye(n_channels, dtype=spec.dtype)
+    spatial = identity.expand(len(spec), 1, n_channels, n_channels)  # R, one per bin
     for _ in range(n_iterations):
-        power = (
-            torch.linalg.solve(spatial, outer).diagonal(dim1=-2, dim2=-1).sum(-1).real / n_channels
-        )  # (bins, frames)
+        whitened = torch.linalg.solve(spatial, outer)
+        power = whitened.diagonal(dim1=-2, dim2=-1).sum(-1).real / n_channels  # (bins, frames)
         power = power.clamp(min=1e-12)[..., None, None]
-        sounding = (
-            (power > 1e-12).sum(dim=1, keepdim=True).clamp(min=1)
-        )  # frames of digital silence say nothing of the place
-        spatial = (outer / power).sum(dim=1, keepdim=True) / sounding + 1e-5 * unit
+        n_active = (power > 1e-12).sum(dim=1, keepdim=True).clamp(min=1)  # without digital silence
+        spatial = (outer / power).sum(dim=1, keepdim=True) / n_active + 1e-5 * identity
     return power * spatial

@@ -1,15 +1,17 @@
-"""Model A: a 2-D U-Net that estimates a soft mask over the magnitude spectrogram and keeps the mixture's phase.
+"""Model A: a 2-D U-Net that estimates a soft mask and keeps the phase of the mixture.
 
-After Jansson et al., "Singing voice separation with deep U-Net convolutional networks" (ISMIR 2017), with a second path
-whose first convolution is as tall as the spectrum. Taught in notebook 02.
+After Jansson et al., "Singing voice separation with deep U-Net convolutional networks" (ISMIR
+2017), with a full-band branch beside the U-Net. Taught in notebook 02. Shapes: B batch, C audio
+channels, F frequency bins, T frames, W width (convolution channels).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import nn
-
-from mss_utils.models.level import Level
 
 
 class STFT(nn.Module):
@@ -21,23 +23,20 @@ class STFT(nn.Module):
         self.register_buffer("window", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, samples)` -> complex `(batch, channels, bins, frames)`; frames are centred, edges zero-padded."""
-        flat = audio.flatten(0, 1)  # (batch * channels, samples)
-        spec = torch.stft(
-            flat, self.n_fft, self.hop, window=self.window, pad_mode="constant", return_complex=True
-        )
-        return spec.unflatten(0, audio.shape[:2])
+        """Transform `(B, C, samples)` to complex `(B, C, F, T)`; frames are centred."""
+        options: Any = dict(window=self.window, pad_mode="constant", return_complex=True)
+        spec = torch.stft(audio.flatten(0, 1), self.n_fft, self.hop, **options)  # (B * C, F, T)
+        return spec.unflatten(0, audio.shape[:2])  # (B, C, F, T)
 
     def inverse(self, spec: torch.Tensor, samples: int) -> torch.Tensor:
-        """Complex `(batch, channels, bins, frames)` -> `(batch, channels, samples)`."""
-        audio = torch.istft(
-            spec.flatten(0, 1), self.n_fft, self.hop, window=self.window, length=samples
-        )
-        return audio.unflatten(0, spec.shape[:2])
+        """Transform complex `(B, C, F, T)` to `(B, C, samples)`."""
+        options: Any = dict(window=self.window, length=samples)
+        audio = torch.istft(spec.flatten(0, 1), self.n_fft, self.hop, **options)  # (B * C, samples)
+        return audio.unflatten(0, spec.shape[:2])  # (B, C, samples)
 
 
 class Down(nn.Sequential):
-    """Halves bins and frames: strided 4x4 convolution, normalisation, leaky ReLU."""
+    """Encoder level: a strided 4x4 convolution halves bins and frames."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(
@@ -48,7 +47,7 @@ class Down(nn.Sequential):
 
 
 class Up(nn.Sequential):
-    """Doubles bins and frames: transposed 4x4 convolution, normalisation, ReLU."""
+    """Decoder level: a transposed 4x4 convolution doubles bins and frames."""
 
     def __init__(self, channels_in: int, channels_out: int):
         super().__init__(
@@ -58,17 +57,16 @@ class Up(nn.Sequential):
         )
 
 
-class TallPath(nn.Module):
-    """Sees all bins of a frame at once: a convolution as tall as the spectrum, four dilated ones over time, and back.
+class FullBandBranch(nn.Module):
+    """Convolutions over time that see all bins of a frame at once.
 
-    A U-Net's kernels know neither where in the spectrum they are nor the overtones of a note, which lie hundreds of bins
-    apart. Bins are taken as channels, which is what a kernel of full height comes to, and many times as fast. Every bin is
-    normalised on its own. Dilations of 1, 2, 4, 8 frames after van den Oord et al., "WaveNet" (2016), section 2.1.
+    The kernels of the U-Net are small, but the overtones of a note lie hundreds of bins apart. Here
+    the bins are channels. Dilations after van den Oord et al., "WaveNet" (2016), section 2.1.
     """
 
     def __init__(self, rows: int, width: int):
         super().__init__()
-        self.norm = nn.BatchNorm2d(rows)
+        self.norm = nn.BatchNorm2d(rows)  # every bin on its own
         self.down = nn.Sequential(nn.Conv2d(rows, width, 1), nn.BatchNorm2d(width), nn.GELU())
         self.over_time = nn.ModuleList(
             nn.Sequential(
@@ -81,74 +79,63 @@ class TallPath(nn.Module):
         self.up = nn.Conv2d(width, rows, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, bins, frames)` -> the same shape."""
-        y = self.norm(x.flatten(1, 2)[:, :, None])  # (batch, channels * bins, 1, frames)
-        y = self.down(y)  # (batch, width, 1, frames)
+        """Map `(B, C, F, T)` to the same shape."""
+        y = self.norm(x.flatten(1, 2).unsqueeze(2))  # (B, C * F, 1, T)
+        y = self.down(y)  # (B, W, 1, T)
         for layer in self.over_time:
-            y = y + layer(y)
-        return self.up(y).reshape(x.shape)
+            y = y + layer(y)  # (B, W, 1, T)
+        return self.up(y).reshape(x.shape)  # (B, C * F, 1, T) -> (B, C, F, T)
 
 
 class UNet(nn.Module):
-    """Mixture waveform -> STFT -> log magnitude -> U-Net -> mask in [0, 1] -> masked STFT -> target waveform.
+    """Mixture -> STFT -> log magnitude -> U-Net -> mask in [0, 1] -> masked STFT -> target.
 
-    2-D convolutions only. What the tall path finds is one more picture for the U-Net, and is added to what it says of the
-    mask. The highest bin (Nyquist) shares the mask of the bin below it, so that the number of bins is a power of two; frames
-    are padded to a multiple of `2 ** depth`.
+    The output of the full-band branch is an input of the U-Net and is also added to its output.
+    The highest bin (Nyquist) has the mask of the bin below it.
     """
 
-    def __init__(
-        self, channels: int, width: int, depth: int, n_fft: int, hop: int, tall_width: int
-    ):
+    def __init__(self, channels: int, width: int, depth: int, n_fft: int, hop: int, full_band: int):
         super().__init__()
-        self.stft, self.depth, self.level = STFT(n_fft, hop), depth, Level()
-        self.tall = TallPath(channels * n_fft // 2, tall_width)
+        self.stft, self.depth = STFT(n_fft, hop), depth
+        self.full_band = FullBandBranch(channels * n_fft // 2, full_band)
         widths = [2 * channels + 1, *(width * 2**level for level in range(depth))]
         self.input_norm = nn.BatchNorm2d(channels)
-        self.encoder = nn.ModuleList(Down(a, b) for a, b in zip(widths, widths[1:]))
-        # Full resolution is where the time goes: the last layer up makes the mask itself, without further channels.
+        self.encoder = nn.ModuleList(Down(a, b) for a, b in pairwise(widths))
         outs = widths[-2:0:-1]
-        self.decoder = nn.ModuleList(
-            Up(a, b) for a, b in zip([widths[-1], *(2 * c for c in outs)], outs)
-        )
+        ins = [widths[-1], *(2 * out for out in outs)]  # twice as many after a concatenation
+        self.decoder = nn.ModuleList(Up(a, b) for a, b in zip(ins[:-1], outs, strict=True))
         self.head = nn.ConvTranspose2d(2 * width, channels, 4, stride=2, padding=1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
-        """`(batch, channels, samples)` -> target estimate of the same shape, for any number of samples."""
-        spec = self.stft(mixture)  # (batch, channels, bins, frames)
-        return self.stft.inverse(spec * self.mask(spec.abs()), mixture.shape[-1])
+        """Estimate the target, `(B, C, samples)`, in a mixture of any length and that shape."""
+        spec = self.stft(mixture)  # complex (B, C, F, T)
+        estimate = spec * self.mask(spec.abs())  # the mask is real: the mixture's phase stays
+        return self.stft.inverse(estimate, mixture.shape[-1])
 
     def mask(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """Soft mask in [0, 1] for a magnitude spectrogram `(batch, channels, bins, frames)`."""
+        """Estimate a soft mask in [0, 1] for a magnitude spectrogram `(B, C, F, T)`."""
         frames = magnitude.shape[-1]
-        padding = -frames % 2**self.depth
-        x = nn.functional.pad(magnitude[:, :, :-1], (0, padding))  # without the Nyquist bin
-        mask = torch.sigmoid(self._logits(torch.log1p(10 * x / self.level(magnitude))))[
-            ..., :frames
-        ]
-        return torch.cat(
-            [mask, mask[:, :, -1:]], dim=2
-        ).float()  # bfloat16 would be too coarse for what follows
+        level = magnitude.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-5  # (B, 1, 1, 1)
+        x = magnitude[:, :, :-1]  # (B, C, F - 1, T), without the Nyquist bin
+        x = nn.functional.pad(x, (0, -frames % 2**self.depth))  # T: a multiple of 2 ** depth
+        x = torch.log1p(10 * x / level)
+        mask = torch.sigmoid(self.logits(x))[..., :frames]  # (B, C, F - 1, T)
+        mask = torch.cat([mask, mask[:, :, -1:]], dim=2)  # (B, C, F, T)
+        return mask.float()  # bfloat16 would be too coarse for the product with the spectrogram
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        """What the sigmoid makes a mask of, from log magnitudes `(batch, channels, bins, frames)`; frames divide by 2 ** depth."""
-        tall = self.tall(x)
-        pictures = torch.cat([self.input_norm(x), tall, _frequency(x)], dim=1)
-        return self._unet(pictures.contiguous(memory_format=torch.channels_last)) + tall
-
-    def _unet(self, x: torch.Tensor) -> torch.Tensor:
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mask before the sigmoid for log magnitudes `(B, C, F - 1, T)`."""
+        full_band = self.full_band(x)  # (B, C, F - 1, T)
+        ramp = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
+        frequency = ramp[:, None].expand(x.shape[0], 1, -1, x.shape[3])  # (B, 1, F - 1, T)
+        inputs = torch.cat([self.input_norm(x), full_band, frequency], dim=1)
+        x = inputs.contiguous(memory_format=torch.channels_last)  # (B, 2 * C + 1, F - 1, T)
         skips = []
         for layer in self.encoder:
-            x = layer(x)
-            skips.append(x)  # (batch, channels of the level, bins / 2, frames / 2) and so on
+            x = layer(x)  # (B, W, F / 2, T / 2), then (B, 2 * W, F / 4, T / 4) and so on
+            skips.append(x)
         x = skips.pop()
         for layer in self.decoder:
-            x = torch.cat([layer(x), skips.pop()], dim=1)
-        return self.head(x)
-
-
-def _frequency(x: torch.Tensor) -> torch.Tensor:
-    """A picture `(batch, 1, bins, frames)` that rises from -1 to 1 over the bins: a kernel cannot tell low from high without it."""
-    ramp = torch.linspace(-1, 1, x.shape[2], device=x.device, dtype=x.dtype)
-    return ramp[None, None, :, None].expand(x.shape[0], 1, -1, x.shape[3])
+            x = torch.cat([layer(x), skips.pop()], dim=1)  # up one level, with its skip connection
+        return self.head(x) + full_band  # (B, C, F - 1, T)

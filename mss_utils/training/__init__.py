@@ -1,4 +1,4 @@
-"""Training: the loop (loop.py), checkpoints (checkpoints.py)."""
+"""Training: the loop, checkpoints, the monitor and the launcher of several processes."""
 
 from mss_utils.training.loop import load_history, reconstruction_check, train, train_in_this_process
 

@@ -1,79 +1,50 @@
-"""What a training leaves on the disk and goes on from: the best weights, and a checkpoint; all safetensors, nothing is unpickled.
-
-fit --keep_best, save_checkpoint--> model.safetensors, history.csv, last.ckpt --resume--> fit
-"""
+"""Saving and resuming a training: the best weights, the history and the checkpoint last.ckpt."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
+import zipfile
+from copy import deepcopy
 from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from mss_utils.config import Settings, upgrade_settings
 from mss_utils.files import atomic_write, write_text
 
-# Settings that leave the trained weights alone; a run may be told other values of these without a new training.
-NO_EFFECT_ON_WEIGHTS = (
-    "profile",
-    "data",
-    "target",
-    "seeds",
-    "device",
-    "devices",
-    "excerpt_s",
-    "loader_workers",
-    "scorer",
-    "cross_check_tracks",
-    "ablations",
-    "data_study",
-)
-NEW = dict(
-    step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw", losses=[], history=[]
-)  # state of a training
+# Settings that do not change the trained weights: other values need no new training.
+NO_EFFECT_ON_WEIGHTS = {
+    *("profile", "data", "target", "seeds", "device", "devices", "excerpt_s", "loader_workers"),
+    *("scorer", "cross_check_tracks", "ablations", "data_study"),
+}
 
 
 def is_trained(folder: Path, identity: dict) -> bool:
-    """Whether `folder` holds a finished model of the same kind, settings and data, with weights that can be read."""
-    path = folder / "model.json"
-    if not (path.is_file() and _has_weights(folder)):
-        return False
+    """Return whether `folder` holds the finished model of the training with this identity."""
     try:
-        return _fingerprint(json.loads(path.read_text(encoding="utf-8"))) == _fingerprint(identity)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # no description of a model: last.ckpt knows how far it was trained
-        return False
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        with safe_open(folder / "model.safetensors", "pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        is_same = _fingerprint(description) == _fingerprint(identity)
+        return is_same and (folder / "model.safetensors").is_file()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False  # there is no model.json, or it does not describe a model
 
 
 def _fingerprint(identity: dict) -> dict:
-    complete = Settings().model_dump(mode="json") | upgrade_settings(
-        identity["settings"]
-    )  # a training older than a setting had its default
-    settings = {key: value for key, value in complete.items() if key not in NO_EFFECT_ON_WEIGHTS}
-    return {key: identity[key] for key in ("model", "target", "seed", "data")} | {
-        "settings": settings
-    }
+    """Return the part of an identity that the weights depend on."""
+    defaults = Settings.model_validate({}).model_dump(mode="json")  # for settings added later
+    settings = defaults | upgrade_settings(identity["settings"])
+    settings = {key: value for key, value in settings.items() if key not in NO_EFFECT_ON_WEIGHTS}
+    names = ("model", "target", "seed", "data")
+    return {name: identity[name] for name in names} | {"settings": settings}
 
 
 def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -> None:
-    """Write the better weights of the newest validation, if they are the best so far."""
+    """Write the better weights of the newest validation if they are the best so far."""
     newest = state["history"][-1]
     if newest["valid_sdr_db"] > state["best"] or not state["best_step"]:
         better = "ema" if newest["ema_sdr_db"] >= newest["raw_sdr_db"] else "raw"
@@ -81,109 +52,63 @@ def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -
         write_tensors(folder / "model.safetensors", networks[better].state_dict())
 
 
-def save_checkpoint(
-    folder: Path, networks: dict, optimizer: torch.optim.Optimizer, state: dict, identity: dict
-) -> None:
-    """Write the history and, as safetensors, all that is needed to go on; each file is written aside and renamed."""
-    tensors = {
-        f"{weights}/{key}": tensor
-        for weights, network in networks.items()
-        for key, tensor in network.state_dict().items()
-    }
-    moments = optimizer.state_dict()["state"]
-    tensors |= {
-        f"adam/{index}/{key}": tensor
-        for index, values in moments.items()
-        for key, tensor in values.items()
-    }
-    about = dict(state=json.dumps(state), identity=json.dumps(_fingerprint(identity)))
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    with atomic_write(path) as part:
+        part.write_bytes(data)  # safetensors itself raises no OSError on a full disk
+
+
+def save_checkpoint(folder: Path, parts: dict, state: dict, identity: dict) -> None:
+    """Write history.csv and last.ckpt; `parts` are the networks and the optimizer by name."""
     if state["history"]:
         write_text(folder / "history.csv", pd.DataFrame(state["history"]).to_csv(index=False))
-    write_tensors(folder / "last.ckpt", tensors, about)
+    tensors = {name: part.state_dict() for name, part in parts.items()}
+    buffer = io.BytesIO()
+    torch.save(dict(identity=_fingerprint(identity), state=state, parts=tensors), buffer)
+    with atomic_write(folder / "last.ckpt") as path:
+        path.write_bytes(buffer.getbuffer())  # torch itself raises no OSError on a full disk
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str] | None = None
-) -> None:
-    """A safetensors file; written from bytes, since a full disk is not an OSError to safetensors itself."""
-    with atomic_write(path) as part:
-        part.write_bytes(
-            save({name: tensor.contiguous() for name, tensor in tensors.items()}, about)
-        )
+def resume(folder: Path, parts: dict, identity: dict) -> dict:
+    """Load last.ckpt into `parts` and return the state of the training.
 
-
-def resume(folder: Path, networks: dict, optimizer: torch.optim.Optimizer, identity: dict) -> dict:
-    """Put the last checkpoint of the same training into networks and optimizer and return its state.
-
-    Without one that can be used, return a new state; what an older training left, which may be of other data, is no longer valid then.
+    A checkpoint that cannot be used causes a warning. Then, and without a checkpoint, `parts` stay
+    as they are and the state is that of step 0.
     """
-    about, tensors = _read_checkpoint(folder / "last.ckpt")
-    if about.get("identity") == json.dumps(_fingerprint(identity)):
+    path = folder / "last.ckpt"
+    if path.exists():
         try:
-            return _restored(folder, networks, optimizer, about, tensors)
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-        ) as error:  # torch says RuntimeError where tensors do not fit
-            reason = " ".join(str(error).split())[:200]
-            warnings.warn(
-                f"{folder / 'last.ckpt'} cannot be gone on from ({reason}): the training begins anew.",
-                stacklevel=2,
-            )
-    for name in ("model.json", "history.csv"):
+            return _load_checkpoint(path, parts, identity)
+        except ValueError as error:
+            message = f"Cannot resume from {path}: {error}. Training restarts from step 0."
+            warnings.warn(message, stacklevel=2)
+    for name in ("model.json", "history.csv"):  # they belong to another training
         (folder / name).unlink(missing_ok=True)
-    return dict(NEW, losses=[], history=[])
+    state = dict(step=0, train_s=0.0, best=-math.inf, best_step=0, best_weights="raw")
+    return state | dict(losses=[], history=[])
 
 
-def _restored(
-    folder: Path, networks: dict, optimizer: torch.optim.Optimizer, about: dict, tensors: dict
-) -> dict:
-    """The state of a checkpoint, once networks and optimizer have its tensors; raises what a damaged one makes torch and json raise."""
-    state = json.loads(about["state"])
-    if {name: type(value) for name, value in dict(state).items()} != {
-        name: type(value) for name, value in NEW.items()
-    }:
-        raise ValueError("its state is not that of a training")
-    if state["best_step"] and not _has_weights(folder):
-        raise ValueError("model.safetensors beside it is not there, or damaged")
-    under = lambda prefix: {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
-    weights = {name: under(f"{name}/") for name in networks}
-    for name, network in networks.items():
-        if {key: value.shape for key, value in weights[name].items()} != {
-            key: value.shape for key, value in network.state_dict().items()
-        }:
-            raise ValueError("its tensors are not those of the model")
-    groups = optimizer.state_dict()["param_groups"]
-    moments = {index: under(f"adam/{index}/") for group in groups for index in group["params"]}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(
-        values and values["exp_avg"].shape != parameter.shape
-        for values, parameter in zip(moments.values(), parameters)
-    ):
-        raise ValueError("the moments of Adam are not those of the model")
-    optimizer.load_state_dict(
-        dict(
-            state={index: values for index, values in moments.items() if values},
-            param_groups=groups,
-        )
-    )
-    for name, network in networks.items():
-        network.load_state_dict(weights[name])
-    return state
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """What a checkpoint says of itself, and its tensors; nothing for a missing file, or one that is no safetensors file."""
-    if not path.is_file():
-        return {}, {}
+def _load_checkpoint(path: Path, parts: dict, identity: dict) -> dict:
+    """Load a checkpoint; raise ValueError with the reason and leave `parts` as they were."""
+    data = path.read_bytes()
     try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        return about, load_file(path)
-    except SafetensorError as error:
-        warnings.warn(f"{path} is no checkpoint ({error}): the training begins anew.", stacklevel=2)
-        return {}, {}
+        if zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch.load compares no checksums
+            raise ValueError
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state, is_same = checkpoint["state"], checkpoint["identity"] == _fingerprint(identity)
+    except Exception:  # zipfile, pickle and torch raise errors of many types
+        raise ValueError("the file is damaged or is not a checkpoint") from None
+    if not is_same:
+        raise ValueError("it belongs to a training with other settings or data")
+    if state["best_step"] and not (path.parent / "model.safetensors").is_file():
+        raise ValueError("model.safetensors is missing")
+    before = deepcopy([part.state_dict() for part in parts.values()])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint["parts"][name])
+    except (KeyError, RuntimeError, ValueError):
+        for part, tensors in zip(parts.values(), before, strict=True):
+            part.load_state_dict(tensors)
+        raise ValueError("its tensors do not fit the model") from None
+    return state

@@ -1,22 +1,22 @@
-// The blind test after ITU-R BS.1534 (MUSHRA): per excerpt the open reference, and unnamed in random order the hidden reference,
-// a low anchor and the models, each rated from 0 to 100. Uses the sounds of the players in the same page, and player.js.
+// The blind test after ITU-R BS.1534 (MUSHRA): per excerpt the open reference, and in random order without names the hidden
+// reference, a low anchor and the models, each rated from 0 to 100. Uses the sounds of the players in the page, and player.js.
 "use strict";
 
-const HEARD_S = 2; // what was played for less, or in a shorter loop, has not been heard
+const MIN_PLAYED_S = 2; // per version; shorter loops do not count
 const CLOCK_MS = 100;
 const GRADES = ["bad", "poor", "fair", "good", "excellent"];
 
-function shuffled(items) {
-  const left = [...items];
-  const drawn = [];
-  while (left.length) drawn.push(left.splice(crypto.getRandomValues(new Uint32Array(1))[0] % left.length, 1)[0]);
-  return drawn;
+function shuffle(items) {
+  const rest = [...items];
+  const result = [];
+  while (rest.length) result.push(rest.splice(crypto.getRandomValues(new Uint32Array(1))[0] % rest.length, 1)[0]);
+  return result;
 }
 
 class BlindTest {
-  // `test` is {run, models, names, letters, pages: [{figure, track, target, versions}]}: versions name sounds of the figure with that id.
+  // `test` is {run, models, names, letters, pages: [{figure, track, target, versions}]}; `figure` is an element's id.
   constructor(section, test) {
-    Object.assign(this, { section, test, pages: shuffled(test.pages), answers: [], number: 0 });
+    Object.assign(this, { section, test, pages: shuffle(test.pages), answers: [], number: 0 });
     this.stage = section.querySelector(".stage");
     this.name = section.querySelector("input[type=text]");
     section.querySelector(".start").addEventListener("click", () => this.begin());
@@ -32,12 +32,12 @@ class BlindTest {
 
   show() {
     this.page = this.pages[this.number];
-    this.order = shuffled(this.page.versions);
-    this.heard = Object.fromEntries(["open", ...this.order].map((version) => [version, 0]));
+    this.order = shuffle(this.page.versions);
+    this.playedS = Object.fromEntries(["open", ...this.order].map((version) => [version, 0]));
     this.rated = {};
     const title = element("h2", { textContent: `Excerpt ${this.number + 1} of ${this.pages.length}: ${this.page.target}`, tabIndex: -1 });
-    this.comment = labelled(element("textarea", { rows: 2 }), { placeholder: "Comment, if you like", "aria-label": "comment on this excerpt" });
-    this.missing = labelled(element("p", { className: "small" }), { role: "status" });
+    this.comment = setAttributes(element("textarea", { rows: 2 }), { placeholder: "Comment (optional)", "aria-label": "comment on this excerpt" });
+    this.missing = setAttributes(element("p", { className: "small" }), { role: "status" });
     const last = this.number + 1 === this.pages.length;
     this.next = element("button", { type: "button", className: "main next", textContent: last ? "Finish" : "Next", onclick: () => this.onNext() });
     const scale = element("div", { className: "scale" }, ...GRADES.map((grade) => element("span", { textContent: grade })));
@@ -60,8 +60,8 @@ class BlindTest {
     };
     const rows = this.order.map((version, index) => row(version, this.letter(index), soundOf(version)));
     const list = element("ol", { className: "versions" }, row("open", "Reference", soundOf("reference")), ...rows);
-    const figure = labelled(element("figure", { className: "player" }, list), { "data-rate": original.dataset.rate, "data-blind": "" });
-    for (const sound of figure.querySelectorAll("audio")) sound.removeAttribute("aria-label"); // it would tell the name
+    const figure = setAttributes(element("figure", { className: "player" }, list), { "data-rate": original.querySelector("figure").dataset.rate, "data-blind": "" });
+    for (const sound of figure.querySelectorAll("audio")) sound.removeAttribute("aria-label"); // the label has the name
     this.player = new Player(figure);
     this.player.ready();
     return figure;
@@ -72,7 +72,7 @@ class BlindTest {
   slider(version, index) {
     const value = element("output", { textContent: "–" });
     const input = element("input", { type: "range", min: 0, max: 100, value: 50 });
-    labelled(input, { "aria-label": `rating of ${this.letter(index)}`, "aria-valuetext": "not rated" });
+    setAttributes(input, { "aria-label": `rating of ${this.letter(index)}`, "aria-valuetext": "not rated" });
     const rate = () => {
       this.rated[version] = Number(input.value);
       value.textContent = input.value;
@@ -80,33 +80,33 @@ class BlindTest {
       this.showMissing();
     };
     input.addEventListener("input", rate);
-    input.addEventListener("click", rate); // the value it stands at is a rating too
+    input.addEventListener("click", rate); // the initial value is a rating, too
     input.addEventListener("keydown", (event) => event.key === "Enter" && rate());
-    input.addEventListener("focus", () => this.player.hear(version));
+    input.addEventListener("focus", () => this.player.select(version));
     return element("div", { className: "rating" }, element("span", { textContent: this.letter(index) }), input, value);
   }
 
-  // By the clock of the sound, which stands still when nothing is heard.
+  // Add up playing time by the audio clock, which stops without sound.
   tick() {
     const { transport } = this.player;
     if (!transport || transport.paused) {
-      this.heardUntil = null;
+      this.playedUntil = null;
       return;
     }
     const now = contextOf(transport.rate).currentTime;
     const [from, to] = transport.loop;
-    if (this.heardUntil && to - from >= Math.min(HEARD_S, transport.duration)) this.heard[transport.heard] += now - this.heardUntil;
-    this.heardUntil = now;
+    if (this.playedUntil && to - from >= Math.min(MIN_PLAYED_S, transport.duration)) this.playedS[transport.selected] += now - this.playedUntil;
+    this.playedUntil = now;
     this.showMissing();
   }
 
-  wasHeard(version) { return this.heard[version] >= Math.min(HEARD_S, this.player.transport?.duration ?? HEARD_S); }
+  wasPlayed(version) { return this.playedS[version] >= Math.min(MIN_PLAYED_S, this.player.transport?.duration ?? MIN_PLAYED_S); }
 
   showMissing() {
     const named = (version) => (version === "open" ? "the reference" : this.letter(this.order.indexOf(version)));
-    const unheard = Object.keys(this.heard).filter((version) => !this.wasHeard(version)).map(named);
+    const unplayed = Object.keys(this.playedS).filter((version) => !this.wasPlayed(version)).map(named);
     const unrated = this.order.filter((version) => !(version in this.rated)).map(named);
-    const parts = [unheard.length ? `Still to hear (${HEARD_S} s each, in no shorter loop): ${unheard.join(", ")}.` : "", unrated.length ? `Still to rate: ${unrated.join(", ")}.` : ""];
+    const parts = [unplayed.length ? `Still to play (${MIN_PLAYED_S} s each, no shorter loop): ${unplayed.join(", ")}.` : "", unrated.length ? `Still to rate: ${unrated.join(", ")}.` : ""];
     const text = parts.filter(Boolean).join(" ");
     if (this.missing.textContent !== text) this.missing.textContent = text;
     this.next.disabled = Boolean(text);
@@ -115,7 +115,7 @@ class BlindTest {
   onNext() {
     this.player.close();
     const { track, target } = this.page;
-    const heard_s = Object.fromEntries(Object.entries(this.heard).map(([version, seconds]) => [version, Math.round(seconds * 10) / 10]));
+    const heard_s = Object.fromEntries(Object.entries(this.playedS).map(([version, seconds]) => [version, Math.round(seconds * 10) / 10]));
     this.answers.push({ track, target, order: this.order, ratings: this.rated, heard_s, comment: this.comment.value });
     this.number += 1;
     if (this.number < this.pages.length) this.show();
@@ -131,20 +131,20 @@ class BlindTest {
     const download = `answers-${run}-${listener}.json`.replace(/[^\p{L}\p{N}._-]+/gu, "_");
     const link = element("a", { className: "button download", href: file, download, textContent: "Download your answers", onclick: () => { this.done = true; } });
     const title = element("h2", { textContent: "Thank you", tabIndex: -1 });
-    this.stage.replaceChildren(title, element("p", {}, link), this.revealed());
+    this.stage.replaceChildren(title, element("p", {}, link), this.letterTable());
     title.focus();
   }
 
-  // What was behind the letters, now that nothing can be changed.
-  revealed() {
-    const head = element("tr", {}, ...["excerpt", "letter", "what it was", "your rating"].map((text) => element("th", { textContent: text })));
+  // After the last rating: which version each letter was.
+  letterTable() {
+    const head = element("tr", {}, ...["excerpt", "letter", "version", "your rating"].map((text) => element("th", { textContent: text })));
     const rows = this.answers.flatMap(({ track, order, ratings }) => order.map((version, index) =>
       element("tr", {}, ...[track, this.letter(index), this.test.names[version], ratings[version]].map((text) => element("td", { textContent: text })))));
     return element("div", { className: "wide" }, element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   }
 }
 
-// Two views of one page, so that nobody hears the named versions while rating.
+// Two views of one page: named versions are hidden during the test.
 function startBlindTest() {
   const views = { listen: document.getElementById("listen"), blind: document.getElementById("blind") };
   const buttons = [...document.querySelectorAll("nav button")];
@@ -157,3 +157,5 @@ function startBlindTest() {
   show("listen");
   new BlindTest(views.blind, JSON.parse(document.getElementById("test").textContent));
 }
+
+startBlindTest();

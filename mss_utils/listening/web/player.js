@@ -1,14 +1,14 @@
-// The switching player: several versions of one excerpt under one transport. Needs wavesurfer.js and two of its plugins.
+// The switching player: several versions of an excerpt under one transport. Needs wavesurfer.js and two plugins.
 //
-// A <figure class="player" data-rate="16000"> holds one <li data-version> a version with its <audio>, a plain player each: that
-// is what remains where scripts do not run. Here they become one. All versions are decoded and run together from one start on
-// one clock; exactly one is let through. So a switch is a matter of two gains, and the position stays by construction.
+// A <figure class="player" data-rate="16000"> has one <li data-version> per version, each with an <audio>; without scripts
+// these are plain players. All versions are decoded and started at the same sample of one clock, and only one has a gain
+// above zero. So a switch changes two gains and cannot change the position.
 "use strict";
 
-const FADE_S = 0.008; // from one version to the next: too short to be heard, long enough not to click
-const START_S = 0.01; // a moment ahead, so that all start on the same sample
+const FADE_S = 0.008; // cross-fade between versions: inaudible, but long enough to avoid clicks
+const START_S = 0.01; // start in the near future, so that all versions start at the same sample
 const STEP_S = 1; // arrow keys
-const SHORTEST_LOOP_S = 0.1;
+const MIN_LOOP_S = 0.1;
 const REGION_COLOUR = "rgba(31, 90, 153, 0.18)";
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
@@ -18,24 +18,24 @@ const element = (tag, properties = {}, ...children) => {
   return made;
 };
 
-const labelled = (node, attributes) => {
+const setAttributes = (node, attributes) => {
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
   return node;
 };
 
-// The samples of an <audio> whose source is a data: URI, at `rate`; no request leaves the page.
+// Decode an <audio> with a data: URI at `rate`, without a request.
 async function decode(audio, rate) {
   const bytes = Uint8Array.from(atob(audio.src.split(",")[1]), (letter) => letter.charCodeAt(0));
   return new OfflineAudioContext(1, 1, rate).decodeAudioData(bytes.buffer);
 }
 
-const contexts = new Map(); // one a rate, opened at the first sound: browsers want a key or a click before it
+const contexts = new Map(); // one per rate, created at the first sound: browsers require a key press or click before
 function contextOf(rate) {
   if (!contexts.has(rate)) contexts.set(rate, new AudioContext({ sampleRate: rate }));
   return contexts.get(rate);
 }
 
-// Mixture minus version, sample by sample.
+// Mixture minus version.
 function difference(mixture, version) {
   const { numberOfChannels, sampleRate } = mixture;
   const made = new AudioBuffer({ numberOfChannels, sampleRate, length: Math.min(mixture.length, version.length) });
@@ -46,16 +46,16 @@ function difference(mixture, version) {
   return made;
 }
 
-// What wavesurfer takes for its <audio>: all sounds run together and loop together, one of them is heard.
+// Media element for wavesurfer: all sounds play and loop in step, and one is audible.
 class Transport extends EventTarget {
   constructor(buffers, rate) {
     super();
     this.buffers = buffers; // {name: AudioBuffer}
     this.rate = rate;
-    this.heard = Object.keys(buffers)[0];
+    this.selected = Object.keys(buffers)[0];
     this.duration = Math.min(...Object.values(buffers).map((buffer) => buffer.duration));
     this.paused = true;
-    this.position = 0; // in seconds, at `startedAt` on the context's clock
+    this.position = 0; // seconds, at time `startedAt` of the context's clock
     this.startedAt = 0;
     this.region = null; // [from, to] in seconds
     this.sources = [];
@@ -105,7 +105,7 @@ class Transport extends EventTarget {
       source.start(this.startedAt, this.position);
       return { name, source, gain: gain.gain };
     });
-    this.fade(this.heard, this.startedAt);
+    this.fade(this.selected, this.startedAt);
     const wasPaused = this.paused;
     this.paused = false;
     if (wasPaused) this.emit("play");
@@ -117,7 +117,7 @@ class Transport extends EventTarget {
     return output;
   }
 
-  // From now on `name` is let through and nothing else; a step would click.
+  // Fade in `name` and fade out all others.
   fade(name, at = contextOf(this.rate).currentTime) {
     for (const source of this.sources) {
       source.gain.cancelScheduledValues(at);
@@ -143,7 +143,7 @@ class Transport extends EventTarget {
   }
 
   select(name) {
-    this.heard = name;
+    this.selected = name;
     if (!this.paused) this.fade(name);
   }
 
@@ -153,7 +153,7 @@ class Transport extends EventTarget {
     const [from, to] = this.loop;
     if (at < from || at >= to) {
       this.restart(from);
-    } else if (!this.paused) { // goes on where it is, and turns back at the new end
+    } else if (!this.paused) { // continue at the same position, with new loop ends
       [this.position, this.startedAt] = [at, Math.max(this.startedAt, contextOf(this.rate).currentTime)];
       for (const { source } of this.sources) [source.loopStart, source.loopEnd] = [from, to];
     }
@@ -167,10 +167,10 @@ class Transport extends EventTarget {
   canPlayType() { return "probably"; }
 }
 
-// One figure: buttons for the versions, play, residual, loop; waveform and spectrogram of what is heard.
+// One figure: version list, play, residual and loop controls; waveform and spectrogram of the selected sound.
 class Player {
   static all = [];
-  static active = null; // the one that keys act on
+  static active = null; // receives the keys
 
   constructor(figure) {
     this.figure = figure;
@@ -179,7 +179,7 @@ class Player {
     this.versions = this.items.map((item) => item.dataset.version);
     this.version = this.versions[0];
     this.residual = false;
-    this.channel = new BroadcastChannel("mss-players"); // one sounds at a time, also among several frames of a notebook
+    this.channel = new BroadcastChannel("mss-players"); // only one player plays at a time, also across the iframes of a notebook
     this.channel.onmessage = () => this.transport?.pause();
     this.build();
     Player.all.push(this);
@@ -189,18 +189,18 @@ class Player {
   build() {
     this.playButton = element("button", { type: "button", className: "play", textContent: "▶ Play", onclick: () => this.toggle() });
     this.time = element("span", { className: "time" });
-    this.residualBox = element("input", { type: "checkbox", onchange: (event) => this.hear(this.version, event.target.checked) });
+    this.residualBox = element("input", { type: "checkbox", onchange: (event) => this.select(this.version, event.target.checked) });
     const residual = element("label", {}, this.residualBox, " residual");
     residual.hidden = !this.versions.includes("mixture") || this.blind;
     this.loopButton = element("button", { type: "button", textContent: "loop all", disabled: true, onclick: () => this.loop(null) });
-    this.status = labelled(element("span", { className: "unseen" }), { role: "status" });
+    this.status = setAttributes(element("span", { className: "visually-hidden" }), { role: "status" });
     const bar = element("div", { className: "bar" }, this.playButton, this.time, this.loopButton, residual, this.status);
     this.list = this.figure.querySelector(".versions");
-    labelled(this.list, { role: "radiogroup", "aria-label": "version that is heard" });
+    setAttributes(this.list, { role: "radiogroup", "aria-label": "version" });
     this.items.forEach((item, index) => this.buildVersion(item, index));
     this.wave = element("div", { className: "wave" });
     this.picture = element("div", { className: "spectrogram" });
-    labelled(this.picture, { role: "img" });
+    setAttributes(this.picture, { role: "img" });
     this.picture.hidden = this.blind;
     this.list.after(bar, this.wave, this.picture);
     this.figure.addEventListener("pointerdown", () => { Player.active = this; });
@@ -210,12 +210,12 @@ class Player {
 
   buildVersion(item, index) {
     item.querySelector("audio").hidden = true;
-    labelled(item, { role: "radio", tabindex: "-1" });
-    if (index < 10) item.prepend(labelled(element("kbd", { textContent: (index + 1) % 10 }), { "aria-hidden": "true" }));
-    item.addEventListener("click", () => this.hear(item.dataset.version));
+    setAttributes(item, { role: "radio", tabindex: "-1" });
+    if (index < 10) item.prepend(setAttributes(element("kbd", { textContent: (index + 1) % 10 }), { "aria-hidden": "true" }));
+    item.addEventListener("click", () => this.select(item.dataset.version));
   }
 
-  // Decoding and drawing wait until the player is near the screen or used.
+  // Decode and draw when the player is near the screen or used.
   ready() { return (this.preparing ??= this.prepare()); }
 
   async prepare() {
@@ -233,7 +233,7 @@ class Player {
     this.figure.dataset.ready = "yes";
   }
 
-  // Far from the screen a silent player gives back what it holds; it begins anew when it comes near.
+  // Far from the screen a paused player frees its memory; it is prepared again when it comes near.
   release() {
     if (!this.transport?.paused) return;
     this.waves.destroy();
@@ -244,7 +244,7 @@ class Player {
 
   get blind() { return this.figure.dataset.blind !== undefined; }
 
-  // In a blind test pictures would tell the versions apart: the waveform stays that of the first, the reference.
+  // A blind test has no spectrogram, and its waveform is always that of the reference: pictures identify versions.
   spectrogram() {
     if (this.blind) return [];
     return [WaveSurfer.Spectrogram.create({
@@ -257,9 +257,9 @@ class Player {
     this.regions.enableDragSelection({ color: REGION_COLOUR });
     this.regions.on("region-created", (region) => {
       this.regions.getRegions().forEach((other) => other !== region && other.remove());
-      this.looped(region);
+      this.onRegion(region);
     });
-    this.regions.on("region-updated", (region) => this.looped(region));
+    this.regions.on("region-updated", (region) => this.onRegion(region));
     this.regions.on("region-double-clicked", () => this.loop(null));
     this.transport.addEventListener("play", () => this.showPlaying());
     this.transport.addEventListener("pause", () => this.showPlaying());
@@ -286,12 +286,12 @@ class Player {
     }
   }
 
-  // Sound first, pictures after: drawing takes longer than the ear waits.
-  async hear(version, residual = this.residual) {
+  // Switch the sound first, because drawing is slow.
+  async select(version, residual = this.residual) {
     [this.version, this.residual] = [version, residual];
     this.showChoice();
     await this.ready();
-    if (this.transport.heard === this.sound) return;
+    if (this.transport.selected === this.sound) return;
     this.transport.select(this.sound);
     if (!this.blind) await this.waves.load("", this.peaks(), this.transport.duration);
   }
@@ -303,21 +303,21 @@ class Player {
     else this.setLoop(null);
   }
 
-  looped(region) { this.setLoop(region.end - region.start < SHORTEST_LOOP_S ? (region.remove(), null) : [region.start, region.end]); }
+  onRegion(region) { this.setLoop(region.end - region.start < MIN_LOOP_S ? (region.remove(), null) : [region.start, region.end]); }
 
   setLoop(region) {
     this.transport.setLoop(region);
     this.loopButton.disabled = !region;
-    this.say(region ? `loop from ${region[0].toFixed(1)} to ${region[1].toFixed(1)} seconds` : "loop over everything");
+    this.announce(region ? `loop from ${region[0].toFixed(1)} to ${region[1].toFixed(1)} seconds` : "loop over everything");
   }
 
-  // [ and ] set the two ends of the loop where the cursor is.
-  async edge(which) {
+  // Keys [ and ]: set one end of the loop to the current position.
+  async moveLoopEdge(which) {
     await this.ready();
     const at = this.transport.currentTime;
     const [from, to] = this.transport.loop;
-    const region = which === "from" ? [at, at < to - SHORTEST_LOOP_S ? to : this.transport.duration] : [at > from + SHORTEST_LOOP_S ? from : 0, at];
-    if (region[1] - region[0] >= SHORTEST_LOOP_S) await this.loop(region);
+    const region = which === "from" ? [at, at < to - MIN_LOOP_S ? to : this.transport.duration] : [at > from + MIN_LOOP_S ? from : 0, at];
+    if (region[1] - region[0] >= MIN_LOOP_S) await this.loop(region);
   }
 
   async seek(seconds) {
@@ -332,18 +332,18 @@ class Player {
     this.release();
   }
 
-  say(text) { this.status.textContent = text; }
+  announce(text) { this.status.textContent = text; }
 
   showChoice() {
     for (const item of this.items) {
       const chosen = item.dataset.version === this.version;
-      labelled(item, { "aria-checked": chosen, tabindex: chosen ? 0 : -1 });
+      setAttributes(item, { "aria-checked": chosen, tabindex: chosen ? 0 : -1 });
     }
     this.residualBox.checked = this.residual;
     const name = this.items[this.versions.indexOf(this.version)].querySelector(".name").textContent;
     const kind = !this.residual ? "" : this.hasResidual(this.version) ? ", residual" : " (has no residual)";
-    labelled(this.picture, { "aria-label": `spectrogram of ${name}${kind}` });
-    this.say(`${name}${kind}`);
+    setAttributes(this.picture, { "aria-label": `spectrogram of ${name}${kind}` });
+    this.announce(`${name}${kind}`);
   }
 
   showPlaying() {
@@ -359,38 +359,38 @@ class Player {
     const onVersion = event.target.closest?.("[role=radio]");
     const turn = { ArrowUp: -1, ArrowDown: 1 }[event.key];
     const acts = {
-      " ": () => this.toggle(), r: () => this.hear(this.version, !this.residual), Escape: () => this.loop(null),
-      "[": () => this.edge("from"), "]": () => this.edge("to"), ArrowLeft: () => this.seek(-STEP_S), ArrowRight: () => this.seek(STEP_S),
+      " ": () => this.toggle(), r: () => this.select(this.version, !this.residual), Escape: () => this.loop(null),
+      "[": () => this.moveLoopEdge("from"), "]": () => this.moveLoopEdge("to"), ArrowLeft: () => this.seek(-STEP_S), ArrowRight: () => this.seek(STEP_S),
     };
-    if (index >= 0 && index < this.versions.length) this.hear(this.versions[index]);
-    else if (turn && onVersion) this.turn(turn);
-    else if (event.key === "Enter" && onVersion) this.hear(onVersion.dataset.version);
+    if (index >= 0 && index < this.versions.length) this.select(this.versions[index]);
+    else if (turn && onVersion) this.moveSelection(turn);
+    else if (event.key === "Enter" && onVersion) this.select(onVersion.dataset.version);
     else if (acts[event.key]) acts[event.key]();
     else return false;
     return true;
   }
 
-  turn(by) {
+  moveSelection(by) {
     const index = (this.versions.indexOf(this.version) + by + this.versions.length) % this.versions.length;
-    this.hear(this.versions[index]);
+    this.select(this.versions[index]);
     this.items[index].focus();
   }
 }
 
-// Keys act on the player that was used last; what is typed into a field, or a button that space presses, is left alone.
+// Keys act on the player used last, except in text fields and where a focused control uses the key itself.
 document.addEventListener("keydown", (event) => {
   if (event.target.closest?.("textarea, select, input[type=text]")) return;
-  const bracket = event.key === "[" || event.key === "]"; // many keyboards have them behind a modifier
+  const bracket = event.key === "[" || event.key === "]"; // many keyboards need a modifier for these
   if ((event.ctrlKey || event.metaKey || event.altKey) && !bracket) return;
-  if (event.key.startsWith("Arrow") ? event.target.closest?.("input") : event.repeat) return; // arrows move a slider
+  if (event.key.startsWith("Arrow") ? event.target.closest?.("input") : event.repeat) return; // arrow keys move a slider
   if (event.key === " " && event.target.closest?.("button:not(.play), input[type=checkbox], summary, a")) return;
   const visible = Player.all.filter((player) => player.figure.offsetParent);
   const player = visible.includes(Player.active) ? Player.active : visible[0];
   if (player?.onKey(event)) event.preventDefault();
 });
 
-// What does not decode is left as the plain players that it was.
-function giveUp(player, error) {
+// Restore the plain players where decoding fails.
+function restorePlainPlayers(player, error) {
   const { figure } = player;
   for (const node of figure.querySelectorAll(".bar, .wave, .spectrogram")) node.remove();
   for (const audio of figure.querySelectorAll("audio")) audio.hidden = false;
@@ -398,7 +398,7 @@ function giveUp(player, error) {
   figure.append(element("p", { className: "small", textContent: `This browser cannot play these versions together (${error.message}).` }));
 }
 
-function watch(figures, margin, act) {
+function observe(figures, margin, act) {
   const observer = new IntersectionObserver((entries) => entries.forEach(act), { rootMargin: margin });
   figures.forEach((figure) => observer.observe(figure));
 }
@@ -406,11 +406,13 @@ function watch(figures, margin, act) {
 function startPlayers() {
   const figures = [...document.querySelectorAll("figure.player")];
   for (const figure of figures) new Player(figure);
-  watch(figures, "200px", ({ isIntersecting, target: { player } }) => isIntersecting && player.ready().catch((error) => giveUp(player, error)));
-  watch(figures, "4000px", ({ isIntersecting, target: { player } }) => isIntersecting || player.release());
-  if (window.frameElement) { // in a notebook: as high as what it shows
+  observe(figures, "200px", ({ isIntersecting, target: { player } }) => isIntersecting && player.ready().catch((error) => restorePlainPlayers(player, error)));
+  observe(figures, "4000px", ({ isIntersecting, target: { player } }) => isIntersecting || player.release());
+  if (window.frameElement) { // in an iframe: fit its height to the content
     const fit = () => { window.frameElement.style.height = `${Math.ceil(document.body.getBoundingClientRect().height)}px`; };
     new ResizeObserver(fit).observe(document.body);
     fit();
   }
 }
+
+startPlayers();
