@@ -8,7 +8,15 @@ from mss_utils.separation.estimates import (
     write_estimates,
 )
 from mss_utils.separation.overlap_add import separate
-from mss_utils.separation.song_files import separate_file
+from mss_utils.separation.song_files import bandwidth_note, separate_file
 
-__all__ = ["read_all_estimates", "read_estimate", "read_estimates", "separate", "separate_file"]
-__all__ += ["trained_model", "write_estimates"]
+__all__ = [
+    "bandwidth_note",
+    "read_all_estimates",
+    "read_estimate",
+    "read_estimates",
+    "separate",
+    "separate_file",
+    "trained_model",
+    "write_estimates",
+]

@@ -55,7 +55,7 @@ def separate_file(
     if any(path.exists() and path.samefile(song) for path in paths):
         raise ValueError(f"{song} would be overwritten: choose another folder with --out.")
     with temporary_folder(out) as work:
-        parts = [work / path.name for path in paths]
+        parts = [work / f"target{suffix}", work / f"residual{suffix}"]
         try:
             with _open_song(song, work) as source:
                 _write_separated(model, source, parts, chunk_s)
