@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from nbconvert import HTMLExporter
 
 from mss_utils.config import MODELS, Run, Settings
-from mss_utils.listening import cut_excerpt, document, players, recoded
+from mss_utils.listening import cut_excerpt, document, players, reencode
 from mss_utils.listening.blind_test import RATED, read_answers
 from mss_utils.listening.page import excerpts_section, page_of
 from mss_utils.listening.player import figure, gain_with_residuals
@@ -553,7 +553,7 @@ def test_a_name_never_runs(opened, tones):
 
 
 def test_the_players_run_inside_the_html_report(opened, tone_page, tmp_path):
-    (tmp_path / "listening.html").write_text(recoded(tone_page, 0.5), encoding="utf-8")
+    (tmp_path / "listening.html").write_text(reencode(tone_page, 0.5), encoding="utf-8")
     page = opened(
         with_players(
             b"<!doctype html><html><body>" + PLAYERS_MARK + b"</body></html>",

@@ -383,7 +383,7 @@ def test_a_comment_about_a_letter_can_be_followed():
 
 def test_answers_become_tables(tmp_path):
     run = Run("r", Settings(), tmp_path / "r")
-    ratings, opinions = listening.ratings_of(run)
+    ratings, opinions = listening.write_ratings(run)
     assert ratings.empty and opinions.empty and pd.read_csv(run.table("ratings")).empty
     assert (
         listening.opinion_sentence(ratings, opinions, "piano")
@@ -395,11 +395,11 @@ def test_answers_become_tables(tmp_path):
         ("c.json", answers_of("../../x")),
     ):
         (tmp_path / name).write_bytes(content)
-    assert len(set(listening.add_answers(run, listening.answer_files(str(tmp_path))))) == 2, (
+    assert len(set(listening.import_responses(run, listening.response_files(str(tmp_path))))) == 2, (
         "the same answers are kept once"
     )
     assert all(path.parent == run.folder / "answers" for path in (run.folder / "answers").iterdir())
-    ratings, opinions = listening.ratings_of(run)
+    ratings, opinions = listening.write_ratings(run)
     assert (
         len(pd.read_csv(run.table("ratings"))) == 40 and len(pd.read_csv(run.table("opinion"))) == 5
     )
@@ -421,7 +421,7 @@ def test_what_is_put_into_the_folder_by_hand_is_looked_at_too(tmp_path):
         ".part-1-c.json": b'{"format"',
     }.items():
         (folder / name).write_bytes(content)
-    ratings, opinions = listening.ratings_of(run)
+    ratings, opinions = listening.write_ratings(run)
     assert ratings.groupby("listener")["rating"].size().to_dict() == {
         "ear": 20,
         "elsewhere": 20,
@@ -452,14 +452,14 @@ def test_what_is_put_into_the_folder_by_hand_is_looked_at_too(tmp_path):
 def test_other_files_are_refused_in_one_sentence_and_nothing_is_kept(content, words, tmp_path):
     run = Run("r", Settings(), tmp_path / "r")
     with pytest.raises(ValueError, match=words) as error:
-        listening.add_answers(run, [("good.json", answers_of()), ("bad.json", content)])
+        listening.import_responses(run, [("good.json", answers_of()), ("bad.json", content)])
     assert "bad.json" in str(error.value) and "\n" not in str(error.value)
     assert not (run.folder / "answers").exists()
 
 
 def test_no_answers_in_a_folder_are_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="No answers in"):
-        listening.answer_files(str(tmp_path))
+        listening.response_files(str(tmp_path))
 
 
 def test_a_page_of_six_excerpts_in_stereo_has_room_for_the_rest():
@@ -526,7 +526,7 @@ def test_the_chooser_separates_on_demand_and_shows_its_first_state(versions, sho
 
 def test_uploaded_answers_are_taken_in_or_refused(tmp_path, shown):
     run = Run("r", Settings(), tmp_path / "r")
-    listening.answers_field(run)
+    listening.answers_upload(run)
     field = shown[0]
     upload = lambda content: setattr(
         field,

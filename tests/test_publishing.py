@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from mss_utils import report
 from mss_utils.config import MODELS, ROOT, collection_runs, results_folder
-from mss_utils.listening import recoded
+from mss_utils.listening import reencode
 from mss_utils.listening.player import SOUND
 from mss_utils.models import load_model
 from mss_utils.report.collections import (
@@ -288,7 +288,7 @@ def test_exported_weights_separate_a_song(exported, tmp_path):
 
 def test_sounds_coded_smaller_keep_length_level_and_step(smoke_run):
     page = (smoke_run[1] / "listening.html").read_text()
-    smaller = recoded(page, 0.5)
+    smaller = reencode(page, 0.5)
     assert len(smaller) < 0.8 * len(page)
     sounds = lambda text: [
         soundfile.read(io.BytesIO(base64.b64decode(code)), dtype="float32")[0]

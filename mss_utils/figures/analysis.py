@@ -134,7 +134,7 @@ def attack(envelopes: pd.DataFrame, attack: pd.DataFrame, target: str) -> np.nda
     axes[0].axvline(0, color=INK, linewidth=0.7)
     axes[0].set(xlabel="time after the onset (ms)", title="Mean envelope of an onset")
     axes[0].set(ylabel="level (peak of the reference = 1)", ylim=(0, None))
-    axes[0].legend(fontsize=6.5)
+    axes[0].legend(*axes[0].get_legend_handles_labels(), fontsize=6.5)
     rows = attack[attack["target"] == target]
     places = [(model, part) for model in MODELS for part in ("attack", "sustain")]
     tables = [pivot_by_seed(rows, model, f"{part}_sdr") for model, part in places]

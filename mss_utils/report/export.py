@@ -154,7 +154,7 @@ def _listening_page(run: Run, name: str, targets: list[str]) -> str:
     store, tracks = open_store(run.settings), read_table(run, "tracks")
     excerpts = {target: listening.excerpts(run, store, target, tracks) for target in targets}
     page = listening.listening_page(run, store, tracks, excerpts, name, None)
-    return listening.recoded(page, COMPRESSION)
+    return listening.reencode(page, COMPRESSION)
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

@@ -31,7 +31,7 @@ def build_report(run: Run) -> Path:
         The run is not finished; the message names what is missing.
     """
     check_finished(run)
-    listening.ratings_of(run)  # answers may have arrived since the notebooks ran
+    listening.write_ratings(run)  # answers may have arrived since the notebooks ran
     facts = collect_facts([run], run.name, is_collection=False)
     write_text(run.folder / "facts.json", dump_facts(facts))
     pdf = run.folder / "report.pdf"
@@ -48,7 +48,7 @@ def write_report(name: str) -> tuple[Path, Path]:
     runs = find_collection(name)
     for run in runs:
         check_finished(run)
-        listening.ratings_of(run)
+        listening.write_ratings(run)
     folder = results_folder() / name
     facts = collect_facts(runs, name, is_collection=True)
     facts["figures"] = draw_figures(name, runs)
