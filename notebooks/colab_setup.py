@@ -1,4 +1,4 @@
-"""Install this clone of the repository into a Colab runtime; the second cell of every notebook runs it."""
+"""Install this clone into a Colab runtime; the second cell of every notebook runs it."""
 
 import importlib.util
 import subprocess
