@@ -22,7 +22,7 @@ Demonstration = tuple[str, dict[str, dict[str, np.ndarray]]]
 
 def _best_track(values: pd.Series) -> str | None:
     """Return the index of the largest finite value."""
-    finite = values[np.isfinite(values)]
+    finite = values[np.isfinite(values.astype(float))]
     return None if finite.empty else str(finite.idxmax())
 
 
