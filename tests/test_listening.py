@@ -395,9 +395,9 @@ def test_answers_become_tables(tmp_path):
         ("c.json", answers_of("../../x")),
     ):
         (tmp_path / name).write_bytes(content)
-    assert len(set(listening.import_responses(run, listening.response_files(str(tmp_path))))) == 2, (
-        "the same answers are kept once"
-    )
+    assert (
+        len(set(listening.import_responses(run, listening.response_files(str(tmp_path))))) == 2
+    ), "the same answers are kept once"
     assert all(path.parent == run.folder / "answers" for path in (run.folder / "answers").iterdir())
     ratings, opinions = listening.write_ratings(run)
     assert (

@@ -33,11 +33,18 @@ def find_onsets(store: Store, track: Track, stem: str) -> np.ndarray:
     audio = store.load(track)[1][store.stem_index(stem)]
     hop = int(HOP_S * store.sample_rate)
     n_fft = 2 ** round(np.log2(WINDOW_S * store.sample_rate))
-    rate = dict(sr=store.sample_rate, hop_length=hop)
     strength = librosa.onset.onset_strength(
-        y=audio.mean(axis=0), n_fft=n_fft, n_mels=80, lag=2, max_size=3, **rate
+        y=audio.mean(axis=0),
+        sr=store.sample_rate,
+        hop_length=hop,
+        n_fft=n_fft,
+        n_mels=80,
+        lag=2,
+        max_size=3,
     )
-    onsets = hop * librosa.onset.onset_detect(onset_envelope=strength, backtrack=True, **rate)
+    onsets = hop * librosa.onset.onset_detect(
+        onset_envelope=strength, sr=store.sample_rate, hop_length=hop, backtrack=True
+    )
     sums = _running_sum(np.square(audio, dtype=np.float64).mean(axis=0))
     rise = round(RISE_S * store.sample_rate)
     before, at, after = np.clip([onsets - rise, onsets, onsets + rise], 0, len(sums) - 1)

@@ -92,13 +92,13 @@ def _difference(table: pd.DataFrame, value: str, a: str, b: str) -> pd.DataFrame
 
 
 def _evaluate(values: pd.DataFrame | str, unit: str) -> dict:
-    """Median over tracks with its interval, and the verdict; infinite values count as missing."""
+    """Compute median, interval and verdict; infinite values count as missing."""
     if isinstance(values, str):
         return dict(ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=values)
-    values = values.replace([np.inf, -np.inf], np.nan)
-    result = median_with_interval(values)
+    finite = values.replace([np.inf, -np.inf], np.nan)
+    result = median_with_interval(finite)
     result["effect"] = result.pop("median")
-    by_seed = values.median().to_numpy()
+    by_seed = finite.median().to_numpy()
     return result | dict(verdict=verdict(result["ci_low"], result["ci_high"], unit, by_seed))
 
 

@@ -53,7 +53,8 @@ def choose_tracks(tracks: pd.DataFrame, attack: pd.DataFrame, target: str) -> di
     ranked = medians.sort_values(ascending=False, kind="stable").index
     if ranked.empty:
         raise ValueError(f"No SDR of {target!r} in tables/tracks.csv: run notebook 05.")
-    chosen = dict(zip(RANKS, (ranked[0], ranked[(len(ranked) - 1) // 2], ranked[-1]), strict=True))
+    middle = ranked[(len(ranked) - 1) // 2]
+    chosen: dict[str, str] = dict(best=ranked[0], median=middle, worst=ranked[-1])
     onsets = attack[attack["target"] == target].groupby("track")["n_onsets"].max()
     measures = {
         "widest disagreement": scores.max(axis=1) - scores.min(axis=1),
