@@ -51,7 +51,7 @@ def measure_repetition(run: Run, store: Store, target: str) -> Iterator[dict]:
 
 
 def find_loops(run: Run, store: Store, target: str, lag_s: float) -> dict[tuple[str, float], dict]:
-    """Build loops, see `make_loop`, as long as a training segment: {(track name, start in s): loop}.
+    """Build loops as long as a training segment: {(track name, start in s): loop}.
 
     Every test track that has room for them gives as many as it takes to have 40 in all.
     """

@@ -67,7 +67,7 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
 
 
 def data_gains(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Compute the gain in SDR in dB from ten times the music, by track (rows) and seed (columns)."""
+    """Compute the gain in SDR in dB from ten times the music, by track and seed."""
     rows = data_amount[data_amount["model"] == model]
     table = rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
     table = table.clip(upper=MAX_SCORE_DB).dropna()

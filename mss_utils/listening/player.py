@@ -77,7 +77,7 @@ def reencode(page: str, compression: float) -> str:
 def players(
     columns: Mapping[str, Versions], sample_rate: int, scores: Mapping[str, Scores] | None = None
 ) -> HTML:
-    """Return one player per heading, `{heading: {version: (channels, samples)}}`, for a notebook."""
+    """Return one player per heading: `{heading: {version: (channels, samples)}}`."""
     body = fill("keys.html")
     for heading, versions in columns.items():
         body += player_html(heading, versions, sample_rate, (scores or {}).get(heading))
