@@ -77,7 +77,10 @@ def reencode(page: str, compression: float) -> str:
 def players(
     columns: Mapping[str, Versions], sample_rate: int, scores: Mapping[str, Scores] | None = None
 ) -> HTML:
-    """Return one player per heading: `{heading: {version: (channels, samples)}}`."""
+    """Return one player per heading for a notebook; the versions of a player share one gain.
+
+    `columns` is `{heading: {version: (channels, samples)}}`, `scores` the same with `{metric: dB}`.
+    """
     body = fill("keys.html")
     for heading, versions in columns.items():
         body += player_html(heading, versions, sample_rate, (scores or {}).get(heading))
