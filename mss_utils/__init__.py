@@ -1,1 +1,1 @@
-"""The thin helper behind the notebooks: data, models, training, scores and figures of a source-separation report."""
+"""The helper behind the notebooks of a music source separation report."""

@@ -6,7 +6,6 @@ An error is one sentence and exit status 1.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -179,8 +178,10 @@ def _train(args: argparse.Namespace) -> None:
     seeds = range(n_seeds) if args.seed is None else [args.seed]
     stems = store.targets(args.stem or run.settings.target)
     start = train_in_this_process if "WORLD_SIZE" in os.environ else train
-    for stem, model, seed in itertools.product(stems, args.model, seeds):
-        start(run, store, stem, model, seed)
+    for stem in stems:
+        for model in args.model:
+            for seed in seeds:
+                start(run, store, stem, model, seed)
 
 
 def _report(args: argparse.Namespace) -> None:

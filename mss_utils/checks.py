@@ -155,7 +155,7 @@ def _ffmpeg(settings: Settings) -> Finding:
 def _must_decode(settings: Settings) -> bool:
     if is_built_in(settings) or is_decoded(settings):
         return False
-    return any(needs_ffmpeg(track) for track in _tracks(settings))
+    return any(needs_ffmpeg(source) for source in find_tracks(dataset_root(settings)))
 
 
 def _dataset(settings: Settings) -> Finding:

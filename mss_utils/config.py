@@ -22,6 +22,7 @@ from mss_utils.files import is_safe_file_name, safe_name, write_text
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
 MODELS = tuple(MODEL_LETTERS)
+ModelName = Literal["unet", "demucs_lstm", "demucs_attention"]
 WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
 RESERVED_NAMES = ("all", "mixture", "residual")  # not allowed as stem names
@@ -128,7 +129,7 @@ class Settings(BaseModel):
     # evaluation, analysis, listening
     scorer: Literal["bss_eval", "museval"] = "bss_eval"  # museval: same scores, many times slower
     cross_check_tracks: int = Field(2, ge=0, le=10_000)  # test tracks scored by both programs
-    ablations: Annotated[tuple[Literal[MODELS], ...], BeforeValidator(_parse_list)] = ()
+    ablations: Annotated[tuple[ModelName, ...], BeforeValidator(_parse_list)] = ()
     data_study: bool = False  # train B1 and B2 with 10 and 30 % of the training tracks too
     excerpt_s: float = Field(10.0, ge=0.1, le=600)  # length of the excerpts in the players
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import librosa
 import numpy as np
@@ -33,7 +34,7 @@ def find_onsets(store: Store, track: Track, stem: str) -> np.ndarray:
     audio = store.load(track)[1][store.stem_index(stem)]
     hop = int(HOP_S * store.sample_rate)
     n_fft = 2 ** round(np.log2(WINDOW_S * store.sample_rate))
-    rate = dict(sr=store.sample_rate, hop_length=hop)
+    rate: dict[str, Any] = dict(sr=store.sample_rate, hop_length=hop)
     strength = librosa.onset.onset_strength(
         y=audio.mean(axis=0), n_fft=n_fft, n_mels=80, lag=2, max_size=3, **rate
     )
@@ -95,13 +96,12 @@ def mean_envelopes(
 ) -> Iterator[dict]:
     """Yield the mean level around isolated onsets; the peak of the reference there is 1."""
     onsets = isolated_onsets(onsets_s, sample_rate, reference.shape[1])
-    curves = _envelopes(reference, onsets, sample_rate)
-    sounding = curves.max(axis=1) > 0
+    peaks = _envelopes(reference, onsets, sample_rate).max(axis=1, keepdims=True)
+    sounding = peaks[:, 0] > 0
     if not sounding.any():
         return
-    peaks = curves[sounding].max(axis=1, keepdims=True)
     for (model, seed), audio in {("reference", 0): reference, **estimates}.items():
-        levels = (_envelopes(audio, onsets, sample_rate)[sounding] / peaks).mean(axis=0)
+        levels = (_envelopes(audio, onsets, sample_rate)[sounding] / peaks[sounding]).mean(axis=0)
         for time_s, level in zip(ENVELOPE_S, levels, strict=True):
             yield dict(model=model, seed=seed, time_ms=round(1000 * time_s), level=level)
 

@@ -21,17 +21,13 @@ from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.evaluation.statistics import MIN_SEEDS, format_counts, median_with_interval
 
 NEGLIGIBLE_DB = 0.2
-SUPPORTED, NOT_SUPPORTED, CANNOT_TELL = "supported", "not supported", "cannot tell"
-NOT_ASKABLE, NOT_RUN = "not askable", "not run"
-
 PHASE = "time-domain models preserve the phase better"
 ATTACK = "time-domain models preserve attacks better"
-CONTEXT = "B1 uses nearby context"
 REPETITION, MORE_REPETITION = "B2 uses repetitions", "B2 uses repetitions more than B1"
 HYPOTHESES = {  # id: hypothesis, measure, unit; code finds a hypothesis by its id only
     "phase_true_magnitude_b1": (PHASE, "SDR of true magnitude with model phase, B1 − A", "dB"),
     "phase_true_magnitude_b2": (PHASE, "SDR of true magnitude with model phase, B2 − A", "dB"),
-    "context_gain_b1_1s": (CONTEXT, "context gain of B1 at 1 s", "dB"),
+    "context_gain_b1_1s": ("B1 uses nearby context", "context gain of B1 at 1 s", "dB"),
     "repetition_gain_b2_1s": (REPETITION, "repetition gain of B2 at 1 s", "dB"),
     "repetition_gain_b2_2s": (REPETITION, "repetition gain of B2 at 2 s", "dB"),
     "repetition_gain_b2_4s": (REPETITION, "repetition gain of B2 at 4 s", "dB"),
@@ -59,9 +55,7 @@ def evaluate_hypotheses(settings: Settings, tables: Mapping[str, pd.DataFrame]) 
     return pd.DataFrame(rows)
 
 
-def _effects(
-    settings: Settings, tables: Mapping[str, pd.DataFrame]
-) -> Iterator[tuple[str, pd.DataFrame | str]]:
+def _effects(settings: Settings, tables: Mapping) -> Iterator[tuple[str, pd.DataFrame | str]]:
     """Yield every id with its effect (rows: tracks, columns: seeds), or a verdict instead."""
     b1, b2 = WAVEFORM_MODELS
     phase = whole_band_rows(tables["phase"])
@@ -71,18 +65,15 @@ def _effects(
         gain_b1, context_b1 = repetition_gains(tables["repetition"], b1, lag_s)
         gain_b2, _ = repetition_gains(tables["repetition"], b2, lag_s)
         if lag_s == LAGS_S[0]:
-            yield "context_gain_b1_1s", context_b1 if askable else NOT_ASKABLE
-        yield f"repetition_gain_b2_{lag_s:g}s", gain_b2 if askable else NOT_ASKABLE
+            yield "context_gain_b1_1s", context_b1 if askable else "not askable"
+        yield f"repetition_gain_b2_{lag_s:g}s", gain_b2 if askable else "not askable"
         difference = gain_b2 - gain_b1
-        yield f"repetition_gain_b2_minus_b1_{lag_s:g}s", difference if askable else NOT_ASKABLE
+        yield f"repetition_gain_b2_minus_b1_{lag_s:g}s", difference if askable else "not askable"
     yield "sdr_b2_minus_b1", _difference(tables["tracks"], "SDR", b2, b1)
-    if settings.data_study:
-        data_b1, data_b2 = (data_gains(tables["data_amount"], model) for model in (b1, b2))
-        yield "data_gain_b2_minus_b1", data_b2 - data_b1
-    else:
-        yield "data_gain_b2_minus_b1", NOT_RUN
-    attack = tables["attack"]
-    attack = attack.assign(attack_minus_sustain=attack["attack_sdr"] - attack["sustain_sdr"])
+    data = tables["data_amount"]
+    gain = data_gains(data, b2) - data_gains(data, b1) if settings.data_study else "not run"
+    yield "data_gain_b2_minus_b1", gain
+    attack = tables["attack"].eval("attack_minus_sustain = attack_sdr - sustain_sdr")
     yield "attack_minus_sustain_b1", _difference(attack, "attack_minus_sustain", b1, "unet")
     yield "attack_minus_sustain_b2", _difference(attack, "attack_minus_sustain", b2, "unet")
 
@@ -92,25 +83,23 @@ def _difference(table: pd.DataFrame, value: str, a: str, b: str) -> pd.DataFrame
 
 
 def _evaluate(values: pd.DataFrame | str, unit: str) -> dict:
-    """Median over tracks with its interval, and the verdict; infinite values count as missing."""
+    """Compute median, interval and verdict; infinite values count as missing."""
     if isinstance(values, str):
         return dict(ci_low=np.nan, ci_high=np.nan, tracks=0, seeds=0, verdict=values)
-    values = values.replace([np.inf, -np.inf], np.nan)
-    result = median_with_interval(values)
+    finite = values.replace([np.inf, -np.inf], np.nan)
+    result = median_with_interval(finite)
     result["effect"] = result.pop("median")
-    by_seed = values.median().to_numpy()
+    by_seed = finite.median().to_numpy()
     return result | dict(verdict=verdict(result["ci_low"], result["ci_high"], unit, by_seed))
 
 
 def verdict(low: float, high: float, unit: str, by_seed: np.ndarray) -> str:
     """Apply the rule to an interval and to the median effect of every seed."""
-    if np.isnan([low, high]).any():
-        return CANNOT_TELL
     if low > 0 and (by_seed > 0).sum() >= MIN_SEEDS:
-        return SUPPORTED
+        return "supported"
     if high < 0 or (unit == "dB" and low >= -NEGLIGIBLE_DB and high <= NEGLIGIBLE_DB):
-        return NOT_SUPPORTED
-    return CANNOT_TELL
+        return "not supported"
+    return "cannot tell"  # also without an interval
 
 
 def pivot_by_seed(table: pd.DataFrame, model: str, value: str) -> pd.DataFrame:
@@ -145,7 +134,7 @@ def hypothesis_rows(hypotheses: pd.DataFrame, target: str, prefix: str) -> pd.Da
 def format_hypothesis(row: Mapping) -> str:
     """Format a row of the table `hypotheses` as a sentence in Markdown."""
     name, result = f"{row['target']}: {row['measure']}", row["verdict"]
-    if result in (NOT_ASKABLE, NOT_RUN):
+    if result in ("not askable", "not run"):
         return f"{name}: {result}."
     counts = format_counts(row)
     if np.isnan(row["ci_low"]):
@@ -153,6 +142,6 @@ def format_hypothesis(row: Mapping) -> str:
     interval = f"[{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
     effect = f"{row['effect']:+.2f} {row['unit']} {interval}, {counts}".replace("-", "−")
     note = ""
-    if result == CANNOT_TELL and row["ci_low"] > 0:
+    if result == "cannot tell" and row["ci_low"] > 0:
         note = f"; the interval lies above zero, but {MIN_SEEDS} seeds must agree"
     return f"{name}: {effect}: **{result}**{note}."

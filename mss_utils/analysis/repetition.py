@@ -1,8 +1,4 @@
-"""The damaged repeat: does a model use a clean repetition of the music that it has to separate.
-
-A repetition of the target is covered by the other instruments. Its SDR is measured with the same
-music around it, with other music of the target around it, and with silence around it.
-"""
+"""The damaged repeat: a model separates music that is damaged, with clean repetitions around it."""
 
 import itertools
 import math
@@ -22,7 +18,7 @@ LONG_LAG_S = 8.0  # only for training segments longer than twice that
 CONDITIONS = ("repeat", "different", "silent")  # what surrounds the damaged repetition
 BURST_DB = -10.0  # level of the target relative to the interference that covers it
 FADE_S = 0.005  # avoids clicks at joins
-N_LOOPS = 40  # at least, spread evenly over the tracks
+N_LOOPS = 40  # in all, at least; spread over the tracks that have room for them
 
 
 def lags_s(segment_s: float) -> dict[float, bool]:
@@ -51,10 +47,7 @@ def measure_repetition(run: Run, store: Store, target: str) -> Iterator[dict]:
 
 
 def find_loops(run: Run, store: Store, target: str, lag_s: float) -> dict[tuple[str, float], dict]:
-    """Build loops, see `make_loop`, as long as a training segment: {(track name, start in s): loop}.
-
-    Every test track that has room for them gives as many as it takes to have 40 in all.
-    """
+    """Build the loops of all test tracks, see `make_loop`: {(track name, start in s): loop}."""
     lag = round(lag_s * store.sample_rate)
 
     def load(track: Track) -> tuple[np.ndarray, np.ndarray]:
@@ -137,11 +130,8 @@ def least_similar(target: np.ndarray, start: int, lag: int, count: int) -> list[
         return cells / (cells.norm() + 1e-12)
 
     own, min_rms = spectrum(start), 0.1 * rms(target[:, start : start + lag])
-    places = [
-        place
-        for place in range(0, target.shape[1] - lag + 1, max(1, lag // 4))
-        if abs(place - start) >= lag and rms(target[:, place : place + lag]) >= min_rms
-    ]
+    grid = range(0, target.shape[1] - lag + 1, max(1, lag // 4))
+    places = [i for i in grid if abs(i - start) >= lag and rms(target[:, i : i + lag]) >= min_rms]
     places.sort(key=lambda place: float((spectrum(place) * own).sum()))
     return [places[i % len(places)] for i in range(count)] if len(places) >= 2 else []
 

@@ -1,7 +1,7 @@
 """Studies that train more models: ablations of the mixing, and the amount of training data."""
 
 import itertools
-from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -48,8 +48,7 @@ def run_ablations(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
         row |= pairs[row["a"], row["b"]] | dict(with_it=a, without_it=b, steps=run.settings.steps)
         rows.append(row)
     table = pd.DataFrame(rows, columns=ABLATION_COLUMNS)
-    keys = ["target", "model", "ablation"]
-    table = table.sort_values(keys, kind="stable", ignore_index=True)
+    table = table.sort_values(["target", "model", "ablation"], kind="stable", ignore_index=True)
     write_text(run.table("ablations"), table.to_csv(index=False))
     return table
 
@@ -67,7 +66,7 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
 
 
 def data_gains(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
-    """Compute the gain in SDR in dB from ten times the music, by track (rows) and seed (columns)."""
+    """Compute the gain in SDR in dB from ten times the music, by track and seed."""
     rows = data_amount[data_amount["model"] == model]
     table = rows.pivot_table(index=["track", "seed"], columns="share", values="SDR")
     table = table.clip(upper=MAX_SCORE_DB).dropna()
@@ -76,7 +75,7 @@ def data_gains(data_amount: pd.DataFrame, model: str) -> pd.DataFrame:
     return pd.Series(slopes, table.index).unstack("seed")
 
 
-def score_variant(variant: Run, store: Store, models: Iterable[str]) -> pd.DataFrame:
+def score_variant(variant: Run, store: Store, models: tuple[str, ...]) -> pd.DataFrame:
     """Train what is missing of a variant of a run; return its table `tracks`."""
     targets, seeds = store.targets(variant.settings.target), range(variant.settings.seeds)
     for target, model, seed in itertools.product(targets, models, seeds):
@@ -84,11 +83,7 @@ def score_variant(variant: Run, store: Store, models: Iterable[str]) -> pd.DataF
     write_estimates(variant, store, models)
 
     def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
-        return {
-            (model, seed): np.stack(
-                [read_estimate(variant, store, track, target, model, seed) for target in targets]
-            )
-            for model, seed in itertools.product(models, seeds)
-        }
+        read, keys = partial(read_estimate, variant, store, track), itertools.product(models, seeds)
+        return {key: np.stack([read(target, *key) for target in targets]) for key in keys}
 
     return score(variant.settings, store, estimates_of, n_cross_check=0)["tracks"]

@@ -267,7 +267,7 @@ def common_stems(sources: list[SourceTrack], root: Path, groups: Groups) -> tupl
         ]
         raise ValueError(
             f"All tracks under {root} need the same stems: {count} have "
-            f"{', '.join(sorted(stems))}, but {join_names(odd, '; ')}. Add or remove files, or form "
+            f"{', '.join(sorted(stems))}, but {join_names(odd, '; ')}. Add files, or form "
             "groups: --set 'groups=synth+fx->other'."
         )
     if len(stems) < 2:

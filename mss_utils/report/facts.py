@@ -55,7 +55,7 @@ class RunData:
     @property
     def music(self) -> str:
         """Name of the dataset."""
-        return MUSIC.get(self.kind, self.environment["dataset"]["name"])
+        return MUSIC.get(self.kind) or str(self.environment["dataset"]["name"])
 
     @property
     def is_study(self) -> bool:
@@ -654,10 +654,11 @@ def _command(data: RunData, run_name: str) -> list[str]:
     changes = []
     for key, value in settings.model_dump().items():
         if value != defaults[key] and key not in ("profile", "data", "target"):
-            text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            if key == "groups":
-                groups = [f"{'+'.join(stems)}->{group}" for group, stems in value.items()]
-                text = ",".join(groups)
+            text = str(value)
+            if isinstance(value, (list, tuple)):
+                text = ",".join(map(str, value))
+            elif isinstance(value, dict):
+                text = ",".join(f"{'+'.join(stems)}->{group}" for group, stems in value.items())
             changes.append(f"{key}={text}")
     return [line, f'    SET="{" ".join(changes)}"'] if changes else [line]
 

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import typst
 
@@ -75,7 +75,10 @@ def find_collection(name: str) -> list[Run]:
 
 
 def typeset(
-    facts: dict[str, Any], figure_folder: Path, kind: str = "pdf", extra: Iterable[Path] = ()
+    facts: dict[str, Any],
+    figure_folder: Path,
+    kind: Literal["pdf", "html"] = "pdf",
+    extra: Iterable[Path] = (),
 ) -> bytes:
     """Compile the report as PDF or HTML; ValueError with Typst's message if that fails.
 

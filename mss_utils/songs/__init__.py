@@ -1,13 +1,12 @@
-"""The built-in dataset: composed songs, played by sampled instruments, written as a MUSDB-style folder.
+"""The built-in dataset: songs composed and rendered here, written as a MUSDB-style folder.
 
-`compose` writes the score of one song (composing.py), `render` plays it (playing.py).
-`render_songs` plays scores into stems and puts them where `musdb` and everything else that reads MUSDB finds them:
+    composing.py --Song--> rendering.py --stems--> render_songs writes
 
-    <root>/mus.yaml                           what `musdb` asks for, with the validation songs
+    <root>/mus.yaml                           set-up file for `musdb`, with the validation songs
     <root>/train/<song>/{mixture,vocals,drums,bass,piano,other}.flac, onsets.json, song.json
     <root>/test/<song>/...
 
-No recording is downloaded: the sounds are those of the SoundFont inside `pretty_midi`.
+The sounds are those of the SoundFont inside `pretty_midi`; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mss_utils.songs.rendering import SAMPLE_RATE, render
 
 __all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
 
-RECIPE = 1  # raise it when the same seed would give other songs: a folder rendered by an older recipe is then refused
+RECIPE = 1  # raise it if the same seed gives other songs; older folders are then refused
 
 
 def render_songs(
@@ -43,30 +42,38 @@ def render_songs(
     n_jobs: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Compose and render songs into a MUSDB-style folder; returns the folder.
+    """Compose and render songs into a MUSDB-style folder; return the folder.
 
-    The same seed gives the same bytes, whatever `n_jobs` (None: one process a core) and whatever was there before.
-    Songs that are there are kept, so a stopped run goes on where it stopped and a larger number adds songs; songs
-    beyond the numbers asked for stay. A song appears under its name only when it is complete.
-    Raises ValueError if the folder was rendered with another seed, duration or recipe.
+    The same seed gives the same bytes, whatever `n_jobs` (None: one process per core). Existing
+    songs are kept, so a stopped run resumes. A song gets its name when it is complete.
+
+    Raises
+    ------
+    ValueError
+        The folder was rendered with another seed, duration or recipe.
     """
     root = Path(root)
+    low_s, high_s = duration_s
     with file_lock(root):
         _claim(root, {"recipe": RECIPE, "seed": seed, "duration_s": [float(d) for d in duration_s]})
-        wanted = [(s, i) for s, n in zip(SPLITS, (n_train, n_valid, n_test)) for i in range(n)]
+        wanted = [
+            (s, i)
+            for s, n in zip(SPLITS, (n_train, n_valid, n_test), strict=True)
+            for i in range(n)
+        ]
         done = _finished(root)
         todo = [
-            (str(root), s, i, seed, tuple(duration_s))
+            (str(root), s, i, seed, (low_s, high_s))
             for s, i in wanted
             if f"{s}-{i:03d}" not in done
         ]
-        _write_yaml(root, seed, n_valid, tuple(duration_s))
+        _write_yaml(root, seed, n_valid, (low_s, high_s))
         _work(todo, n_jobs or os.cpu_count() or 1, progress)
     return root
 
 
 def _finished(root: Path) -> set[str]:
-    """Songs that are there, as split-index."""
+    """Return the existing songs as split-index."""
     return {
         "-".join(path.name.split("-")[:2])
         for path in root.glob("*/*")
@@ -75,13 +82,14 @@ def _finished(root: Path) -> set[str]:
 
 
 def _claim(root: Path, parameters: dict) -> None:
-    """Note what a folder is rendered with, or check that it was rendered with the same."""
+    """Store the parameters of a folder, or check that they are the same."""
     path = root / "demo.json"
     if path.exists():
         found = json.loads(path.read_text())
         if found != parameters:
             raise ValueError(
-                f"{root} holds songs rendered with {found}, asked for {parameters}: choose another folder or delete it"
+                f"{root} was rendered with {found}, not {parameters}: choose another folder, or "
+                "delete it."
             )
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -89,7 +97,7 @@ def _claim(root: Path, parameters: dict) -> None:
 
 
 def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, float]) -> None:
-    """The set-up file that `musdb.DB(root=root, setup_file="mus.yaml", is_wav=True)` reads."""
+    """Write the file for `musdb.DB(root=root, setup_file="mus.yaml", is_wav=True)`."""
     there = {path.name for path in root.glob("train/valid-*")}
     accompaniment = {stem: 1 for stem in STEMS if stem != "vocals"}
     setup = dict(
@@ -107,7 +115,7 @@ def _write_yaml(root: Path, seed: int, n_valid: int, duration_s: tuple[float, fl
 
 
 def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
-    """Render the songs, in this process or in several, and count songs and seconds."""
+    """Render the songs in several processes, with a progress bar."""
     if not todo:
         return
     results = Parallel(min(n_jobs, len(todo)), return_as="generator_unordered")(
@@ -121,16 +129,17 @@ def _work(todo: list[tuple], n_jobs: int, progress: bool) -> None:
                 bar.set_postfix_str(f"{seconds:.0f} s of music", refresh=False)
                 bar.update()
     finally:
-        get_reusable_executor().shutdown()  # idle workers would stay for minutes, also when this process is killed
+        get_reusable_executor().shutdown()  # otherwise idle workers stay for minutes
 
 
 def _write_song(job: tuple) -> float:
-    """Compose, render and write one song under a temporary name, then give it its own; returns its seconds."""
+    """Compose, render and write one song; return its seconds."""
     root, split, index, seed, duration_s = job
     song = compose(split, index, seed, duration_s)
     target = Path(root) / ("test" if split == "test" else "train") / song.name
     stems = render(song)
-    stems["mixture"] = sum(sound.astype(np.int32) for sound in stems.values()).astype(np.int16)
+    total = np.sum([sound.astype(np.int32) for sound in stems.values()], axis=0)
+    stems["mixture"] = total.astype(np.int16)
     with temporary_folder(Path(root)) as work:
         for name, sound in stems.items():
             (work / f"{name}.flac").write_bytes(

@@ -1,14 +1,16 @@
-"""Composes the built-in songs: key, tempo, metre, form, chords with voice leading, groove, melody, every player's part.
+"""Compose the built-in songs: key, tempo, metre, form, chords, groove, melody, every player's part.
 
-Music is written down as text: roman numerals between bar lines, and patterns of one character a sixteenth. A song is a
-draw of such material; what it draws it keeps, so patterns, riffs and hooks come back exactly as loops and refrains do.
+The material is text: roman numerals between bar lines, and patterns with one character per
+sixteenth. A song draws its material at random and keeps it, so patterns, riffs and hooks return
+exactly, as in loops and refrains.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ STEMS = ("vocals", "drums", "bass", "piano", "other")
 SPLITS = ("train", "valid", "test")
 N_VOWELS = 5  # a o e i u
 
-# --- harmony: one bar between two bars, roman numerals over the major scale, so minor keys spell out their flats -----
+# --- harmony: bars separated by |, roman numerals over the major scale, also in minor keys -----
 
 HARMONIES = {  # name: (mode, verse, chorus, bridge)
     "axis": ("major", "I | V | vi | IV", "IV | I | V | vi", "ii | IV | vi | V"),
@@ -96,7 +98,7 @@ _ADDED = {"": (), "7": (10,), "maj7": (11,), "6": (9,), "ø": (10,), "o": (), "s
 _NUMERAL = re.compile(r"^([b#]?)([IV]+|[iv]+)(maj7|sus4|7|6|ø|o)?(?:/([35]))?$")
 _KEYS = ("C", "Db", "D", "Eb", "E", "F", "Gb", "G", "Ab", "A", "Bb", "B")
 
-# --- patterns: one character a sixteenth; x hit, X accent, o soft, . goes on, - rest --------------------------------
+# --- patterns: one character per sixteenth; x hit, X accent, o soft, . held, - rest --------------
 
 _KICK, _STICK, _SNARE, _CLAP, _HAT, _PEDAL, _OPEN, _CRASH, _RIDE, _TAMB, _SHAKER = (
     36,
@@ -113,7 +115,9 @@ _KICK, _STICK, _SNARE, _CLAP, _HAT, _PEDAL, _OPEN, _CRASH, _RIDE, _TAMB, _SHAKER
 )
 _TOMS = (50, 47, 45, 43)
 
-GROOVES = {  # name: metre, tempo range, swing (place of the off-beat; 0.5 is straight), kits, bass styles, lines
+# name: metre, tempo range, swing (position of the off-beat; 0.5 is straight), kits, bass styles,
+# lines
+GROOVES = {
     "rock": dict(
         metre="4/4",
         bpm=(96, 142),
@@ -278,7 +282,9 @@ _FILLS = {  # the last half bar (4/4) or last beats of a section; digits are tom
     6: ("x.x.xx", "0.1.2.", "xx0123", "..xxxX"),
 }
 
-BASSES = {  # R root, F fifth, O octave, T third, S sixth or seventh, A approach to the next chord; small is soft
+# R root, F fifth, O octave, T third, S sixth or seventh, A approach to the next chord; lower case
+# is soft
+BASSES = {
     "4/4": {
         "pop": "R.....R.R.....f.",
         "eighths": "R.r.R.r.R.r.R.r.",
@@ -299,7 +305,7 @@ BASSES = {  # R root, F fifth, O octave, T third, S sixth or seventh, A approach
 }
 
 # left hand: R low root, P low octave, F fifth, O root an octave up, T tenth, c chord
-# right hand: C chord, 0-3 its voices from below, 8 the top voice in octaves, m the next note of the riff in octaves
+# right hand: C chord, 0-3 its voices from below, 8 the top voice in octaves, m next riff note
 PIANOS = {  # metre: name: (left, right, pedal)
     "4/4": {
         "block": ("R.......R.......", "C...C...C...C...", False),
@@ -375,7 +381,7 @@ _SINGING = {  # two bars of melody rhythm; the rest at the end is the breath
     ),
 }
 
-# --- form: sections of four bars (I intro, V verse, C chorus, B bridge, O outro) -------------------------------------
+# --- form: sections of four bars (I intro, V verse, C chorus, B bridge, O outro) ------------------
 
 _FORMS = {
     1: ("C",),
@@ -397,7 +403,7 @@ _FORMS = {
 _NAMES = {"I": "intro", "V": "verse", "C": "chorus", "B": "bridge", "O": "outro"}
 _ENERGY = {"intro": 0.62, "verse": 0.72, "chorus": 1.0, "bridge": 0.8, "outro": 0.7}
 
-# --- who plays: General MIDI programs --------------------------------------------------------------------------------
+# --- who plays: General MIDI programs -------------------------------------------------------------
 
 _PIANO_PROGRAMS = (0, 1, 2, 2, 3)
 _BASS_PROGRAMS = {"electric": (33, 34, 36), "upright": (32, 35), "synth": (38, 39)}
@@ -468,7 +474,7 @@ _TITLES = (
 
 
 class Note(NamedTuple):
-    """One note: seconds, MIDI pitch (or drum key), velocity 0..1, and which vowel it is sung on."""
+    """One note: seconds, MIDI pitch (or drum key), velocity 0..1, and the vowel it is sung on."""
 
     start_s: float
     end_s: float
@@ -485,7 +491,7 @@ class Chord(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """One bar of the plan: its section, its place in it, and what sounds from which sixteenth on."""
+    """One bar of the plan: its section, its place in it, and the chord from each sixteenth on."""
 
     section: str
     index: int
@@ -495,7 +501,7 @@ class Bar(NamedTuple):
 
 @dataclass
 class Part:
-    """One player: a General MIDI program (a kit if `drums`), its stem, its place (-1 left, 1 right), its notes."""
+    """One player: a General MIDI program (a kit if `drums`), stem, panning (-1 to 1) and notes."""
 
     stem: str
     program: int
@@ -507,7 +513,7 @@ class Part:
 
 @dataclass
 class Song:
-    """A composed song: what it is (`metadata` is what song.json holds) and what every player plays."""
+    """A composed song: `metadata` for song.json, and the notes of every player."""
 
     name: str
     duration_s: float
@@ -515,14 +521,14 @@ class Song:
     parts: list[Part]
 
     def onsets(self) -> dict[str, list[float]]:
-        """Onset times in seconds, sorted, for every stem."""
+        """Return onset times in seconds, sorted, for every stem."""
         times = {stem: set() for stem in STEMS}
         for part in self.parts:
             times[part.stem].update(round(note.start_s, 4) for note in part.notes)
         return {stem: sorted(found) for stem, found in times.items()}
 
 
-# --- composing -------------------------------------------------------------------------------------------------------
+# --- composing ------------------------------------------------------------------------------------
 
 
 def compose(
@@ -530,9 +536,14 @@ def compose(
 ) -> Song:
     """Write one song. The same arguments give the same song, whatever other songs exist.
 
-    The splits share no tempo and no (harmony, groove) pair: tempi lie on a grid of half beats per minute of which test
-    owns the multiples of 4 and validation those of 4 plus 2; pairs are dealt out along the diagonals of their table.
-    Raises ValueError for an unknown split or an impossible duration.
+    The splits share no tempo and no (harmony, groove) pair. Tempi are on a grid of half beats per
+    minute: test has the multiples of 4, validation those of 4 plus 2. Pairs are distributed along
+    the diagonals of their table.
+
+    Raises
+    ------
+    ValueError
+        Unknown split or impossible duration.
     """
     rng, plan = _start(split, index, seed, duration_s)
     parts = [
@@ -555,13 +566,13 @@ def compose(
 def _start(
     split: str, index: int, seed: int, duration_s: tuple[float, float]
 ) -> tuple[np.random.Generator, _Plan]:
-    """A song's own random stream and the plan that is drawn from it first."""
+    """Return the random stream of a song and the plan that is drawn from it first."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     low, high = duration_s
     if not 4.0 <= low <= high:
         raise ValueError(
-            f"duration_s is {duration_s}: expected (shortest, longest) with 4 <= shortest <= longest"
+            f"duration_s is {duration_s}; expected (shortest, longest), 4 <= shortest <= longest"
         )
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     return rng, _plan(rng, split, low, high)
@@ -569,7 +580,7 @@ def _start(
 
 @dataclass
 class _Plan:
-    """What all players of a song agree on."""
+    """Everything that the players of a song share."""
 
     harmony: str
     groove: str
@@ -596,19 +607,19 @@ class _Plan:
         return tuple((self.key + step) % 12 for step in _SCALES[HARMONIES[self.harmony][0]])
 
     def time(self, bar: int, step: float) -> float:
-        """Seconds of a sixteenth, with the groove's swing on the eighths."""
+        """Return the seconds of a sixteenth, with the groove's swing on the eighths."""
         place = GROOVES[self.groove].get("swing", 0.5)
         beat, within = divmod(step, 4)
         within = within * place * 2 if within <= 2 else 4 * place + (within - 2) * 2 * (1 - place)
         return (bar * self.steps + 4 * beat + within) * self.step_s
 
     def chord(self, bar: int, step: float) -> Chord:
-        """The chord that sounds at a sixteenth of a bar; the last bar's chord stays after the end."""
+        """Return the chord at a sixteenth of a bar; the last chord continues after the end."""
         chords = self.bars[min(bar, len(self.bars) - 1)].chords
         return [chord for start, chord in chords if start <= step][-1]
 
     def facts(self, parts: list[Part]) -> dict:
-        """The plan in words, for song.json."""
+        """Return the plan as text, for song.json."""
         form = [[bar.section, bar.index + 1] for bar in self.bars if bar.last]
         programs = {stem: sorted({p.program for p in parts if p.stem == stem}) for stem in STEMS}
         return {
@@ -647,17 +658,17 @@ def _plan(rng: np.random.Generator, split: str, low: float, high: float) -> _Pla
 
 
 def _pair_split(harmony: int, groove: int) -> str:
-    """Diagonals of the table: of eight neighbours one is for test, one for validation, six for training."""
+    """Return diagonals of the table: of eight, one is for test, one for validation."""
     return {0: "test", 4: "valid"}.get((harmony + 3 * groove) % 8, "train")
 
 
 def _tempo_split(half_beats: int) -> str:
-    """The split that owns a tempo, in half beats per minute."""
+    """Return the split that owns a tempo, in half beats per minute."""
     return {0: "test", 4: "valid"}.get(half_beats % 8, "train")
 
 
 def _bars(rng: np.random.Generator, plan: _Plan, n_bars: int) -> list[Bar]:
-    """The form, filled with chords: bars beyond a multiple of four go to the last section."""
+    """Fill the form with chords: bars beyond a multiple of four go to the last section."""
     blocks = max(1, n_bars // 4)
     size = max(n for n in _FORMS if n <= blocks)
     form = str(rng.choice(_FORMS[size]))
@@ -674,7 +685,7 @@ def _bars(rng: np.random.Generator, plan: _Plan, n_bars: int) -> list[Bar]:
 
 
 def _progression(plan: _Plan, section: str) -> list[tuple[tuple[int, Chord], ...]]:
-    """The chords of a section, bar by bar; two chords share a bar at its middle (3/4: at its third beat)."""
+    """Return the chords of a section bar by bar; two chords change at the middle (3/4: beat 3)."""
     text = HARMONIES[plan.harmony][{"chorus": 2, "bridge": 3}.get(section, 1)]
     middle = 8 if plan.metre != "6/8" else 6
     return [
@@ -683,10 +694,12 @@ def _progression(plan: _Plan, section: str) -> list[tuple[tuple[int, Chord], ...
     ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _chord(numeral: str, key: int) -> Chord:
     """Read a roman numeral such as bVImaj7 or V/3 (third in the bass)."""
-    accidental, degree, added, inversion = _NUMERAL.match(numeral).groups()
+    match = _NUMERAL.match(numeral)
+    assert match is not None
+    accidental, degree, added, inversion = match.groups()
     root = key + _DEGREES[degree.upper()] + {"b": -1, "#": 1}.get(accidental, 0)
     third = 5 if added == "sus4" else 4 if degree.isupper() else 3
     fifth = 6 if added in ("ø", "o") else 7
@@ -695,27 +708,27 @@ def _chord(numeral: str, key: int) -> Chord:
 
 
 def _rests(rng: np.random.Generator, plan: _Plan) -> frozenset[int]:
-    """Bars in which the piano is silent: a whole intro, the start of the first verse or of the bridge, a quarter at most."""
+    """Return the bars without piano: intro, start of a verse or bridge, at most a quarter."""
     where = str(rng.choice(["none", "intro", "verse", "bridge"], p=[0.2, 0.35, 0.25, 0.2]))
     bars = [i for i, bar in enumerate(plan.bars) if bar.section == where and bar.index < 4][:4]
     return frozenset(bars) if len(bars) <= len(plan.bars) / 4 else frozenset()
 
 
 def _events(pattern: str) -> list[tuple[int, int, str]]:
-    """(step, length in steps, symbol) of every note of a pattern."""
+    """Return (step, length in steps, symbol) of every note of a pattern."""
     starts = [i for i, symbol in enumerate(pattern) if symbol != "."] + [len(pattern)]
-    return [(a, b - a, pattern[a]) for a, b in zip(starts, starts[1:]) if pattern[a] != "-"]
+    return [(a, b - a, pattern[a]) for a, b in pairwise(starts) if pattern[a] != "-"]
 
 
 def _accent(plan: _Plan, step: int) -> float:
-    """How strong a sixteenth is by its place in the bar."""
+    """Return the metrical weight of a sixteenth in the bar."""
     if step == 0:
         return 1.0
     return 0.93 if step % _BEAT[plan.metre] == 0 else 0.85 if step % 2 == 0 else 0.78
 
 
 class _Writer:
-    """Writes notes with a player's small inaccuracies: milliseconds early or late, a little louder or softer."""
+    """Writes notes with small random deviations of time and level."""
 
     def __init__(
         self,
@@ -743,7 +756,7 @@ class _Writer:
         strum_s: float = 0.0,
         vowel: int = 0,
     ):
-        """Write one note or chord; `ring_s` is how long it sounds beyond its written length (negative: shorter)."""
+        """Write a note or chord; it sounds `ring_s` longer (or shorter) than written."""
         late = min(max(self.spread_s * self.rng.standard_normal(), -0.02), 0.02)
         start, end = self.plan.time(bar, step), self.plan.time(bar, step + length) + ring_s
         for i, pitch in enumerate([pitches] if isinstance(pitches, int) else pitches):
@@ -755,7 +768,7 @@ class _Writer:
 
 
 def _lead_voices(plan: _Plan, centre: int) -> dict[tuple[int, int], tuple[int, ...]]:
-    """Close voicings around `centre`, each the nearest to the one before; keyed by (bar, step)."""
+    """Return close voicings around `centre`, each nearest to the one before, by (bar, step)."""
     voicings, last = {}, None
     for bar, content in enumerate(plan.bars):
         for step, chord in content.chords:
@@ -765,7 +778,7 @@ def _lead_voices(plan: _Plan, centre: int) -> dict[tuple[int, int], tuple[int, .
 
 @lru_cache(maxsize=4096)
 def _nearest(chord: Chord, last: tuple[int, ...] | None, centre: int) -> tuple[int, ...]:
-    """The inversion of a chord that moves the voices least and stays near the centre."""
+    """Return the inversion of a chord that moves the voices least and stays near the centre."""
     choices = []
     for i in range(len(chord.tones)):
         pitches = [chord.tones[i]]
@@ -774,21 +787,21 @@ def _nearest(chord: Chord, last: tuple[int, ...] | None, centre: int) -> tuple[i
         choices += [tuple(p + 12 * octave for p in pitches) for octave in range(3, 7)]
     drift = [abs(sum(c) / len(c) - centre) for c in choices]
     moves = [0.0 if last is None else abs(c[0] - last[0]) + abs(c[-1] - last[-1]) for c in choices]
-    return choices[int(np.argmin([d + 0.6 * m for d, m in zip(drift, moves)]))]
+    return choices[int(np.argmin([d + 0.6 * m for d, m in zip(drift, moves, strict=True)]))]
 
 
 def _low(tone: int, lowest: int) -> int:
-    """The pitch of a pitch class at or just above `lowest`."""
+    """Return the pitch of a pitch class at or just above `lowest`."""
     return lowest + (tone - lowest) % 12
 
 
 def _fits(plan: _Plan, pattern: str) -> bool:
-    """Whether a pattern is playable: at most nine strokes a second."""
+    """Whether a pattern is playable: at most nine strokes per second."""
     return len(_events(pattern)) / (plan.steps * plan.step_s) <= 9.0
 
 
 def _piano(rng: np.random.Generator, plan: _Plan) -> Part:
-    """The piano: one style for verses, another for choruses, a third for the bridge, the same in every bar of it."""
+    """Write the piano: one style each for verses, choruses and the bridge."""
     styles = {name: style for name, style in PIANOS[plan.metre].items() if _fits(plan, style[1])}
     drawn = [styles[str(name)] for name in rng.choice(list(styles), 3, replace=False)]
     centre = int(rng.integers(64, 76))
@@ -810,7 +823,7 @@ def _piano(rng: np.random.Generator, plan: _Plan) -> Part:
 def _piano_bar(
     writer: _Writer, bar: int, style: tuple[str, str, bool], voicings: dict, riff: list[int]
 ) -> None:
-    """Both hands of one bar. With the pedal a note lasts to the next chord, without it to the next stroke."""
+    """Write both hands of one bar. With the pedal, a note lasts to the next chord."""
     plan = writer.plan
     energy = _ENERGY[plan.bars[bar].section]
     changes = [start for start, _ in plan.bars[bar].chords] + [plan.steps]
@@ -836,7 +849,7 @@ def _piano_bar(
 
 
 def _left(symbol: str, chord: Chord, voices: tuple[int, ...]) -> list[int]:
-    """Pitches of a left-hand symbol."""
+    """Return the pitches of a left-hand symbol."""
     root = _low(chord.bass, 41)
     fifth = _low(chord.tones[2], root)
     return {
@@ -852,7 +865,7 @@ def _left(symbol: str, chord: Chord, voices: tuple[int, ...]) -> list[int]:
 def _right(
     symbol: str, voices: tuple[int, ...], chord: Chord, plan: _Plan, degree: int
 ) -> list[int]:
-    """Pitches of a right-hand symbol."""
+    """Return the pitches of a right-hand symbol."""
     if symbol in "Cc":
         return list(voices)
     if symbol == "8":
@@ -865,14 +878,14 @@ def _right(
 
 
 def _final_chord(writer: _Writer, pitches, velocity: float) -> None:
-    """The last bar: one chord that rings to the end."""
+    """Write the last bar: one chord that rings to the end."""
     plan = writer.plan
     bar = len(plan.bars) - 1
     writer.add(bar, 0, plan.steps, pitches, velocity, plan.duration_s, strum_s=0.015)
 
 
 def _contour(rng: np.random.Generator, length: int) -> list[int]:
-    """A melody as scale steps from its first note: mostly steps, now and then a leap that turns back."""
+    """Return a melody as scale steps from its first note: mostly steps, sometimes a leap."""
     moves = [0]
     for _ in range(length - 1):
         back = -np.sign(moves[-1]) if abs(moves[-1]) >= 4 else 0
@@ -893,12 +906,13 @@ def _contour(rng: np.random.Generator, length: int) -> list[int]:
 def _in_harmony(
     scale: tuple[int, ...], chord: Chord, degree: int, centre: int, strong: bool
 ) -> int:
-    """The pitch of a scale degree over a chord: chord tones bend the scale, strong beats take a chord tone."""
-    scale = list(scale)
+    """Return the pitch of a scale degree over a chord; strong beats get a chord tone."""
+    tones = list(scale)
     for tone in chord.tones:
-        if tone not in scale:
-            scale[int(np.argmin([min((tone - s) % 12, (s - tone) % 12) for s in scale]))] = tone
-    pitches = sorted(p for p in range(24, 108) if p % 12 in scale)
+        if tone not in tones:
+            distances = [min((tone - other) % 12, (other - tone) % 12) for other in tones]
+            tones[int(np.argmin(distances))] = tone
+    pitches = sorted(p for p in range(24, 108) if p % 12 in tones)
     home = int(np.argmin([abs(p - centre) for p in pitches]))
     pitch = pitches[min(max(home + degree, 0), len(pitches) - 1)]
     if strong and pitch % 12 not in chord.tones:
@@ -910,7 +924,7 @@ def _in_harmony(
 
 
 def _vocals(rng: np.random.Generator, plan: _Plan) -> list[Part]:
-    """The singer: a phrase and its answer in verses, a hook in choruses, the same words each time; a second voice there."""
+    """Write the singer: phrase and answer in verses, a hook in choruses, a second voice there."""
     centre = int(rng.choice([57, 62, 66]))
     tunes = {name: [_tune(rng, plan) for _ in range(2)] for name in ("verse", "chorus", "bridge")}
     lead, second = _Writer(rng, plan, 0.012, 0.04), _Writer(rng, plan, 0.018, 0.04)
@@ -931,19 +945,19 @@ def _vocals(rng: np.random.Generator, plan: _Plan) -> list[Part]:
 
 
 def _tune(rng: np.random.Generator, plan: _Plan) -> list[tuple[int, int, int, int]]:
-    """Two bars of melody: (step, length, scale step, vowel)."""
+    """Draw two bars of melody: (step, length, scale step, vowel)."""
     rhythm = _events(str(rng.choice(_SINGING[plan.metre])))
     degrees, vowels = _contour(rng, len(rhythm)), rng.integers(N_VOWELS, size=len(rhythm)).tolist()
     return [
         (step, length, degree, vowel)
-        for (step, length, _), degree, vowel in zip(rhythm, degrees, vowels)
+        for (step, length, _), degree, vowel in zip(rhythm, degrees, vowels, strict=False)
     ]
 
 
 def _sing(
     writer: _Writer, bar: int, tune: list[tuple[int, int, int, int]], centre: int, lift: int
 ) -> None:
-    """Two bars of melody over the chords there; slightly legato within the phrase."""
+    """Write two bars of melody over their chords, slightly legato."""
     plan = writer.plan
     for step, length, degree, vowel in tune:
         at, within = bar + step // plan.steps, step % plan.steps
@@ -956,7 +970,7 @@ def _sing(
 
 
 def _drums(rng: np.random.Generator, plan: _Plan) -> Part:
-    """The drummer: the groove's loop, fills before new sections, crashes on their first beat."""
+    """Write the drummer: a loop, fills before new sections, crashes on their first beat."""
     groove, writer = GROOVES[plan.groove], _Writer(rng, plan, 0.004, 0.07)
     silent_intro = bool(rng.random() < 0.5)
     fills = _FILLS[6 if plan.metre == "6/8" else 8]
@@ -975,7 +989,7 @@ def _drums(rng: np.random.Generator, plan: _Plan) -> Part:
 
 
 def _beat(writer: _Writer, bar: int, lines: dict[int, str], stop: int) -> None:
-    """One bar of the loop up to a step; choruses move the hat to the ride."""
+    """Write one bar of the loop up to a step; choruses use the ride instead of the hi-hat."""
     section = writer.plan.bars[bar].section
     for key, line in lines.items():
         key = _RIDE if key == _HAT and section == "chorus" and "xo" not in line else key
@@ -993,14 +1007,14 @@ def _beat(writer: _Writer, bar: int, lines: dict[int, str], stop: int) -> None:
 
 
 def _fill(writer: _Writer, bar: int, start: int, pattern: str) -> None:
-    """A fill on snare and toms, getting louder."""
+    """Write a fill on snare and toms, with a crescendo."""
     for step, _, symbol in _events(pattern):
         key = _TOMS[int(symbol)] if symbol.isdigit() else _SNARE
         writer.add(bar, start + step, 1, key, 0.6 + 0.3 * step / len(pattern), DRUM_RING_S[key])
 
 
 def _bass(rng: np.random.Generator, plan: _Plan) -> Part:
-    """The bass: the groove's figure over the chords' bass notes, leading into the next chord."""
+    """Write the bass: the groove's figure over the bass notes, leading into the next chord."""
     figure = BASSES[plan.metre][str(rng.choice(GROOVES[plan.groove]["bass"]))]
     kind = {
         **dict.fromkeys(("swing", "jazzwaltz", "bossa", "train"), "upright"),
@@ -1027,7 +1041,7 @@ def _bass(rng: np.random.Generator, plan: _Plan) -> Part:
 
 
 def _bass_pitch(plan: _Plan, bar: int, step: int, symbol: str) -> int:
-    """The pitch of a bass symbol between E1 and E3."""
+    """Return the pitch of a bass symbol between E1 and E3."""
     chord = plan.chord(bar, step)
     root = _low(chord.bass, 28)
     symbol = symbol.upper()
@@ -1044,16 +1058,16 @@ def _bass_pitch(plan: _Plan, bar: int, step: int, symbol: str) -> int:
 
 
 def _others(rng: np.random.Generator, plan: _Plan) -> list[Part]:
-    """The rest of the band, in the piano's register: a pad, a rhythm player, a lead that answers the singer."""
+    """Write the other players, in the piano's register: pad, rhythm player, lead."""
     side = float(rng.choice([-1.0, 1.0]))
     parts = [_pad(rng, plan), _rhythm(rng, plan), _lead(rng, plan)]
-    for part, pan in zip(parts, (0.0, 0.45 * side, -0.3 * side)):
+    for part, pan in zip(parts, (0.0, 0.45 * side, -0.3 * side), strict=True):
         part.pan = pan
     return parts
 
 
 def _pad(rng: np.random.Generator, plan: _Plan) -> Part:
-    """Long chords without their lowest voice: in choruses and bridges, perhaps in the second half of verses."""
+    """Write long chords without their lowest voice: in choruses, bridges, late verses."""
     voicings, writer = (
         _lead_voices(plan, int(rng.choice([57, 64, 70, 74]))),
         _Writer(rng, plan, 0.015),
@@ -1061,7 +1075,7 @@ def _pad(rng: np.random.Generator, plan: _Plan) -> Part:
     first = {"chorus": 0, "bridge": 0, "outro": 0, "verse": int(rng.choice([4, 99])), "intro": 99}
     for bar, content in enumerate(plan.bars[:-1]):
         changes = [start for start, _ in content.chords] + [plan.steps]
-        for start, stop in zip(changes, changes[1:]):
+        for start, stop in pairwise(changes):
             if content.index >= first[content.section]:
                 writer.add(
                     bar,
@@ -1076,7 +1090,7 @@ def _pad(rng: np.random.Generator, plan: _Plan) -> Part:
 
 
 def _rhythm(rng: np.random.Generator, plan: _Plan) -> Part:
-    """A guitar, organ or mallet figure that repeats bar after bar."""
+    """Write a guitar, organ or mallet figure that repeats every bar."""
     patterns = [p for p in _COMPS[plan.metre] if _fits(plan, p)]
     chosen = [str(p) for p in rng.choice(patterns, 2, replace=False)]
     program = int(rng.choice(_RHYTHM))
@@ -1115,7 +1129,7 @@ def _rhythm(rng: np.random.Generator, plan: _Plan) -> Part:
 
 
 def _lead(rng: np.random.Generator, plan: _Plan) -> Part:
-    """A melody instrument: the tune of the intro and outro, short answers in the singer's breaths."""
+    """Write a melody instrument: the tune of intro and outro, answers in the singer's pauses."""
     tune, answer = _tune(rng, plan), _contour(rng, 4)
     writer, centre = _Writer(rng, plan, 0.01), int(rng.integers(65, 74))
     for bar, content in enumerate(plan.bars[:-1]):

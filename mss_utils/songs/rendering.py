@@ -1,18 +1,15 @@
-"""Plays songs on the sampled instruments of a SoundFont 2 file, the one that `pretty_midi` brings along.
+"""Play songs on the sampled instruments of a SoundFont 2 file, the one inside `pretty_midi`.
 
-A SoundFont maps (bank, program, key) to zones, each a looped recording with its tuning, level and envelope. `key_sound`
-plays a key's zones once, at the working rate and in mono; `_perform` adds what a musician and a room do: dynamics,
-release, vibrato and vowels, reverberation, a place in the stereo image; `render` mixes.
-Only what this file needs is read: no modulators, no filters, one velocity. (symusic's synthesizer was the first choice,
-but it leaves out `overridingRootKey`, on which this SoundFont relies: keys came out up to two octaves off.)
-
-Format: SoundFont Technical Specification 2.04, sections 7 (chunks) and 8 (generators).
+A SoundFont maps (bank, program, key) to zones: looped recordings with tuning, level and envelope.
+`key_sound` plays the zones of a key once, mono, at the working rate; `_perform` adds dynamics,
+panning, vibrato and reverberation. Only what this project needs is read: no modulators, no filters,
+one velocity. (symusic's synthesiser ignores `overridingRootKey`, which this SoundFont needs.)
 """
 
 from __future__ import annotations
 
 import struct
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +67,7 @@ _RECORDS = {
 
 
 class Zone(NamedTuple):
-    """One recording as a key plays it: samples and loop (None: played once), and generators by number."""
+    """One recording as a key plays it: samples, loop (None: played once), generators by number."""
 
     sound: np.ndarray
     rate: int
@@ -81,10 +78,10 @@ class Zone(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _tables() -> dict[str, np.ndarray]:
-    """Every chunk of the SoundFont as an array of records."""
+    """Return every chunk of the SoundFont as an array of records."""
     import pretty_midi
 
-    data = (Path(pretty_midi.__file__).parent / "TimGM6mb.sf2").read_bytes()
+    data = (Path(str(pretty_midi.__file__)).parent / "TimGM6mb.sf2").read_bytes()
     return {
         name: np.frombuffer(
             data, np.dtype(_RECORDS[name]), size // np.dtype(_RECORDS[name]).itemsize, start
@@ -95,7 +92,7 @@ def _tables() -> dict[str, np.ndarray]:
 
 
 def _chunks(data: bytes, start: int, stop: int):
-    """(name, start, size) of every RIFF chunk, lists opened."""
+    """Return (name, start, size) of every RIFF chunk; lists are opened."""
     while start < stop:
         name, size = (
             data[start : start + 4].decode("latin1"),
@@ -109,7 +106,7 @@ def _chunks(data: bytes, start: int, stop: int):
 
 
 def _settings(level: str, first: int, last: int, link: int) -> list[dict[int, int]]:
-    """Generators of each zone of a preset (`p`) or an instrument (`i`); a first zone without a link holds defaults."""
+    """Return the generators of each zone of a preset (`p`) or instrument (`i`), with defaults."""
     bags, generators = _tables()[level + "bag"]["gen"], _tables()[level + "gen"]
     zones = [dict(generators[bags[i] : bags[i + 1]].tolist()) for i in range(first, last)]
     defaults = zones[0] if zones and link not in zones[0] else {}
@@ -117,7 +114,7 @@ def _settings(level: str, first: int, last: int, link: int) -> list[dict[int, in
 
 
 def _covers(zone: dict[int, int], key: int, velocity: int = 100) -> bool:
-    """Whether a zone is for a key at the one velocity that is read."""
+    """Whether a zone is for a key, at a velocity of 100."""
     for what, value in ((_KEYS, key), (_VELOCITIES, velocity)):
         limits = zone.get(what, 127 << 8) & 0xFFFF
         if not limits & 0xFF <= value <= limits >> 8:
@@ -127,17 +124,19 @@ def _covers(zone: dict[int, int], key: int, velocity: int = 100) -> bool:
 
 @lru_cache(maxsize=4096)
 def zones(bank: int, program: int, key: int) -> tuple[Zone, ...]:
-    """The zones that sound for a key. Raises ValueError for a program that the SoundFont lacks."""
+    """Return the zones of a key; ValueError for a program that the SoundFont lacks."""
     presets, instruments = _tables()["phdr"], _tables()["inst"]
     found = np.flatnonzero((presets["bank"][:-1] == bank) & (presets["program"][:-1] == program))
     if not len(found):
         raise ValueError(
-            f"the SoundFont has no program {program} in bank {bank}: use 0-127 in bank 0 or a kit of bank {DRUM_BANK}"
+            f"The SoundFont has no program {program} in bank {bank}: use 0-127 in bank 0, or a "
+            f"kit of bank {DRUM_BANK}."
         )
     sounding = []
-    for outer in _settings("p", *presets["bag"][found[0] : found[0] + 2].tolist(), _INSTRUMENT):
-        bags = instruments["bag"][outer[_INSTRUMENT] : outer[_INSTRUMENT] + 2].tolist()
-        for inner in _settings("i", *bags, _SAMPLE) if _covers(outer, key) else ():
+    first, last = presets["bag"][found[0] : found[0] + 2].tolist()
+    for outer in _settings("p", first, last, _INSTRUMENT):
+        first, last = instruments["bag"][outer[_INSTRUMENT] : outer[_INSTRUMENT] + 2].tolist()
+        for inner in _settings("i", first, last, _SAMPLE) if _covers(outer, key) else ():
             if _covers(inner, key):
                 added = {
                     what: inner.get(what, 0) + value
@@ -170,7 +169,7 @@ def _zone(settings: dict[int, int]) -> Zone:
 
 
 def key_sound(bank: int, program: int, key: int, length_s: float) -> np.ndarray:
-    """Play one key: (samples,) mono at SAMPLE_RATE, `length_s` long, envelope up to sustain, no release."""
+    """Play one key: mono `(samples,)`, `length_s` long, envelope up to sustain, no release."""
     n = int(length_s * SAMPLE_RATE)
     total = np.zeros(n, np.float32)
     for zone in zones(bank, program, key):
@@ -184,7 +183,7 @@ def key_sound(bank: int, program: int, key: int, length_s: float) -> np.ndarray:
 
 
 def _unroll(zone: Zone, speed: float, n: int) -> np.ndarray:
-    """Resample a recording to `n` samples, going round its loop. Played faster, it is band-limited first."""
+    """Resample a recording to `n` samples, repeating its loop; band-limited if played faster."""
     sound = zone.sound
     if speed > 1.05:
         taps = firwin(63, min(0.95 / speed, 0.99))
@@ -204,7 +203,7 @@ def _unroll(zone: Zone, speed: float, n: int) -> np.ndarray:
 
 
 def _envelope(settings: dict[int, int], n: int) -> np.ndarray:
-    """Level over time: attack, hold, and a decay that is straight in decibels down to the sustain level."""
+    """Return the level over time: attack, hold, and a decay that is linear in dB."""
     t = np.arange(n, dtype=np.float32) / SAMPLE_RATE
     attack, hold, decay = (
         2.0 ** (settings.get(what, -12000) / 1200.0) for what in (_ATTACK, _HOLD, _DECAY)
@@ -220,7 +219,7 @@ def _envelope(settings: dict[int, int], n: int) -> np.ndarray:
     return np.minimum(t / attack, 1.0) * 10.0 ** (level_db / 20.0)
 
 
-# --- performing ---------------------------------------------------------------------------------------------------------
+# --- performing -----------------------------------------------------------------------------------
 
 _DRUM_PAN = {
     42: 0.25,
@@ -234,7 +233,7 @@ _DRUM_PAN = {
     45: -0.1,
     43: -0.25,
 }  # keys
-_STEP = 4  # stems are rounded to 14 bits: FLAC stores the two idle bits for nothing, a third less on disk
+_STEP = 4  # rounding to 14 bits saves a third of the FLAC files
 _RELEASE_S = {"piano": 0.18, "bass": 0.06, "vocals": 0.09, "other": 0.2, "drums": 0.03}
 _ROOM = {
     "piano": 0.16,
@@ -251,7 +250,7 @@ VOWELS = (
 
 
 def _perform(part: Part, n_samples: int) -> np.ndarray:
-    """Play a part: (2, samples), at an active level of 0 dB plus its gain. Only a kit has several places."""
+    """Play a part: `(2, samples)`, at an active level of 0 dB plus its gain."""
     places = (
         sorted({_DRUM_PAN.get(note.pitch, 0.0) for note in part.notes})
         if part.drums
@@ -270,7 +269,7 @@ def _perform(part: Part, n_samples: int) -> np.ndarray:
 
 
 def _strike(part: Part, notes: list[Note], n_samples: int) -> np.ndarray:
-    """Sum the notes of a part that share a place: (samples,)."""
+    """Sum the notes of a part that share a panning: `(samples,)`."""
     out = np.zeros(n_samples, np.float32)
     release = int(_RELEASE_S[part.stem] * SAMPLE_RATE)
     fade = (0.5 + 0.5 * np.cos(np.linspace(0.0, np.pi, release))).astype(np.float32)
@@ -296,7 +295,7 @@ def _strike(part: Part, notes: list[Note], n_samples: int) -> np.ndarray:
 
 
 def _key(part: Part, pitch: int, length_s: float) -> np.ndarray:
-    """One key's sound. The piano's recordings die within half a second, a real string sings on: its decay is rewritten."""
+    """Return the sound of a key; the short decay of the piano's recordings is extended."""
     sound = _equalise(
         part.stem, key_sound(DRUM_BANK if part.drums else 0, part.program, pitch, length_s)
     )
@@ -312,7 +311,7 @@ def _key(part: Part, pitch: int, length_s: float) -> np.ndarray:
 
 
 def _level(sound: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The gain that gives a sound the wanted envelope, 18 dB up at most."""
+    """Return the gain that gives a sound the wanted envelope, at most 18 dB."""
     window = int(0.03 * SAMPLE_RATE)
     total = np.concatenate([[0.0], np.cumsum(sound.astype(np.float64) ** 2)])
     upper = np.minimum(np.arange(len(sound)) + window, len(sound))
@@ -322,7 +321,7 @@ def _level(sound: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _soften(part: Part, pitch: int, sound: np.ndarray, strength: int) -> np.ndarray:
-    """A softer stroke is darker: first-order low-pass by velocity quarter, above the fundamental."""
+    """Make a soft stroke darker: first-order low-pass above the fundamental."""
     if strength >= 3 or part.stem == "vocals":
         return sound
     cutoff = (1200.0, 2200.0, 4000.0)[strength] + 440.0 * 2.0 ** ((pitch - 69) / 12.0)
@@ -330,14 +329,14 @@ def _soften(part: Part, pitch: int, sound: np.ndarray, strength: int) -> np.ndar
 
 
 def _voice(sound: np.ndarray, note: Note) -> np.ndarray:
-    """Sing a note: it is approached from below, swells, gets vibrato when it is long, and has a vowel."""
+    """Sing a note: it starts below, swells, gets vibrato if it is long, and has a vowel."""
     t = np.arange(len(sound)) / SAMPLE_RATE
     scoop = 0.5 * np.exp(-t / 0.04)  # semitones below
     vibrato = 0.22 * np.clip((t - 0.25) / 0.4, 0.0, 1.0) * np.sin(2.0 * np.pi * 5.4 * t)
     speed = 2.0 ** ((vibrato - scoop) / 12.0)
     sound = np.interp(np.cumsum(speed) - speed[0], np.arange(len(sound)), sound)
     shaped = 0.3 * sound
-    for formant, strength in zip(VOWELS[note.vowel], (1.0, 0.8, 0.35)):
+    for formant, strength in zip(VOWELS[note.vowel], (1.0, 0.8, 0.35), strict=True):
         shaped += strength * lfilter(*iirpeak(formant, 5.0, fs=SAMPLE_RATE), sound)
     return (
         shaped * np.minimum(0.25 + t / 0.08, 1.0) * (0.85 + 0.15 * np.minimum(t / 0.5, 1.0))
@@ -345,7 +344,7 @@ def _voice(sound: np.ndarray, note: Note) -> np.ndarray:
 
 
 def _equalise(stem: str, sound: np.ndarray) -> np.ndarray:
-    """Take out rumble. The piano leaves the bass its octaves and gets presence, as on most records."""
+    """Remove rumble. The piano leaves the low octaves to the bass and gets presence."""
     sound = sosfilt(_highpass(2, 150.0 if stem == "piano" else 30.0), sound)
     if stem == "piano":
         sound = sound + 1.5 * sosfilt(_highpass(1, 1200.0), sound)
@@ -353,19 +352,19 @@ def _equalise(stem: str, sound: np.ndarray) -> np.ndarray:
 
 
 def _add_room(sound: np.ndarray, wet: float) -> np.ndarray:
-    """The sound and its reverberation."""
+    """Return the sound with its reverberation."""
     return sound + np.float32(wet) * oaconvolve(sound, _room())[: len(sound)] if wet else sound
 
 
-@lru_cache(maxsize=None)
+@cache
 def _highpass(order: int, cutoff: float) -> np.ndarray:
-    """A Butterworth high-pass in sections."""
+    """Return a Butterworth high-pass in sections."""
     return butter(order, cutoff, "highpass", fs=SAMPLE_RATE, output="sos")
 
 
 @lru_cache(maxsize=1)
 def _room() -> np.ndarray:
-    """The response of the one room that all songs are recorded in: decaying, dark noise of unit energy."""
+    """Return the room response of all songs: decaying, dark noise of unit energy."""
     t = np.arange(int(0.9 * SAMPLE_RATE)) / SAMPLE_RATE
     noise = (
         np.random.default_rng(1).normal(size=len(t))
@@ -377,7 +376,7 @@ def _room() -> np.ndarray:
 
 
 def _active_rms(sound: np.ndarray) -> float:
-    """Root mean square over the tenths of a second that are within 35 dB of the loudest."""
+    """Return the RMS over the tenths of a second that are within 35 dB of the loudest."""
     size = SAMPLE_RATE // 10
     n = sound.shape[1] // size
     power = np.square(sound[:, : n * size]).reshape(2, n, size).mean((0, 2))
@@ -385,7 +384,7 @@ def _active_rms(sound: np.ndarray) -> float:
 
 
 def render(song: Song) -> dict[str, np.ndarray]:
-    """All stems of a song, mixed: stem -> int16 (samples, 2); the stems' sum peaks at -1 dBFS."""
+    """Render all stems: stem -> int16 `(samples, 2)`; their sum peaks at -1 dBFS."""
     rng = np.random.default_rng([*song.metadata["seed"], 1])
     n_samples = int(round(song.duration_s * SAMPLE_RATE))
     stems = {stem: np.zeros((2, n_samples), np.float32) for stem in STEMS}
@@ -405,11 +404,12 @@ def render(song: Song) -> dict[str, np.ndarray]:
 
 
 def _balance(rng: np.random.Generator, stems: dict[str, np.ndarray]) -> None:
-    """Set the levels in place: drums and voice in front, and the piano some 6 dB below everything else together."""
+    """Set the levels in place: drums and voice in front, the piano 6 dB below the rest."""
     for stem, level_db in (("vocals", 0.0), ("drums", 3.5), ("bass", -1.5), ("other", -5.0)):
         gain_db = level_db + rng.uniform(-1.5, 1.5)
         stems[stem] *= np.float32(10.0 ** (gain_db / 20.0) / _active_rms(stems[stem]))
-    residual = sum(stems[stem] for stem in STEMS if stem != "piano").mean(0)
+    first, *rest = [stems[stem] for stem in STEMS if stem != "piano"]
+    residual = sum(rest, start=first).mean(0)
     wanted_db = float(np.clip(rng.normal(-5.9, 1.2), -9.0, -3.6))
     found_db = 10.0 * np.log10(np.square(stems["piano"].mean(0)).sum() / np.square(residual).sum())
     stems["piano"] *= np.float32(10.0 ** ((wanted_db - found_db) / 20.0))

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from conftest import SMALL
-from mss_utils.report.export import export
 
 from mss_utils.config import MODELS, create_or_load_run
 from mss_utils.data import build_store, open_store
 from mss_utils.environment import record_environment
 from mss_utils.evaluation import evaluate
 from mss_utils.models import load_model
+from mss_utils.report.export import export
 from mss_utils.separation import separate_file, write_estimates
 from mss_utils.songs import render_songs
 from mss_utils.training import train

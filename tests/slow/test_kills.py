@@ -1,4 +1,4 @@
-"""A run that is killed and restarted ends with the same tables and weights as an undisturbed one."""
+"""A run that is killed and restarted ends with the tables and weights of an undisturbed one."""
 
 import json
 import os

@@ -1,0 +1,97 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mss_utils.config import ROOT, collection_runs
+from mss_utils.report.facts import collect_facts, dump_facts
+from mss_utils.report.wording import interval, join, plain, quantity, seconds
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The runs of a copy of the committed collection."""
+    root = tmp_path_factory.mktemp("results")
+    ignore = shutil.ignore_patterns("*.safetensors", "*.html", "notebooks")
+    shutil.copytree(ROOT / "results" / "reference", root / "reference", ignore=ignore)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MSS_RESULTS", str(root))
+        yield {run.folder.name: run for run in collection_runs("reference")}
+
+
+@pytest.fixture
+def change(reference):
+    """Change rows of a table of the musdb7 run, for one test."""
+    paths = {}
+
+    def apply(table, where, **values):
+        path = reference["musdb7"].table(table)
+        rows = pd.read_csv(path)
+        paths.setdefault(path, path.read_bytes())
+        selected = np.logical_and.reduce([rows[key] == value for key, value in where.items()])
+        assert selected.any()
+        rows.loc[selected, list(values)] = list(values.values())
+        rows.to_csv(path, index=False)
+        return collect_facts([reference["musdb7"]], "musdb7", is_collection=False)
+
+    yield apply
+    for path, content in paths.items():
+        path.write_bytes(content)
+
+
+def test_wording():
+    assert join(["a", "b", "c"]) == "a, b and c" and join(["a"]) == "a" and join([]) == ""
+    assert quantity(1, "track") == "one track" and quantity(20, "track", False) == "20 tracks"
+    assert interval(-0.5, 0.25, sign="+") == "[−0.50, +0.25]" and interval(np.nan, 1) == ""
+    assert plain({"other": ("a", "b")}) == "a+b→other" and plain(0.10) == "0.1"
+    assert [seconds(value) for value in (59, 600, 9000)] == ["59 s", "10.0 min", "2.5 h"]
+
+
+def test_facts_have_one_part_per_run_and_target(reference):
+    facts = collect_facts(reference.values(), "reference", is_collection=True)
+    labels = [part["label"] for part in facts["parts"]]
+    expected = ["drums (MUSDB18 excerpts)", "drums (built-in songs)", "piano", "vocals"]
+    assert sorted(labels) == expected
+    assert len(facts["scores"]["tables"]) == 4 and facts["few_seeds"]
+    assert dump_facts(facts).count("NaN") == 0
+
+
+def test_changed_score_changes_table_and_abstract(change):
+    where = dict(target="vocals", model="unet", metric="SDR")
+    facts = change("summary", where, median=9.87)
+    assert "9.87 dB for vocals" in facts["scores"]["abstract"]
+    rows = facts["scores"]["tables"][0]["rows"]
+    assert next(row for row in rows if row["best"])["cells"][0][0] == "9.87"
+
+
+PAIR = dict(target="vocals", a="demucs_attention", b="demucs_lstm", metric="SDR")
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (dict(ci_low=0.5, ci_high=0.9, median_difference=0.7), "B2 is ahead of B1 by 0.70 dB"),
+        (dict(ci_low=-0.9, ci_high=-0.5, median_difference=-0.7), "B1 is ahead of B2 by 0.70 dB"),
+        (dict(ci_low=-0.5, ci_high=0.5), "no difference found between B2 and B1"),
+        (dict(ci_low=np.nan), "B2 and B1 could not be compared"),
+        (dict(ci_low=0.5, ci_high=0.9, p_corrected=0.2), "the corrected test does not confirm it"),
+    ],
+)
+def test_changed_difference_changes_the_outcome(change, values, words):
+    facts = change("paired", PAIR, **values)
+    text = dict(facts["scores"]["comparisons"])["vocals"]
+    assert words in text, text
+
+
+def test_changed_hypothesis_changes_the_answer(change):
+    facts = change(
+        "hypotheses",
+        dict(id="phase_true_magnitude_b1", target="vocals"),
+        ci_low=0.1,
+        ci_high=0.9,
+        effect=0.5,
+    )
+    assert "the phase is better than A's in one of four cases" in facts["questions"]["answer"]
+    sentences = dict(facts["questions"]["phase"])
+    assert "does not separate" in sentences["vocals"]
