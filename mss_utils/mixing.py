@@ -190,10 +190,7 @@ class Mixer:
         """
         semitones, raw = raw.semitones, raw.to(device)  # reading semitones must not wait for a GPU
         stems = raw.segments.float().mul_(raw.gains[..., None, None])
-        long, stems = (
-            stems,
-            stems[..., : self.settings.segment],
-        )  # (batch, stems, channels, samples)
+        long, stems = stems, stems[..., : self.settings.segment]
         for n in semitones.unique().tolist() if self.settings.speed_semitones else []:
             selected = (semitones == n).nonzero(as_tuple=True)  # examples, stems
             stems[selected] = _change_speed(long[selected], speed_of(n), self.settings.segment)
