@@ -15,16 +15,15 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
-from mss_utils import analysis, evaluation, listening
 from mss_utils.config import ROOT, Run
 from mss_utils.data import open_store
 from mss_utils.files import atomic_write, file_lock
 from mss_utils.report import build_report
 from mss_utils.report.notebooks import read_notebook
+from mss_utils.report.tables import TABLES
 from mss_utils.separation import write_estimates
 
 NOTEBOOKS = ROOT / "notebooks"
-TABLES = (*evaluation.TABLES, *analysis.TABLES, *listening.TABLES)
 # The notebooks that each notebook depends on: it runs again when they or its own inputs change.
 STAGES: dict[str, tuple[str, ...]] = {
     "01_data": (),

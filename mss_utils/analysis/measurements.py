@@ -16,13 +16,13 @@ from mss_utils.files import write_text
 from mss_utils.models.unet import STFT
 from mss_utils.separation import read_all_estimates
 
-TABLES = ("phase", "attack", "envelopes", "repetition", "data_amount", "hypotheses")
+TABLES = ("phase", "attack", "envelopes", "repetition", "data_amount", "hypotheses", "ablations")
 ENVELOPE_KEYS = ["target", "model", "seed", "time_ms"]
 REPETITION_COLUMNS = ["target", "track", "start_s", "model", "seed", "lag_s", "condition"]
 
 
 def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Take all measurements on the test tracks and write each of `TABLES`.
+    """Take all measurements on the test tracks and write the tables.
 
     Parameters
     ----------
@@ -43,8 +43,8 @@ def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFr
     tables["repetition"] = pd.DataFrame(repetition, columns=[*REPETITION_COLUMNS, "sdr", "reason"])
     tables["data_amount"] = data_amount(run, store, tracks)
     tables["hypotheses"] = evaluate_hypotheses(run.settings, tables | dict(tracks=tracks))
-    for name in TABLES:
-        write_text(run.table(name), tables[name].to_csv(index=False))
+    for name, table in tables.items():
+        write_text(run.table(name), table.to_csv(index=False))
     return tables
 
 
