@@ -1,16 +1,16 @@
-"""What more music brings where there is little of it: MUSDB18's seven-second excerpts, judged on the validation tracks alone.
+"""Measure what more music brings to MUSDB18's seven-second excerpts, on validation tracks only.
 
-    python benchmarks/more_music.py --data DIR --songs DIR --steps 3000 --out results/full/more_music.csv
+    python benchmarks/more_music.py --data DIR --songs DIR --steps 3000 --out FILE.csv
 
-Each row of the table adds one thing to the one before it but for the last two, which both add to the third:
+Each row of the table adds one thing to the row before, except the last two, which add to the third:
 
-    songs as they are            nine minutes of excerpts, the stems of one song together, nothing changed
-    + random mixing              stems of different songs half the time, gains within 3 dB, polarity
-    + pitch and tempo            two semitones up or down: the profile musdb7
-    + full songs                 a folder of songs with the same artist's vocals and drums beside the excerpts; what is neither is one stem
-    + pre-training               begins as a model that was trained for as many steps on the built-in songs
+    songs as they are    nine minutes of excerpts, stems of one song together, no augmentation
+    + random mixing      stems of different songs half the time, gains within 3 dB, polarity
+    + pitch and tempo    two semitones up or down: the profile musdb7
+    + full songs         a folder of songs beside the excerpts; all but vocals and drums is one stem
+    + pre-training       starts from a model trained for as many steps on the built-in songs
 
-No test track is scored. A training that is there is not repeated.
+No test track is scored. A finished training is not repeated.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ COLUMNS = [
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data",
@@ -75,18 +76,14 @@ def main() -> None:
     )
     given = parser.parse_args()
 
-    excerpts, both = (
-        expand_path(given.data),
-        with_songs(expand_path(given.data), expand_path(given.songs), given.leave_out),
-    )
+    excerpts = expand_path(given.data)
+    both = with_songs(excerpts, expand_path(given.songs), given.leave_out)
     own = [f"steps={given.steps}", f"valid_every={max(1, given.steps // 12)}", *given.set]
-    of = lambda profile, data, *overrides: resolve_settings(
-        profile, str(data or ""), given.target, [*own, *overrides]
-    )
-    same_size = [
-        "unet_full_band_channels=64",
-        "ema_decay=0.998",
-    ]  # what musdb7 has, so that its models can begin as these
+
+    def of(profile, data, *overrides):
+        return resolve_settings(profile, str(data or ""), given.target, [*own, *overrides])
+
+    same_size = ["unet_full_band_channels=64", "ema_decay=0.998"]  # as in musdb7
     conditions = {
         "built-in songs, to start from": of("demo", None, *same_size),
         "songs as they are": of("musdb7", excerpts, *PLAIN),
@@ -106,7 +103,7 @@ def main() -> None:
 
 
 def with_songs(excerpts: Path, songs: Path, left_out: list[str]) -> Path:
-    """A dataset folder of links to the excerpts and, in its training part, to the songs that are not left out; made anew each time."""
+    """Make a dataset of links to the excerpts and, for training, to the songs not left out."""
     root = cache_folder() / "excerpts-and-songs"
     for link in root.glob("*/*"):
         link.unlink()
@@ -127,16 +124,14 @@ def with_songs(excerpts: Path, songs: Path, left_out: list[str]) -> Path:
 
 
 def name_of(music: str) -> str:
-    """The run that a condition is trained in."""
+    """Return the name of the run that trains a condition."""
     return "more_music/" + "-".join("".join(c if c.isalnum() else " " for c in music).split())
 
 
 def row_of(music: str, settings, target: str, model: str) -> dict:
-    """Train what is not trained yet; the validation score of the weights that are kept."""
-    run, store = (
-        Run(name_of(music), settings, results_folder() / name_of(music)),
-        open_store(settings),
-    )
+    """Train unless it is trained; return the validation score of the kept weights."""
+    run = Run(name_of(music), settings, results_folder() / name_of(music))
+    store = open_store(settings)
     train(run, store, target, model)
     known = json.loads((run.model_folder(target, model) / "model.json").read_text(encoding="utf-8"))
     minutes = sum(track.samples for track in store.split("train")) / store.sample_rate / 60

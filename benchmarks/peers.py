@@ -1,14 +1,15 @@
-"""Our three models and four peers, trained on the same batches for the same time on this machine, then scored.
+"""Train our three models and four peers for the same time on the same batches, and score them.
 
-    candidates --speed--> steps in the time --choose--> a size for each peer --train--> weights --score--> tracks --> table
+    candidates --speed--> steps in the time --choose--> a size for each peer --train--> weights
+    --score--> tracks --> table
 
     pip install --no-deps -r benchmarks/requirements.txt
     python benchmarks/peers.py --data DIR --profile musdb7 --target vocals --minutes 10
 
-A peer keeps its own loss, learning rate and normalisation; store, segments, augmentation, curriculum, schedule and clipping
-are ours. Seconds a step are measured once, on an otherwise idle machine; from then on the time is a number of steps. What
-OUT holds already is not done again, and a training that was stopped goes on; several calls with --stage train --only may run
-side by side.
+A peer keeps its own loss, learning rate and normalisation; store, segments, augmentation,
+curriculum, schedule and clipping are ours. Seconds a step are measured once, on an otherwise idle
+machine; from then on the time is a number of steps. What OUT holds already is not done again, and a
+training that was stopped goes on; several calls with --stage train --only may run side by side.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Bench:
     only: tuple[str, ...]
 
     def table(self, name: str) -> pd.DataFrame:
-        """A table that an earlier stage has written; FileNotFoundError when it has not."""
+        """Read a table of an earlier stage; FileNotFoundError if it is missing."""
         if not (self.out / f"{name}.csv").exists():
             raise FileNotFoundError(
                 f"No {name}.csv in {self.out}: run the stages before this one first."
@@ -139,18 +140,20 @@ def main() -> None:
         STAGES[stage](bench)
 
 
-# --- the peers: waveform `(batch, channels, samples)` in, estimate of the same shape out, for any number of samples
+# --- the peers: `(batch, channels, samples)` in and out, any number of samples
 
 
 class Unmix(nn.Module):
-    """Open-Unmix for one target, put together as its scripts/train.py trains it and its Separator applies it.
+    """Open-Unmix for one target, as its scripts/train.py trains it and its Separator applies it.
 
-    Source: F.-R. Stoeter et al., "Open-Unmix - A Reference Implementation for Music Source Separation", JOSS 4(41), 2019.
+    Source: F.-R. Stoeter et al., "Open-Unmix - A Reference Implementation for Music Source
+    Separation", JOSS 4(41), 2019.
     """
 
     def __init__(self, settings: Settings, store: Store, hidden_size: int):
         super().__init__()
-        # 4096 and 1024 at 44.1 kHz are its defaults (93 ms); below, the power of two that lasts about as long.
+        # 4096 and 1024 at 44.1 kHz are its defaults (93 ms); below, the power of two that lasts
+        # about as long.
         self.n_fft, hop = (4096, 1024) if settings.sample_rate == 44100 else (2048, 512)
         stft, _ = make_filterbanks(self.n_fft, hop)
         self.encoder = nn.Sequential(stft, ComplexNorm(mono=settings.channels == 1))
@@ -166,7 +169,8 @@ class Unmix(nn.Module):
             input_scale=scale,
             max_bin=max_bin,
         )
-        # Its documented post-processing: one EM step of the Wiener filter, which for a single target needs the residual.
+        # Its documented post-processing: one EM step of the Wiener filter, which for a single
+        # target needs the residual.
         self.separator = Separator(
             {"target": unmix},
             1,
@@ -185,7 +189,7 @@ class Unmix(nn.Module):
 
 
 def _statistics(store: Store, encoder: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of every bin `(bins,)` over the training mixtures: get_statistics in its scripts/train.py."""
+    """Return mean and deviation of every bin `(bins,)`, as get_statistics of its train.py."""
     scaler = StandardScaler()
     for track in store.split("train"):
         mixture, _ = store.load(track)
@@ -197,9 +201,10 @@ def _statistics(store: Store, encoder: nn.Module) -> tuple[np.ndarray, np.ndarra
 
 
 class TimeDemucs(nn.Module):
-    """Demucs on the waveform, as demucs 4.1.0 has it; it pads, resamples and normalises its input itself.
+    """Demucs on the waveform, as in demucs 4.1.0; it pads, resamples and normalises its input.
 
-    Source: A. Defossez et al., "Music Source Separation in the Waveform Domain", arXiv:1911.13254, version 3 of the code.
+    Source: A. Defossez et al., "Music Source Separation in the Waveform Domain", arXiv:1911.13254,
+    version 3 of the code.
     """
 
     def __init__(self, settings: Settings, store: Store, **size: int):
@@ -214,8 +219,9 @@ class TimeDemucs(nn.Module):
 class HybridDemucs(nn.Module):
     """Hybrid Demucs of torchaudio, between waveform and spectrogram.
 
-    Source: A. Defossez, "Hybrid Spectrogram and Waveform Source Separation", MDX workshop, 2021. Its users normalise the
-    mixture by its mono downmix: torchaudio's tutorial on Hybrid Demucs; 1e-8 against silence as in demucs.separate.
+    Source: A. Defossez, "Hybrid Spectrogram and Waveform Source Separation", MDX workshop, 2021.
+    Its users normalise the mixture by its mono downmix: torchaudio's tutorial on Hybrid Demucs;
+    1e-8 against silence as in demucs.separate.
     """
 
     def __init__(self, settings: Settings, store: Store, **size: int):
@@ -232,16 +238,17 @@ class HybridDemucs(nn.Module):
 
 
 class TasNet(nn.Module):
-    """Conv-TasNet of torchaudio with the sizes of conv_tasnet_base, and its ReLU masks; one source, mono only.
+    """Conv-TasNet of torchaudio in the size conv_tasnet_base, ReLU masks; one source, mono.
 
-    Source: Y. Luo, N. Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking", IEEE/ACM TASLP 27(8), 2019.
+    Source: Y. Luo, N. Mesgarani, "Conv-TasNet: Surpassing Ideal Time-Frequency Magnitude Masking",
+    IEEE/ACM TASLP 27(8), 2019.
     """
 
     def __init__(self, settings: Settings, store: Store, **size: int):
         super().__init__()
         if settings.channels != 1:
             raise ValueError(
-                f"torchaudio's Conv-TasNet is mono only, the settings have channels={settings.channels}: leave it out."
+                f"torchaudio's Conv-TasNet is mono, but channels={settings.channels}: leave it out."
             )
         self.network = ConvTasNet(num_sources=1, msk_activate="relu", **size)
 
@@ -255,7 +262,7 @@ def _at_least(samples: int, audio: torch.Tensor) -> torch.Tensor:
 
 
 def magnitude_error(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Open-Unmix's loss, see train in its scripts/train.py: squared error of magnitudes, before any filtering."""
+    """Return Open-Unmix's loss (train in its scripts/train.py): squared error of magnitudes."""
     unmix = model.separator.target_models["target"]
     return mse_loss(unmix(model.encoder(batch.mixture)), model.encoder(batch.target))
 
@@ -263,23 +270,25 @@ def magnitude_error(model: nn.Module, batch: Batch) -> torch.Tensor:
 def waveform_error(model: nn.Module, batch: Batch) -> torch.Tensor:
     """L1 on the waveform: optim.loss in Demucs' conf/config.yaml.
 
-    Conv-TasNet's own SI-SNR leaves the scale of the estimate open, and here the estimate is taken from the mixture; the
-    paper of Demucs trained it for music with this loss.
+    Conv-TasNet's own SI-SNR leaves the scale of the estimate open, and here the estimate is taken
+    from the mixture; the paper of Demucs trained it for music with this loss.
     """
     return l1_loss(model(batch.mixture), batch.target)
 
 
-# Network, then as in a Recipe loss, learning rate, weight decay and gradient clipping of each peer; AdamW for all, which for
-# decays so small is Adam. 1e-3, 1e-5, none: defaults of Open-Unmix's scripts/train.py; 3e-4, 0, none: optim in Demucs'
-# conf/config.yaml, for both of its models; 1e-3, 0, 5: section III.C of Conv-TasNet.
+# Network, then as in a Recipe loss, learning rate, weight decay and gradient clipping of each peer;
+# AdamW for all, which for decays so small is Adam. 1e-3, 1e-5, none: defaults of Open-Unmix's
+# scripts/train.py; 3e-4, 0, none: optim in Demucs' conf/config.yaml, for both of its models; 1e-3,
+# 0, 5: section III.C of Conv-TasNet.
 PEERS = dict(
     open_unmix=(Unmix, magnitude_error, 1e-3, 1e-5, NO_CLIPPING),
     demucs=(TimeDemucs, waveform_error, 3e-4, 0.0, NO_CLIPPING),
     hdemucs=(HybridDemucs, waveform_error, 3e-4, 0.0, NO_CLIPPING),
     conv_tasnet=(TasNet, waveform_error, 1e-3, 0.0, 5.0),
 )
-# Defaults of each package (of torchaudio's three Hybrid Demucs the one for rates up to 32 kHz), and a size nearer to ours in
-# parameters or, for Conv-TasNet, in cost: fewer and longer frames, half the channels inside a block.
+# Defaults of each package (of torchaudio's three Hybrid Demucs the one for rates up to 32 kHz), and
+# a size nearer to ours in parameters or, for Conv-TasNet, in cost: fewer and longer frames, half
+# the channels inside a block.
 SIZES = dict(
     open_unmix=dict(documented=dict(hidden_size=512), near=dict(hidden_size=256)),
     demucs=dict(documented=dict(channels=64, depth=6), near=dict(channels=32, depth=5)),
@@ -293,7 +302,7 @@ SIZES = dict(
 
 
 def candidates(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Name and size of everything that may be trained; our models have the size that the profile gives them."""
+    """List name and size of what may be trained; the profile sets the size of our models."""
     ours = [(name, "profile") for name in MODELS]
     peers = [(name, size) for name in PEERS for size in SIZES[name]]
     return [(name, size) for name, size in ours + peers if name in names]
@@ -357,7 +366,7 @@ def measure(bench: Bench, candidate: Recipe) -> dict:
 
 
 def steps_in(minutes: float, bench: Bench, name: str, size: str) -> int:
-    """How many steps of a candidate the time is worth, by the seconds in speed.csv; at least one."""
+    """Return how many steps of a candidate fit into the time, by speed.csv; at least one."""
     return max(
         1,
         int(60 * minutes / bench.table("speed").set_index(["name", "size"])["step_s"][name, size]),
@@ -368,7 +377,7 @@ def steps_in(minutes: float, bench: Bench, name: str, size: str) -> int:
 
 
 def choose(bench: Bench) -> None:
-    """Train both sizes of each peer for a short time; the better one on the validation tracks is `chosen` in choice.csv."""
+    """Train both sizes of each peer briefly; choice.csv marks the better one on validation."""
     for name, size in candidates(tuple(name for name in bench.only if name in PEERS)):
         trained(
             bench,
@@ -409,7 +418,7 @@ def train(bench: Bench) -> None:
 
 
 def chosen(bench: Bench) -> list[tuple[str, str]]:
-    """Name and size of our models and of the peers that choice.csv has, of those that `only` names."""
+    """List name and size of our models and the chosen peers, of those that `only` names."""
     sizes = dict.fromkeys(MODELS, "profile")
     if any(name in PEERS for name in bench.only):
         choice = bench.table("choice")
@@ -435,7 +444,7 @@ def trained(bench: Bench, name: str, size: str, folder: Path, steps: int) -> Non
 
 
 def schedule(settings: Settings, steps: int) -> Settings:
-    """Warm-up, curriculum and validations at the same shares of every training, however many steps it has."""
+    """Put warm-up, curriculum and validations at the same shares of every training."""
     shares = {name: round(share * steps) for name, share in SHARES.items()}
     return settings.model_copy(update=dict(steps=steps, valid_every=steps // 10 or steps, **shares))
 
@@ -444,7 +453,7 @@ def schedule(settings: Settings, steps: int) -> Settings:
 
 
 def score(bench: Bench) -> None:
-    """Separate the test tracks with whatever is trained; write tracks.csv, paired.csv and table.csv and print the table."""
+    """Separate and score the test tracks; write tracks.csv, paired.csv and table.csv."""
     networks = {
         name: load(bench, name, size)
         for name, size in chosen(bench)
@@ -471,7 +480,7 @@ def score(bench: Bench) -> None:
 
 
 def load(bench: Bench, name: str, size: str) -> nn.Module:
-    """A trained network with its best weights and what `separate` asks of it."""
+    """Load a trained network with its best weights and what `separate` needs."""
     network = recipe(name, size, bench.settings, bench.store).network
     network.load_state_dict(load_file(bench.out / "models" / name / "model.safetensors"))
     network.sample_rate, network.channels, network.segment_s = (
@@ -483,7 +492,7 @@ def load(bench: Bench, name: str, size: str) -> nn.Module:
 
 
 def paired(tracks: pd.DataFrame) -> pd.DataFrame:
-    """Ours minus peer in utterance SDR over the tracks: median and bootstrap 95 % interval, for the best peer and the nearest."""
+    """Return ours minus peer in utterance SDR: median and 95 % interval, best and nearest peer."""
     scores = tracks.pivot(index="track", columns="model", values="utterance_SDR")
     peers = [name for name in PEERS if name in scores]
     best = scores[peers].median().idxmax() if peers else None
@@ -536,7 +545,8 @@ def tabulate(
             row
             | {f"minus_{which}_peer": in_words(own[own[which]]) for which in ("best", "nearest")}
         )
-    columns = "model size parameters steps audio_s_per_s inference_rtf utterance_SDR SDR valid_sdr minus_best_peer minus_nearest_peer"
+    columns = "model size parameters steps audio_s_per_s inference_rtf utterance_SDR SDR valid_sdr"
+    columns += " minus_best_peer minus_nearest_peer"
     return pd.DataFrame(rows, columns=columns.split()).astype(
         dict(parameters="Int64", steps="Int64")
     )

@@ -3,14 +3,15 @@
     decoding   tracks a second: musdb read in order, against the stem store
     loading    audio a second: our loader and open-unmix's, against what training consumes
     steps      where the time of a training step goes: data, forward, backward, optimiser
-    memory     peak memory of a step by batch and segment, and by sample rate: a table each, and a figure
+    memory     peak memory of a step by batch, segment and sample rate: two tables and a figure
 
-    python benchmarks/throughput.py [--part steps memory] [--profile demo] [--set key=value ...] [--data DIR] [--musdb DIR]
+    python benchmarks/throughput.py [--part steps memory] [--profile demo] [--set key=value ...]
+                                    [--data DIR] [--musdb DIR]
 
-(make bench installs open-unmix and runs all parts.) Tables are Markdown. Every rate is in seconds of audio a second: for
-decoding, of tracks; for the rest, of training segments, whose stems all come along. Files are read from the page cache.
-Steps and memory are of the settings' device, a CUDA GPU if there is one. Compare figures of one run only, on an otherwise
-idle machine.
+(make bench installs open-unmix and runs all parts.) Tables are Markdown. Every rate is in seconds
+of audio a second: for decoding, of tracks; for the rest, of training segments, whose stems all come
+along. Files are read from the page cache. Steps and memory are of the settings' device, a CUDA GPU
+if there is one. Compare figures of one run only, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def arguments() -> argparse.Namespace:
 
 @contextmanager
 def fresh_cache() -> Iterator[Path]:
-    """A folder that is removed in the end, with the cache in it, so that nothing to be measured has been made before."""
+    """Yield a folder with an empty cache, removed in the end: nothing is made beforehand."""
     before = os.environ.get("MSS_CACHE", "")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MSS_CACHE"] = f"{folder}/cache"
@@ -175,11 +176,11 @@ def in_words(settings: Settings) -> str:
     return f"{settings.profile}: {size}, channels {settings.channels}, {settings.precision}"
 
 
-# --- decoding -----------------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
 
 
 def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
-    """All stems of every track: by musdb one after the other, and into a stem store (16 kHz mono), twice."""
+    """Decode all tracks: with musdb in order, and into a stem store (16 kHz mono), twice."""
     subset = folder / root.name
     sources = find_tracks(root)
     for source in sources[:: max(1, len(sources) // count)] if count else sources:
@@ -190,7 +191,7 @@ def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
 
     def in_order():
         for source in sources:
-            musdb.MultiTrack(path=str(source.path), name=source.name, stem_id=0).stems
+            _ = musdb.MultiTrack(path=str(source.path), name=source.name, stem_id=0).stems
 
     seconds = [
         timed(in_order),
@@ -216,25 +217,25 @@ def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
     )
 
 
-# --- loading ------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def write_hq(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
-    """A tree in the form of MUSDB18-HQ that holds noise: 44.1 kHz, stereo, 16 bits."""
+    """Write noise in the layout of MUSDB18-HQ: 44.1 kHz, stereo, 16 bits."""
     rng = np.random.default_rng(0)
     for index, split in enumerate(["train"] * n_tracks + ["valid", "test"]):
         folder = root / split / f"Nobody - Noise {index}"
         folder.mkdir(parents=True)
         stems = rng.integers(-3000, 3000, (len(MUSDB_STEMS), seconds * 44100, 2), dtype=np.int16)
         for name, audio in zip(
-            ("mixture", *MUSDB_STEMS), (stems.sum(axis=0, dtype=np.int16), *stems)
+            ("mixture", *MUSDB_STEMS), (stems.sum(axis=0, dtype=np.int16), *stems), strict=True
         ):
             soundfile.write(folder / f"{name}.wav", audio, 44100, subtype="PCM_16")
     return root
 
 
 def loading(root: Path, n_batches: int) -> pd.DataFrame:
-    """Batches of 16 segments of 8 s, 44.1 kHz stereo, four stems: what training B1 consumes, what loaders hand over."""
+    """Compare what loaders deliver and B1 consumes: 16 segments of 8 s, 44.1 kHz stereo."""
     settings = resolve_settings("demo", str(root), "vocals", SETTINGS)
     mixer = Mixer(open_store(settings), settings, "vocals")
     rows = {"training B1 consumes": training_rate(mixer)}
@@ -271,15 +272,17 @@ def training_rate(mixer: Mixer, n_steps: int = 3) -> float:
 
 
 def open_unmix(root: Path):
-    """open-unmix's own loaders on the same WAV files: through musdb, and track folders with its augmentations.
+    """Time open-unmix's own loaders on the same WAV files: through musdb, and track folders.
 
-    Its track folders are read by torchaudio.load, which asks for TorchCodec by now: soundfile stands in for it.
+    Its track folders are read by torchaudio.load, which asks for TorchCodec by now: soundfile
+    stands in for it.
     """
     try:
         from openunmix import data
     except ImportError:
         print(
-            "open-unmix is not installed, so its loaders are left out: pip install --no-deps -r benchmarks/requirements.txt"
+            "open-unmix is not installed, its loaders are left out: "
+            "pip install --no-deps -r benchmarks/requirements.txt"
         )
         return
     data.load_info = lambda path: dict(samplerate=44100, duration=soundfile.info(path).duration)
@@ -311,16 +314,17 @@ def _load_audio(path, start=0.0, dur=None, info=None):
     return torch.from_numpy(audio.T), rate
 
 
-# --- steps --------------------------------------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
 def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
-    """Seconds of a training step of each model, by part, with real batches of the settings' dataset.
+    """Measure seconds of a training step of each model, by part, with real batches.
 
-    Data is the time on the device from the end of a step until the next batch lies there, ready: waiting for the loader,
-    transfer, assembling. Forward goes as far as the loss; optimiser is clipping, AdamW, and the running average of the
-    weights. `computing` is the share of a step that is not data. On a GPU all of it is seen in its own queue while the
-    loop runs as in a training, so loading overlaps; a part that waits for the CPU to launch it includes that wait.
+    Data is the time on the device from the end of a step until the next batch lies there, ready:
+    waiting for the loader, transfer, assembling. Forward goes as far as the loss; optimiser is
+    clipping, AdamW, and the running average of the weights. `computing` is the share of a step that
+    is not data. On a GPU all of it is seen in its own queue while the loop runs as in a training,
+    so loading overlaps; a part that waits for the CPU to launch it includes that wait.
     """
     store = open_store(settings)
     mixer = Mixer(store, settings, store.stems[0] if settings.target == "all" else settings.target)
@@ -333,7 +337,7 @@ def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
 
 
 def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
-    """Mean seconds of each part of a step. The warm-up is longer than the queue of batches that were read ahead."""
+    """Return mean seconds of each part of a step; the warm-up is longer than the read-ahead."""
     settings, fabric = mixer.settings, MarkingFabric(mixer.settings)
     step, n_warm_up = stepper(fabric, name, settings), settings.loader_workers + 3
     first = settings.stage3_step  # from which on all sources are read
@@ -343,13 +347,14 @@ def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
         step(batch)
         fabric.mark()
     seconds = fabric.seconds().reshape(-1, 4)[n_warm_up:].mean(axis=0)
-    return dict(zip(("data_s", "forward_s", "backward_s", "optimiser_s"), seconds))
+    return dict(zip(("data_s", "forward_s", "backward_s", "optimiser_s"), seconds, strict=True))
 
 
 class MarkingFabric(Fabric):
-    """A Fabric that marks where forward and backward end, so that it is `training.descend` itself that is measured.
+    """A Fabric that marks where forward and backward end: the real training step is measured.
 
-    On a GPU a mark is an event in its queue: nobody waits for it, and the time between two has passed on the GPU.
+    On a GPU a mark is an event in its queue: nobody waits for it, and the time between two has
+    passed on the GPU.
     """
 
     def __init__(self, settings: Settings):
@@ -377,7 +382,7 @@ class MarkingFabric(Fabric):
 
 
 def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
-    """A function that makes one training step of a new model, as `training.fit` does."""
+    """Return a function that makes one training step of a new model."""
     recipe = build_recipe(name, settings)
     model, optimizer = setup_optimizer(fabric, recipe)
     average = copy_network(recipe.network)
@@ -389,7 +394,7 @@ def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], 
     return step
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def show_memory(
@@ -399,7 +404,7 @@ def show_memory(
     rates: list[int],
     figure: Path,
 ) -> None:
-    """Peak memory of a step in MB by batch and segment; B1 and B2 by sample rate and segment, also drawn."""
+    """Tabulate peak MB of a step by batch and segment, and by sample rate (also drawn)."""
     grid = variants(settings, batch_size=batch_sizes, segment_s=segments_s)
     table = pd.concat([peaks(name, grid) for name in MODELS])
     shared = f"{settings.profile}, channels {settings.channels}, {settings.precision}"
@@ -417,18 +422,18 @@ def show_memory(
 
 
 def variants(settings: Settings, **values: list) -> list[Settings]:
-    """The settings with every combination of `values`."""
+    """Return the settings with every combination of `values`."""
     return [
-        settings.model_copy(update=dict(zip(values, combination)))
+        settings.model_copy(update=dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())
     ]
 
 
 def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
-    """Columns model, batch_size, sample_rate, segment_s, mb; NaN for what the machine probably has not enough memory for.
+    """Return columns model, batch_size, sample_rate, segment_s, mb; NaN where memory is short.
 
-    Memory grows about as the samples of a batch do, so a step is expected to need what the next smaller one did, times how
-    much larger it is.
+    Memory grows about as the samples of a batch do, so a step is expected to need what the next
+    smaller one did, times how much larger it is.
     """
     rows, mb_per_sample = [], 0.0
     for settings in sorted(grid, key=samples_of):
@@ -445,7 +450,7 @@ def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
 
 
 def samples_of(settings: Settings) -> int:
-    """Samples of a batch in one channel."""
+    """Return samples of a batch in one channel."""
     return settings.batch_size * settings.segment
 
 
@@ -459,10 +464,10 @@ def free_mb(settings: Settings) -> float:
 
 
 def peak_mb(name: str, settings: Settings) -> float:
-    """Peak memory in MB of a training step: weights and their average, gradients, AdamW's moments, batch, activations.
+    """Measure peak MB of a training step: weights, average, gradients, moments, activations.
 
-    On a GPU what torch had allocated at the most; on a CPU by how much a process of its own grew. NaN if memory ran out, for
-    which the system kills that process.
+    On a GPU what torch had allocated at the most; on a CPU by how much a process of its own grew.
+    NaN if memory ran out, for which the system kills that process.
     """
     if on_gpu(settings):
         reset_peak_memory(settings)
@@ -482,8 +487,8 @@ def peak_mb(name: str, settings: Settings) -> float:
 def peak_of_this_process_mb(name: str, settings: Settings) -> float:
     """By how many MB this process grows during two steps, in one thread.
 
-    A small network goes first, since libraries load on their first use. The kernel's own high-water mark is set back and
-    read: `ru_maxrss` would begin with what the calling process had used.
+    A small network goes first, since libraries load on their first use. The kernel's own high-water
+    mark is set back and read: `ru_maxrss` would begin with what the calling process had used.
     """
     torch.set_num_threads(1)
     take_steps(
@@ -500,7 +505,7 @@ def peak_of_this_process_mb(name: str, settings: Settings) -> float:
 
 
 def take_steps(name: str, settings: Settings) -> None:
-    """Two training steps on noise in the form of four stems: in the first one AdamW's moments are not there yet."""
+    """Make two training steps on noise: in the first, AdamW's moments do not exist yet."""
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
     step = stepper(fabric, name, settings)
     stems = torch.randn(
@@ -522,13 +527,13 @@ def by_segment(table: pd.DataFrame, rows: str) -> pd.DataFrame:
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw GB against seconds of a segment: a panel a model, a line a sample rate, which is written at its end."""
+    """Draw GB against seconds of a segment: one panel per model, one line per sample rate."""
     import matplotlib.pyplot as plt  # here, since the processes that measure draw nothing
 
     from mss_utils import figures
 
     fig, axes = plt.subplots(1, 2, figsize=(figures.WIDTH, 2.6), layout="constrained", sharey=True)
-    for ax, (model, rows) in zip(axes, table.dropna().groupby("model", sort=False)):
+    for ax, (model, rows) in zip(axes, table.dropna().groupby("model", sort=False), strict=False):
         for rate, line in rows.groupby("sample_rate"):
             gb = line["mb"].to_numpy() / 1024
             ax.plot(
