@@ -8,8 +8,8 @@
 
 A peer keeps its own loss, learning rate and normalisation; store, segments, augmentation,
 curriculum, schedule and clipping are ours. Seconds a step are measured once, on an otherwise idle
-machine; from then on the time is a number of steps. What OUT holds already is not done again, and a
-training that was stopped goes on; several calls with --stage train --only may run side by side.
+machine; from then on the time is a number of steps. Finished stages in OUT are skipped, and a
+stopped training resumes; several calls with --stage train --only may run side by side.
 """
 
 from __future__ import annotations

@@ -320,7 +320,7 @@ def _load_audio(path, start=0.0, dur=None, info=None):
 def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
     """Measure seconds of a training step of each model, by part, with real batches.
 
-    Data is the time on the device from the end of a step until the next batch lies there, ready:
+    Data is the time on the device from the end of a step until the next batch is there:
     waiting for the loader, transfer, assembling. Forward goes as far as the loss; optimiser is
     clipping, AdamW, and the running average of the weights. `computing` is the share of a step that
     is not data. On a GPU all of it is seen in its own queue while the loop runs as in a training,
@@ -353,7 +353,7 @@ def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
 class MarkingFabric(Fabric):
     """A Fabric that marks where forward and backward end: the real training step is measured.
 
-    On a GPU a mark is an event in its queue: nobody waits for it, and the time between two has
+    On a GPU a mark is an event in its queue: the loop does not wait for it, and the time between two has
     passed on the GPU.
     """
 
