@@ -353,8 +353,8 @@ def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
 class MarkingFabric(Fabric):
     """A Fabric that marks where forward and backward end: the real training step is measured.
 
-    On a GPU a mark is an event in its queue: the loop does not wait for it, and the time between two has
-    passed on the GPU.
+    On a GPU a mark is an event in its queue: the loop does not wait for it, and the time between
+    two marks has passed on the GPU.
     """
 
     def __init__(self, settings: Settings):
