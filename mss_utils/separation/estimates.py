@@ -26,7 +26,13 @@ from tqdm.auto import tqdm
 from mss_utils.config import MODELS, Run
 from mss_utils.data import MIXTURE, Store, Track
 from mss_utils.environment import training_device
-from mss_utils.files import atomic_write, is_safe_file_name, safe_name, write_text
+from mss_utils.files import (
+    atomic_write,
+    friendly_disk_errors,
+    is_safe_file_name,
+    safe_name,
+    write_text,
+)
 from mss_utils.models import load_model
 from mss_utils.models.oracles import ORACLES, oracle
 from mss_utils.separation.overlap_add import separate
@@ -64,7 +70,8 @@ def write_estimates(
                 files += estimate_paths(run, track, target, model, seed)
             if all(file.is_file() for file in files) and files[0].read_text("utf-8") == content:
                 continue
-            files[0].unlink(missing_ok=True)
+            with friendly_disk_errors(files[0]):
+                files[0].unlink(missing_ok=True)
             _separate_tracks(run, store, target, model, seed, model_folder)
             write_text(files[0], content)
 
