@@ -60,13 +60,7 @@ def export(
         raise ValueError(f"{folder} is the collection itself: export to another name.")
     for run in runs:
         check_finished(run)
-    known = {target for run in runs for target in _targets(run)}
-    for target in (*complete, *listen):
-        if target not in known:
-            targets = ", ".join(sorted(known))
-            raise ValueError(
-                f"No run of {source!r} has the target {target!r}; there are: {targets}."
-            )
+    _check_targets(source, runs, (*complete, *listen))
     with file_lock(folder.parent), temporary_folder(folder.parent) as part:
         weights = kept_weights(runs, complete)
         for run in runs:
@@ -86,6 +80,14 @@ def export(
             os.replace(folder, part / "old")
         os.replace(part / "new", folder)
     return folder
+
+
+def _check_targets(source: str, runs: Iterable[Run], targets: Iterable[str]) -> None:
+    known = {target for run in runs for target in _targets(run)}
+    for target in targets:
+        if target not in known:
+            names = ", ".join(sorted(known))
+            raise ValueError(f"No run of {source!r} has the target {target!r}; there are: {names}.")
 
 
 def _destination(name: str) -> Path:
