@@ -40,8 +40,7 @@ def export(
     """Copy a collection to `results/<name>/`, small enough to commit; return that folder.
 
     Kept are settings, environment, tables, notebooks without heavy outputs, training histories,
-    weights in half precision and a listening page of built-in songs. An older export is replaced
-    when the new one is complete; its answers of listeners are kept.
+    half-precision weights, a listening page of built-in songs, and answers of an older export.
 
     Parameters
     ----------
