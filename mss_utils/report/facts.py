@@ -513,6 +513,14 @@ def _answer(parts: list[Part], repetition: list[dict]) -> str:
             none="B1 and B2 could not be compared",
         ),
     )
+    sentences = [f"In SDR, {versus_mask}; {attention}."]
+    if why := _experiments(parts, repetition):
+        sentences.append(f"Three experiments: {'; '.join(why)}.")
+    return " ".join(sentences)
+
+
+def _experiments(parts: list[Part], repetition: list[dict]) -> list[str]:
+    """Return a clause per measured experiment: phase, repetition, attack."""
     phases = [side for part in parts for side in _sides(part, "phase_true_magnitude")]
     attacks = [side for part in parts for side in _sides(part, "attack_minus_sustain")]
     gains = ["above" if row["ci_low"] > 0 else "rest" for row in repetition]
@@ -534,11 +542,7 @@ def _answer(parts: list[Part], repetition: list[dict]) -> str:
     )
     helped = spell(gains.count("above"))
     repeat = f"an exact repeat helps B2 in {helped} of {spell(len(gains))} cases"
-    sentences = [f"In SDR, {versus_mask}; {attention}."]
-    why = [text for text in (phase, repeat if gains else "", attack) if text]
-    if why:
-        sentences.append(f"Three experiments: {'; '.join(why)}.")
-    return " ".join(sentences)
+    return [text for text in (phase, repeat if gains else "", attack) if text]
 
 
 def _hypothesis_table(parts: list[Part]) -> dict[str, Any]:
