@@ -18,13 +18,19 @@ from safetensors.torch import load_file
 
 from mss_utils import listening
 from mss_utils.config import MODELS, Run, collection_runs, expand_path, results_folder
-from mss_utils.data import Store, is_built_in, open_store
+from mss_utils.data import Store, Track, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
 from mss_utils.report.facts import is_study
 from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
-from mss_utils.report.tables import TABLES, check_finished, read_json, read_table
+from mss_utils.report.tables import (
+    TABLES,
+    check_finished,
+    evaluated_targets,
+    read_json,
+    read_table,
+)
 from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
 from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training.checkpoints import write_tensors
@@ -54,20 +60,17 @@ def export(
     ValueError
         No collection, an unknown target, or a folder that is no export.
     """
-    runs, folder = find_collection(source), _destination(name)
-    if folder.resolve() == (results_folder() / source).resolve():
-        raise ValueError(f"{folder} is the collection itself: export to another name.")
+    runs, folder = find_collection(source), results_folder() / name
     for run in runs:
         check_finished(run)
-    _check_targets(source, runs, (*complete, *listen))
+    _check_arguments(source, name, runs, {*complete, *listen})
     with file_lock(folder.parent), temporary_folder(folder.parent) as part:
         weights = kept_weights(runs, complete)
         for run in runs:
             copy = part / "new" / run.folder.name
             _export_run(run, copy, [item[1:] for item in weights if item[0] == run])
             if is_built_in(run.settings) and not is_study(run):
-                targets = [target for target in _targets(run) if target in listen or not listen]
-                page = _listening_page(run, f"{name}/{run.folder.name}", targets)
+                page = _listening_page(run, f"{name}/{run.folder.name}", listen)
                 write_text(copy / "listening.html", page)
             answers = folder / run.folder.name / "answers"
             if answers.is_dir():
@@ -81,26 +84,19 @@ def export(
     return folder
 
 
-def _check_targets(source: str, runs: Iterable[Run], targets: Iterable[str]) -> None:
-    known = {target for run in runs for target in _targets(run)}
-    for target in targets:
-        if target not in known:
-            names = ", ".join(sorted(known))
-            raise ValueError(f"No run of {source!r} has the target {target!r}; there are: {names}.")
-
-
-def _destination(name: str) -> Path:
-    """Return the folder of an export, which may replace an older export and nothing else."""
+def _check_arguments(source: str, name: str, runs: list[Run], targets: set[str]) -> None:
+    """Refuse unknown targets, and to replace a folder that is not an older export."""
     folder = results_folder() / name
     if safe_name(name) != name:
         raise ValueError(f"A collection name has letters, digits, '.', '_', '-', not {name!r}.")
+    if folder.resolve() == (results_folder() / source).resolve():
+        raise ValueError(f"{folder} is the collection itself: export to another name.")
     if folder.exists() and not collection_runs(name):
         raise ValueError(f"{folder} exists and is no collection: export to another name.")
-    return folder
-
-
-def _targets(run: Run) -> list[str]:
-    return read_table(run, "summary")["target"].unique().tolist()
+    known = {target for run in runs for target in evaluated_targets(run)}
+    if unknown := targets - known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"{source!r} has no target {min(unknown)!r}; there are: {names}.")
 
 
 def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tuple[Run, str, str]]:
@@ -110,18 +106,15 @@ def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tu
     `complete`, else the best on validation.
     """
     kept: list[tuple[Run, str, str]] = []
-    for run in runs:
-        if is_study(run):
-            continue
-        for target in _targets(run):
+    for run in [run for run in runs if not is_study(run)]:
+        for target in evaluated_targets(run):
             if target in [item[1] for item in kept]:
                 continue
+            folders = {model: run.model_folder(target, model) for model in MODELS}
             scores = {
-                model: read_json(run.model_folder(target, model) / "model.json")["valid_sdr"]
-                for model in MODELS
+                model: read_json(folders[model] / "model.json")["valid_sdr"] for model in MODELS
             }
-            best = max(scores, key=lambda model: scores[model])
-            models = MODELS if target in complete else [best]
+            models = MODELS if target in complete else [max(MODELS, key=scores.__getitem__)]
             kept += [(run, target, model) for model in models]
     return kept
 
@@ -136,24 +129,25 @@ def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
         write_text(folder / "notebooks" / path.name, nbformat.writes(light))
     for path in sorted(run.folder.glob("models/*/*/seed*/*")):
         if path.name in ("model.json", "history.csv"):
-            text = path.read_text(encoding="utf-8")
-            write_text(folder / path.relative_to(run.folder), text)
+            write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
     for target, model in weights:
         path = run.model_folder(target, model) / "model.safetensors"
-        halves = {
-            key: tensor.half() if tensor.is_floating_point() else tensor
-            for key, tensor in load_file(path).items()
-        }
-        for key, tensor in halves.items():
-            if not tensor.isfinite().all():
+        tensors = load_file(path)
+        for key, tensor in tensors.items():
+            tensors[key] = tensor.half() if tensor.is_floating_point() else tensor
+            if not tensors[key].isfinite().all():
                 raise ValueError(f"{path}: {key} does not fit into half precision.")
-        write_tensors(folder / path.relative_to(run.folder), halves)
+        write_tensors(folder / path.relative_to(run.folder), tensors)
 
 
-def _listening_page(run: Run, name: str, targets: list[str]) -> str:
+def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
     """Return the listening page of an export; answers to it are about `name`."""
     store, tracks = open_store(run.settings), read_table(run, "tracks")
-    excerpts = {target: listening.excerpts(run, store, target, tracks) for target in targets}
+    excerpts = {
+        target: listening.excerpts(run, store, target, tracks)
+        for target in evaluated_targets(run)
+        if not listen or target in listen
+    }
     page = listening.listening_page(run, store, tracks, excerpts, name, None)
     return listening.reencode(page, COMPRESSION)
 
@@ -186,8 +180,7 @@ def rescore(name: str, data: str) -> pd.DataFrame:
     ValueError
         The collection has no weights, or the data are not those of the run.
     """
-    models = {run.name: _models_with_weights(run) for run in find_collection(name)}
-    runs = [run for run in find_collection(name) if models[run.name]]
+    runs = [run for run in find_collection(name) if _models_with_weights(run)]
     if not runs:
         raise ValueError(f"No weights in {results_folder() / name}: nothing can be scored again.")
     stores = [_test_store(run, data) for run in runs]  # wrong data is reported before separating
@@ -195,10 +188,10 @@ def rescore(name: str, data: str) -> pd.DataFrame:
     rows = []
     for run, store in zip(runs, stores, strict=True):
         scores = []
-        for target, names in models[run.name].items():
+        for target, models in _models_with_weights(run).items():
             settings = run.settings.model_copy(update=dict(target=target, seeds=1))
             own = Run(f"{name}-rescored", settings, output / run.folder.name)
-            scores.append(score_again(own, run, store, target, names))
+            scores.append(score_again(own, run, store, target, models))
         tracks = pd.concat(scores, ignore_index=True)
         write_text(output / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
         rows += _differences(run, read_table(run, "tracks"), tracks)
@@ -210,7 +203,7 @@ def rescore(name: str, data: str) -> pd.DataFrame:
 def _models_with_weights(run: Run) -> dict[str, list[str]]:
     """Return target -> models whose weights the run has."""
     models: dict[str, list[str]] = {}
-    for target in _targets(run):
+    for target in evaluated_targets(run):
         for model in MODELS:
             if (run.model_folder(target, model) / "model.safetensors").exists():
                 models.setdefault(target, []).append(model)
@@ -224,10 +217,10 @@ def _test_store(run: Run, data: str) -> Store:
         changes = dict(data=str(expand_path(data)))
     store = open_store(run.settings.model_copy(update=changes))
     scored = set(read_table(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
-    rate = store.sample_rate
-    found = {(track.name, max(1, track.samples // rate)) for track in store.split("test")}
-    if scored != found:
-        track, length_s = min(scored ^ found)
+    rate, test = store.sample_rate, store.split("test")
+    lengths = {(track.name, max(1, track.samples // rate)) for track in test}
+    if scored != lengths:
+        track, length_s = min(scored ^ lengths)
         raise ValueError(
             f"{store.source} does not have the test tracks of run {run.name!r} ({track!r}, "
             f"{length_s} s, is in one of the two only): give its own dataset."
@@ -241,10 +234,8 @@ def score_again(
     """Separate and score the test tracks with the models of `trained`; estimates go to `own`."""
     write_estimates(own, store, models, trained=trained)
 
-    def estimates_of(track) -> dict[tuple[str, int], np.ndarray]:
-        return {
-            (model, 0): read_estimate(own, store, track, target, model)[None] for model in models
-        }
+    def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
+        return {(name, 0): read_estimate(own, store, track, target, name)[None] for name in models}
 
     return score(own.settings, store, estimates_of, n_cross_check=0)["tracks"]
 

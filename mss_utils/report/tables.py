@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,13 @@ def read_table(run: Run, name: str) -> pd.DataFrame:
     path = table_path(run, name)
     try:
         return pd.read_csv(path)
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:  # pandas and gzip
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged ({error}): run {run.name!r} again.") from None
+
+
+def evaluated_targets(run: Run) -> list[str]:
+    """Return the targets of a run in the order of its tables."""
+    return read_table(run, "summary")["target"].unique().tolist()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,8 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_finished(run: Run) -> None:
     """Raise FileNotFoundError with the first result that a run lacks."""
-    paths = [run.folder / "environment.json", *(table_path(run, name) for name in TABLES)]
-    for path in paths:
+    for path in [run.folder / "environment.json", *(table_path(run, name) for name in TABLES)]:
         if not path.exists():
             raise FileNotFoundError(
                 f"The report of run {run.name!r} needs {path}: finish the run first "

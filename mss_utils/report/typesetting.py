@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,8 @@ from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.files import atomic_write, write_text
 from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study, sort_runs
-from mss_utils.report.tables import check_finished, read_table
+from mss_utils.report.tables import check_finished, evaluated_targets, read_table
+from mss_utils.training import load_history
 
 REPORT = ROOT / "report"
 REFERENCE = "reference"  # the committed collection; its report is in report/
@@ -36,7 +36,7 @@ def build_report(run: Run) -> Path:
     write_text(run.folder / "facts.json", dump_facts(facts))
     pdf = run.folder / "report.pdf"
     with atomic_write(pdf) as part:
-        part.write_bytes(typeset(facts, run.folder / "figures"))
+        part.write_bytes(typeset(facts, run.folder))
     return pdf
 
 
@@ -55,11 +55,10 @@ def write_report(name: str) -> tuple[Path, Path]:
     write_text(folder / "facts.json", dump_facts(facts))
     target = REPORT if name == REFERENCE else folder
     pdf, page = target / "report.pdf", target / "report.html"
-    extra = [folder / file for file in COLLECTION_FILES]
     with atomic_write(pdf) as part:
-        part.write_bytes(typeset(facts, folder / "figures", "pdf", extra))
+        part.write_bytes(typeset(facts, folder))
     with atomic_write(page) as part:
-        part.write_bytes(_add_players(typeset(facts, folder / "figures", "html", extra), runs))
+        part.write_bytes(_add_players(typeset(facts, folder, "html"), runs))
     return pdf, page
 
 
@@ -68,32 +67,26 @@ def find_collection(name: str) -> list[Run]:
     runs = sort_runs(collection_runs(name))
     if not runs:
         raise ValueError(
-            f"No collection {name!r}: expected finished runs under {results_folder() / name}, made "
-            f"by: python -m mss_utils run --run {name}/<run>."
+            f"No collection {name!r} under {results_folder()}: make its runs by "
+            f"python -m mss_utils run --run {name}/<run>."
         )
     return runs
 
 
-def typeset(
-    facts: dict[str, Any],
-    figure_folder: Path,
-    kind: Literal["pdf", "html"] = "pdf",
-    extra: Iterable[Path] = (),
-) -> bytes:
-    """Compile the report as PDF or HTML; ValueError with Typst's message if that fails.
+def typeset(facts: dict[str, Any], folder: Path, kind: Literal["pdf", "html"] = "pdf") -> bytes:
+    """Compile the report with the figures in `folder`; ValueError with Typst's message on failure.
 
     Typst reads only below one root, so sources, facts and figures are copied to one folder.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        shutil.copytree(REPORT, root / "report", ignore=shutil.ignore_patterns("*.pdf", "*.html"))
-        shutil.copytree(figure_folder, root / "figures", ignore=shutil.ignore_patterns("*.png"))
+    with tempfile.TemporaryDirectory() as temporary:
+        root, ignore = Path(temporary), shutil.ignore_patterns("*.pdf", "*.html", "*.png")
+        shutil.copytree(REPORT, root / "report", ignore=ignore)
+        shutil.copytree(folder / "figures", root / "figures", ignore=ignore)
         write_text(root / "facts.json", dump_facts(facts))
         for name in COLLECTION_FILES:
             (root / name).touch()
-        for path in extra:
-            if path.exists():
-                shutil.copy(path, root / path.name)
+            if (folder / name).exists():
+                shutil.copy(folder / name, root / name)
         source = root / "report" / "report.typ"
         try:
             return typst.compile(source, root=root, format=kind, sys_inputs=dict(format=kind))
@@ -105,35 +98,28 @@ def typeset(
 def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     """Draw the figures of a collection from its tables; return what each shows."""
     runs = [run for run in runs if not is_study(run)] or runs
-    own = Run(name, runs[0].settings, results_folder() / name)
-    parts = []
-    for run in runs:
-        for target in read_table(run, "summary")["target"].unique():
-            parts.append((run, target))
-    overview = {
-        (RunData(run).music, target): (read_table(run, "tracks"), read_table(run, "summary"))
-        for run, target in parts
-    }
-    figures.save_vector(figures.overview(overview), own, "overview")
+    parts = [(run, target) for run in runs for target in evaluated_targets(run)]
     longest = max(parts, key=lambda part: part[0].settings.segment_s)
     piano = next((part for part in parts if part[1] == "piano"), parts[-1])
     shown = dict(training=parts[0], phase=parts[0], repetition=longest, attack=piano)
-    for figure, (run, target) in shown.items():
-        figures.save_vector(_draw(figure, run, target), own, figure)
+    drawings = {figure: _draw(figure, run, target) for figure, (run, target) in shown.items()}
+    scores = {
+        (RunData(run).music, target): (read_table(run, "tracks"), read_table(run, "summary"))
+        for run, target in parts
+    }
+    drawings["overview"] = figures.overview(scores)
+    own = Run(name, runs[0].settings, results_folder() / name)
+    for figure, axes in drawings.items():
+        figures.save_vector(axes, own, figure)
     return {figure: f"{target}, {RunData(run).music}" for figure, (run, target) in shown.items()}
 
 
 def _draw(figure: str, run: Run, target: str) -> Any:
-    import pandas as pd
-
     if figure == "training":
-        histories = {
-            model: [
-                pd.read_csv(path)
-                for path in sorted(run.folder.glob(f"models/{target}/{model}/seed*/history.csv"))
-            ]
-            for model in MODELS
-        }
+        histories = {}
+        for model in MODELS:
+            seeds = sorted((run.folder / "models" / target / model).glob("seed*"))
+            histories[model] = [load_history(seed) for seed in seeds]
         return figures.training_curves(histories)
     if figure == "phase":
         return figures.phase(read_table(run, "phase"), target)

@@ -9,21 +9,8 @@ import numpy as np
 
 from mss_utils.figures import format_number
 
-NUMBERS = (
-    "no",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-)
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+NUMBERS += ("seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
 def spell(number: int) -> str:
