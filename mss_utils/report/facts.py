@@ -9,7 +9,7 @@ target of one run, and every table of results has a row or a column per part.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -21,15 +21,14 @@ import pandas as pd
 from mss_utils.analysis.attack import APART_S, ATTACK_S
 from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
 from mss_utils.analysis.repetition import BURST_DB
-from mss_utils.config import MODEL_LETTERS, MODELS, WAVEFORM_MODELS, Run, resolve_settings
+from mss_utils.config import MODEL_LETTERS, MODELS, SPLITS, WAVEFORM_MODELS, Run, resolve_settings
 from mss_utils.data import is_built_in
 from mss_utils.environment import dataset_kind
-from mss_utils.evaluation.statistics import MIN_SEEDS, detectable_difference
+from mss_utils.evaluation.statistics import MIN_SEEDS, PAIRS, detectable_difference
 from mss_utils.figures import LABELS, format_number
-from mss_utils.report.tables import read_json, read_table
+from mss_utils.report.tables import evaluated_targets, read_json, read_table
 from mss_utils.report.wording import interval, join, plain, quantity, seconds, spell
 
-PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
 SCORE_METRICS = ("SDR", "SIR", "SAR", "utterance_SDR")
 MUSIC = dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18")
 ABLATION_NAMES = dict(random_mix="random mixing", curriculum="the curriculum")
@@ -57,19 +56,9 @@ class RunData:
         """Name of the dataset."""
         return MUSIC.get(self.kind) or str(self.environment["dataset"]["name"])
 
-    @property
-    def is_study(self) -> bool:
-        """Whether the run was made for ablations or the amount of data."""
-        return bool(self.run.settings.ablations) or self.run.settings.data_study
-
     def table(self, name: str) -> pd.DataFrame:
         """Return a table of the run."""
         return read_table(self.run, name)
-
-    @property
-    def targets(self) -> list[str]:
-        """Evaluated targets."""
-        return self.table("summary")["target"].unique().tolist()
 
     def model_json(self, target: str, model: str) -> dict[str, Any]:
         """Return model.json of the first seed."""
@@ -101,9 +90,8 @@ class Part:
 
     def hypotheses(self, prefix: str) -> list[dict[str, Any]]:
         """Return the measured hypotheses whose id begins with `prefix`."""
-        rows = self.rows("hypotheses")
-        rows = rows[rows["id"].str.startswith(prefix) & rows["effect"].notna()]
-        return rows.to_dict("records")
+        rows = self.rows("hypotheses").dropna(subset="effect")
+        return rows[rows["id"].str.startswith(prefix)].to_dict("records")
 
     @property
     def best(self) -> str:
@@ -114,13 +102,13 @@ class Part:
 def collect_facts(runs: Iterable[Run], name: str, is_collection: bool) -> dict[str, Any]:
     """Return the facts of a report on one run, or on the runs of a collection."""
     every = [RunData(run) for run in runs]
-    shown = [data for data in every if not data.is_study] or every
-    targets = [target for data in shown for target in data.targets]
+    shown = [data for data in every if not is_study(data.run)] or every
+    pairs = [(data, target) for data in shown for target in evaluated_targets(data.run)]
+    targets = [target for _, target in pairs]
     parts = []
-    for data in shown:
-        for target in data.targets:
-            label = f"{target} ({data.music})" if targets.count(target) > 1 else target
-            parts.append(Part(data, target, label))
+    for data, target in pairs:
+        label = f"{target} ({data.music})" if targets.count(target) > 1 else target
+        parts.append(Part(data, target, label))
     n_seeds = int(min(data.table("paired")["seeds"].min() for data in shown))
     dates = sorted(data.environment["date"] for data in shown)
     return dict(
@@ -151,24 +139,22 @@ def collect_facts(runs: Iterable[Run], name: str, is_collection: bool) -> dict[s
 # --- data and method ------------------------------------------------------------------------------
 
 
-def _same_or_each(shown: list[RunData], fact: Callable[[RunData], str]) -> str:
-    """Return a fact of all runs, or the fact of each with its dataset."""
-    facts = [fact(data) for data in shown]
-    if len(set(facts)) == 1:
-        return facts[0]
-    return join(f"{text} ({data.music})" for text, data in zip(facts, shown, strict=True))
+def _same_or_each(shown: list[RunData], texts: Iterable[str]) -> str:
+    """Return the text that all runs share, or the text of each with its dataset."""
+    by_run = list(texts)
+    if len(set(by_run)) == 1:
+        return by_run[0]
+    return join(f"{text} ({data.music})" for text, data in zip(by_run, shown, strict=True))
 
 
 def _data_facts(shown: list[RunData]) -> dict[str, Any]:
     rows = []
     for data in shown:
-        dataset = data.environment["dataset"]
-        splits = [
-            f"{quantity(dataset['tracks'][split], 'track', spelled=False)}, "
-            f"{seconds(3600 * dataset['hours'][split])}"
-            for split in ("train", "valid", "test")
-        ]
-        rows.append([data.music, join(data.targets), *splits])
+        row = [data.music, join(evaluated_targets(data.run))]
+        for split in SPLITS:
+            tracks, hours = (data.environment["dataset"][key][split] for key in ("tracks", "hours"))
+            row.append(f"{quantity(tracks, 'track', spelled=False)}, {seconds(3600 * hours)}")
+        rows.append(row)
     rates = sorted({data.environment["sample_rate"] for data in shown})
     return dict(
         kinds=list(dict.fromkeys(data.kind for data in shown)),
@@ -182,28 +168,26 @@ def _data_facts(shown: list[RunData]) -> dict[str, Any]:
 
 
 def _method_facts(shown: list[RunData]) -> dict[str, Any]:
-    settings = shown[0].run.settings
-    rate = shown[0].environment["sample_rate"]
+    first, every = shown[0], [data.run.settings for data in shown]
+    settings, rate = every[0], first.environment["sample_rate"]
     strides = settings.demucs_strides
     width = min(settings.demucs_channels * 2 ** (len(strides) - 1), settings.demucs_max_channels)
-    stage = _same_or_each
-    speeds = sorted({data.run.settings.speed_semitones for data in shown} - {0})
-    values = {
-        key: stage(shown, lambda data, key=key: plain(getattr(data.run.settings, key)))
-        for key in type(settings).model_fields
-    }
-    shares = {
-        key: stage(shown, lambda data, key=key: f"{plain(100 * getattr(data.run.settings, key))} %")
-        for key in ("coherent_share", "silent_share")
-    }
-    first_target = shown[0].targets[0]
+    speeds = sorted({one.speed_semitones for one in every} - {0})
+    texts = {}
+    for key in type(settings).model_fields:
+        texts[key] = _same_or_each(shown, (plain(getattr(one, key)) for one in every))
+    for key in ("coherent_share", "silent_share"):
+        shares = (f"{plain(100 * getattr(one, key))} %" for one in every)
+        texts[key] = _same_or_each(shown, shares)
+    target = evaluated_targets(first.run)[0]
+    models = {model: first.model_json(target, model) for model in MODELS}
     return dict(
-        settings=values | shares,
-        random_mix=any(data.run.settings.random_mix for data in shown),
-        curriculum=any(data.run.settings.curriculum for data in shown),
-        flip_polarity=any(data.run.settings.flip_polarity for data in shown),
+        settings=texts,
+        random_mix=any(one.random_mix for one in every),
+        curriculum=any(one.curriculum for one in every),
+        flip_polarity=any(one.flip_polarity for one in every),
         speed=join(f"{semitones} semitones" for semitones in speeds),
-        window_ms=stage(shown, lambda data: f"{1000 * data.run.settings.n_fft / rate:.0f} ms"),
+        window_ms=_same_or_each(shown, (f"{1000 * one.n_fft / rate:.0f} ms" for one in every)),
         filters_ms=plain(round(4000 * strides[0] / rate, 1)) + " ms",
         taps_ms=plain(round(512_000 / rate, 1)) + " ms",
         n_filters=plain(settings.demucs_channels),
@@ -211,9 +195,7 @@ def _method_facts(shown: list[RunData]) -> dict[str, Any]:
         strides=join(map(str, strides[1:])),
         width=plain(width),
         frame_rate=f"{rate / np.prod(strides):.1f}",
-        parameters={
-            model: f"{shown[0].model_json(first_target, model)['parameters']:,}" for model in MODELS
-        },
+        parameters={model: f"{values['parameters']:,}" for model, values in models.items()},
     )
 
 
@@ -222,24 +204,19 @@ def _training_facts(parts: list[Part]) -> dict[str, Any]:
     for part in parts:
         cost = part.rows("cost").groupby("model")[["inference_rtf", "peak_memory_mb"]].mean()
         for model in MODELS:
-            described = part.data.model_json(part.target, model)
+            training = part.data.model_json(part.target, model)
+            step, n_steps = training["best_step"], training["steps"]
             name = f"{MODEL_LETTERS[model]} on {part.label}"
-            if described["best_step"] == described["steps"]:
+            if step == n_steps:
                 at_end.append(name)
-            elif described["best_step"] <= described["steps"] / 2:
+            elif step <= n_steps / 2:
                 early.append(name)
-            rows.append(
-                [
-                    part.label if model == MODELS[0] else "",
-                    LABELS[model],
-                    f"{described['parameters']:,}",
-                    f"{described['best_step']} of {described['steps']}",
-                    f"{format_number(described['valid_sdr'])} dB",
-                    seconds(described["train_s"]),
-                    f"{1000 * cost.loc[model, 'inference_rtf']:.1f} ms/s",
-                    f"{cost.loc[model, 'peak_memory_mb']:.0f} MB",
-                ]
-            )
+            target = part.label if model == MODELS[0] else ""
+            weights, score = f"{training['parameters']:,}", format_number(training["valid_sdr"])
+            speed = f"{1000 * cost.loc[model, 'inference_rtf']:.1f} ms/s"
+            memory = f"{cost.loc[model, 'peak_memory_mb']:.0f} MB"
+            row = [target, LABELS[model], weights, f"{step} of {n_steps}", f"{score} dB"]
+            rows.append([*row, seconds(training["train_s"]), speed, memory])
     head = ["Target", "Model", "Parameters", "Best step", "Valid. SDR", "Training", "Inference"]
     sentences = ["No training had its best validation score at the last step."]
     if at_end:
@@ -265,11 +242,8 @@ def _comparison(part: Part, a: str, b: str) -> str:
         return f"{first} and {second} could not be compared"
     low, high, difference = row["ci_low"], row["ci_high"], row["median_difference"]
     if low <= 0 <= high:
-        text = interval(low, high, sign="+")
-        return (
-            f"no difference found between {first} and {second} "
-            f"({format_number(difference, sign='+')} dB {text})"
-        )
+        size = f"{format_number(difference, sign='+')} dB {interval(low, high, sign='+')}"
+        return f"no difference found between {first} and {second} ({size})"
     if high < 0:
         first, second, low, high = second, first, -high, -low
     doubt = "" if row["p_corrected"] < 0.05 else ", although the corrected test does not confirm it"
@@ -277,20 +251,25 @@ def _comparison(part: Part, a: str, b: str) -> str:
     return f"{first} is ahead of {second} by {size}{doubt}"
 
 
+def _side(row: dict[str, Any]) -> str:
+    """Return where an interval is: above zero, below zero, or open."""
+    if row["ci_low"] > 0:
+        return "above"
+    return "below" if row["ci_high"] < 0 else "open"
+
+
 def _standing(part: Part, a: str, b: str) -> str:
-    """Return which model is ahead in SDR: a, b, near (within the negligible range), open, none."""
+    """Return the side of a - b in SDR, near (within the negligible range), or none."""
     row = part.paired(a, b)
     if row is None or np.isnan([row["ci_low"], row["ci_high"]]).any():
         return "none"
-    if max(abs(row["ci_low"]), abs(row["ci_high"])) <= NEGLIGIBLE_DB:
-        return "near"
-    return "a" if row["ci_low"] > 0 else "b" if row["ci_high"] < 0 else "open"
+    is_near = max(abs(row["ci_low"]), abs(row["ci_high"])) <= NEGLIGIBLE_DB
+    return "near" if is_near else _side(row)
 
 
 def _score_facts(parts: list[Part], every: list[RunData]) -> dict[str, Any]:
-    tables, abstract, comparisons, gaps = [], [], [], []
+    abstract, comparisons, gaps = [], [], []
     for part in parts:
-        tables.append(_score_table(part))
         best, mixture, mask = part.best, part.median("mixture"), part.median("irm")
         abstract.append(
             f"{format_number(part.median(best))} dB for {part.target} of the {part.data.music} "
@@ -308,7 +287,7 @@ def _score_facts(parts: list[Part], every: list[RunData]) -> dict[str, Any]:
         mask_gap=f"The ideal ratio mask is {join(gaps)}.",
         cross_check=_cross_check_sentence(every),
         lost_frames=_lost_frames_sentence(parts),
-        tables=tables,
+        tables=[_score_table(part) for part in parts],
         paired=[_paired_table(part) for part in parts],
     )
 
@@ -341,17 +320,13 @@ def _paired_table(part: Part) -> dict[str, Any]:
                 continue
             differences = (scores.loc[a, metric] - scores.loc[b, metric]).dropna()
             name = f"{MODEL_LETTERS[a]} − {MODEL_LETTERS[b]}" if metric == SCORE_METRICS[0] else ""
-            rows.append(
-                [
-                    name,
-                    metric.replace("_", " "),
-                    format_number(row["median_difference"], sign="+"),
-                    interval(row["ci_low"], row["ci_high"], sign="+"),
-                    format_number(detectable_difference(row)),
-                    "–" if np.isnan(row["p_corrected"]) else f"{row['p_corrected']:.2g}",
-                    f"{(differences > 0).sum()} of {len(differences)}",
-                ]
-            )
+            median = format_number(row["median_difference"], sign="+")
+            bounds = interval(row["ci_low"], row["ci_high"], sign="+")
+            detectable = format_number(detectable_difference(row))
+            p_value = "–" if np.isnan(row["p_corrected"]) else f"{row['p_corrected']:.2g}"
+            ahead = f"{(differences > 0).sum()} of {len(differences)}"
+            label = metric.replace("_", " ")
+            rows.append([name, label, median, bounds, detectable, p_value, ahead])
     head = ["Difference", "Metric", "Median, dB", "95 % interval", "Detectable", "Corrected p"]
     return dict(label=part.label, head=[*head, "Tracks ahead"], rows=rows)
 
@@ -380,29 +355,22 @@ def _lost_frames_sentence(parts: list[Part]) -> str:
 
 
 def _sides(part: Part, prefix: str) -> list[str]:
-    """Return where the effects of B1 and B2 are: above zero, below zero, open."""
-    sides = []
-    for row in part.hypotheses(prefix):
-        above, below = row["ci_low"] > 0, row["ci_high"] < 0
-        sides.append("above" if above else "below" if below else "open")
-    return sides
+    """Return where the effects of B1 and B2 are."""
+    return [_side(row) for row in part.hypotheses(prefix)]
 
 
-def _by_outcome(parts: list[Part], outcome: Callable[[Part], str]) -> list[list[str]]:
-    """Return [labels of the parts, sentence], one entry per distinct sentence."""
+def _outcomes(parts: list[Part], prefix: str, both: str, unclear: str) -> list[list[str]]:
+    """Return [labels of the parts, sentence] per sentence; `both` has {} for better or worse."""
     groups: dict[str, list[str]] = {}
     for part in parts:
-        groups.setdefault(outcome(part), []).append(part.label)
+        sides = set(_sides(part, prefix))
+        sentence = unclear if sides else "This could not be measured."
+        if sides == {"above"}:
+            sentence = both.format("better")
+        elif sides == {"below"}:
+            sentence = both.format("worse")
+        groups.setdefault(sentence, []).append(part.label)
     return [[join(labels), sentence] for sentence, labels in groups.items()]
-
-
-def _both_or_neither(part: Part, prefix: str, above: str, below: str, unclear: str) -> str:
-    sides = _sides(part, prefix)
-    if not sides:
-        return "This could not be measured."
-    if set(sides) == {"above"}:
-        return above
-    return below if set(sides) == {"below"} else unclear
 
 
 def _question_facts(parts: list[Part]) -> dict[str, Any]:
@@ -411,27 +379,19 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
     return dict(
         answer=_answer(parts, own),
         phase_scores=[[part.label, _phase_scores(part)] for part in parts],
-        phase=_by_outcome(
+        phase=_outcomes(
             parts,
-            lambda part: _both_or_neither(
-                part,
-                "phase_true_magnitude",
-                "Both waveform models have a better phase than A.",
-                "Both waveform models have a worse phase than A.",
-                "The phase does not separate both waveform models from A on one side.",
-            ),
+            "phase_true_magnitude",
+            "Both waveform models have a {} phase than A.",
+            "The phase does not separate both waveform models from A on one side.",
         ),
         repetition=_repetition_sentence(own, gains),
         attack_scores=[[part.label, _attack_scores(part)] for part in parts],
-        attack=_by_outcome(
+        attack=_outcomes(
             parts,
-            lambda part: _both_or_neither(
-                part,
-                "attack_minus_sustain",
-                "Relative to the sustain, both waveform models keep attacks better than A.",
-                "Relative to the sustain, both waveform models keep attacks worse than A.",
-                "Attacks do not separate both waveform models from A on one side.",
-            ),
+            "attack_minus_sustain",
+            "Relative to the sustain, both waveform models keep attacks {} than A.",
+            "Attacks do not separate both waveform models from A on one side.",
         ),
         table=_hypothesis_table(parts),
     )
@@ -480,8 +440,8 @@ def _repetition_sentence(own: list[dict], gains: list[dict]) -> str:
     return sentence
 
 
-def _count_outcomes(kinds: list[str], texts: dict[str, str]) -> str:
-    """Return `B2 is ahead in two of four cases and ...`."""
+def _count_outcomes(kinds: list[str], **texts: str) -> str:
+    """Return `B2 is ahead in two of four cases and ...`; `texts` has a clause per kind."""
     clauses = []
     for kind, text in texts.items():
         if count := kinds.count(kind):
@@ -491,87 +451,62 @@ def _count_outcomes(kinds: list[str], texts: dict[str, str]) -> str:
 
 
 def _answer(parts: list[Part], repetition: list[dict]) -> str:
-    against_a = [_standing(part, model, "unet") for part in parts for model in WAVEFORM_MODELS]
-    between = [_standing(part, "demucs_attention", "demucs_lstm") for part in parts]
     versus_mask = _count_outcomes(
-        against_a,
-        dict(
-            a="a waveform model is ahead of A",
-            b="a waveform model is behind A",
-            near=f"the difference is within ±{plain(NEGLIGIBLE_DB)} dB",
-            open="no difference is found",
-            none="no comparison is possible",
-        ),
+        [_standing(part, model, "unet") for part in parts for model in WAVEFORM_MODELS],
+        above="a waveform model is ahead of A",
+        below="a waveform model is behind A",
+        near=f"the difference is within ±{plain(NEGLIGIBLE_DB)} dB",
+        open="no difference is found",
+        none="no comparison is possible",
     )
     attention = _count_outcomes(
-        between,
-        dict(
-            a="B2 is ahead of B1",
-            b="B1 is ahead of B2",
-            near=f"B1 and B2 differ by less than {plain(NEGLIGIBLE_DB)} dB",
-            open="no difference between B1 and B2 is found",
-            none="B1 and B2 could not be compared",
-        ),
+        [_standing(part, "demucs_attention", "demucs_lstm") for part in parts],
+        above="B2 is ahead of B1",
+        below="B1 is ahead of B2",
+        near=f"B1 and B2 differ by less than {plain(NEGLIGIBLE_DB)} dB",
+        open="no difference between B1 and B2 is found",
+        none="B1 and B2 could not be compared",
     )
-    sentences = [f"In SDR, {versus_mask}; {attention}."]
-    if why := _experiments(parts, repetition):
-        sentences.append(f"Three experiments: {'; '.join(why)}.")
-    return " ".join(sentences)
-
-
-def _experiments(parts: list[Part], repetition: list[dict]) -> list[str]:
-    """Return a clause per measured experiment: phase, repetition, attack."""
-    phases = [side for part in parts for side in _sides(part, "phase_true_magnitude")]
-    attacks = [side for part in parts for side in _sides(part, "attack_minus_sustain")]
-    gains = ["above" if row["ci_low"] > 0 else "rest" for row in repetition]
     phase = _count_outcomes(
-        phases,
-        dict(
-            above="the phase is better than A's",
-            below="the phase is worse than A's",
-            open="no difference in phase is found",
-        ),
+        [side for part in parts for side in _sides(part, "phase_true_magnitude")],
+        above="the phase is better than A's",
+        below="the phase is worse than A's",
+        open="no difference in phase is found",
     )
     attack = _count_outcomes(
-        attacks,
-        dict(
-            above="attacks are kept better than by A",
-            below="attacks are kept worse than by A",
-            open="no difference in attacks is found",
-        ),
+        [side for part in parts for side in _sides(part, "attack_minus_sustain")],
+        above="attacks are kept better than by A",
+        below="attacks are kept worse than by A",
+        open="no difference in attacks is found",
     )
-    helped = spell(gains.count("above"))
-    repeat = f"an exact repeat helps B2 in {helped} of {spell(len(gains))} cases"
-    return [text for text in (phase, repeat if gains else "", attack) if text]
+    helped = sum(row["ci_low"] > 0 for row in repetition)
+    cases = f"{spell(helped)} of {spell(len(repetition))} cases"
+    repeat = f"an exact repeat helps B2 in {cases}" if repetition else ""
+    experiments = "; ".join(filter(None, (phase, repeat, attack)))
+    sentence = f"In SDR, {versus_mask}; {attention}."
+    return f"{sentence} Three experiments: {experiments}." if experiments else sentence
 
 
 def _hypothesis_table(parts: list[Part]) -> dict[str, Any]:
     rows: dict[str, dict[str, Any]] = {}
     for index, part in enumerate(parts):
         for row in part.rows("hypotheses").to_dict("records"):
-            entry = rows.setdefault(
-                row["id"],
-                dict(
-                    hypothesis=row["hypothesis"],
-                    measure=f"{row['measure']}, {row['unit']}",
-                    cells=[["–", "", ""] for _ in parts],
-                ),
-            )
+            measure = f"{row['measure']}, {row['unit']}"
+            empty = [["–", "", ""] for _ in parts]
+            new = dict(hypothesis=row["hypothesis"], measure=measure, cells=empty)
+            cells = rows.setdefault(row["id"], new)["cells"]
+            effect, verdict = format_number(row["effect"], sign="+"), row["verdict"]
             if np.isnan(row["effect"]):
-                entry["cells"][index] = ["–", "", row["verdict"]]
+                cells[index] = [effect, "", verdict]
             else:
-                entry["cells"][index] = [
-                    format_number(row["effect"], sign="+"),
-                    interval(row["ci_low"], row["ci_high"], sign="+"),
-                    VERDICT_MARKS.get(row["verdict"], row["verdict"]),
-                ]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in rows.values():
-        groups.setdefault(entry["hypothesis"], []).append(entry)
+                bounds = interval(row["ci_low"], row["ci_high"], sign="+")
+                cells[index] = [effect, bounds, VERDICT_MARKS.get(verdict, verdict)]
+    groups: dict[str, dict[str, Any]] = {}
+    for row in rows.values():
+        title = row["hypothesis"]
+        groups.setdefault(title, dict(title=title, rows=[]))["rows"].append(row)
     head = ["Measure", *(part.label for part in parts)]
-    return dict(
-        head=head, groups=[dict(title=title, rows=group) for title, group in groups.items()]
-    )
+    return dict(head=head, groups=list(groups.values()))
 
 
 # --- studies, listening, reproduction -------------------------------------------------------------
@@ -583,24 +518,19 @@ def _study_facts(every: list[RunData]) -> dict[str, Any]:
         steps = f"{data.music}, {data.run.settings.steps} steps"
         rows = data.table("ablations")
         for row in rows[rows["metric"] == "SDR"].to_dict("records"):
-            ablations.append(
-                [
-                    f"{row['target']} ({steps})",
-                    MODEL_LETTERS[row["model"]],
-                    ABLATION_NAMES[row["ablation"]],
-                    format_number(row["with_it"]),
-                    format_number(row["without_it"]),
-                    f"{format_number(row['median_difference'], sign='+')} "
-                    f"{interval(row['ci_low'], row['ci_high'], sign='+')}",
-                ]
-            )
+            scores = [format_number(row[key]) for key in ("with_it", "without_it")]
+            difference = format_number(row["median_difference"], sign="+")
+            bounds = interval(row["ci_low"], row["ci_high"], sign="+")
+            left_out = [MODEL_LETTERS[row["model"]], ABLATION_NAMES[row["ablation"]]]
+            where = f"{row['target']} ({steps})"
+            ablations.append([where, *left_out, *scores, f"{difference} {bounds}"])
         medians = data.table("data_amount").groupby(["target", "model", "share"])["SDR"].median()
         for (target, model), values in medians.groupby(["target", "model"]):
-            texts = [
-                f"{format_number(value)} dB with {plain(100 * share)} %"
-                for (_, _, share), value in values.items()
-            ]
-            amounts.append([f"{target} ({steps})", f"{MODEL_LETTERS[model]}: {join(texts)}."])
+            shares = values.droplevel(["target", "model"]).items()
+            text = join(
+                f"{format_number(sdr)} dB with {plain(100 * share)} %" for share, sdr in shares
+            )
+            amounts.append([f"{target} ({steps})", f"{MODEL_LETTERS[model]}: {text}."])
     head = ["Data", "Model", "Left out", "With it", "Without it", "Difference in SDR, dB"]
     return dict(ablations=dict(head=head, rows=ablations), data_amount=amounts)
 
@@ -612,9 +542,10 @@ def _listening_facts(parts: list[Part]) -> dict[str, Any]:
     listeners = ratings["listener"].nunique()
     sentence = "Nobody has taken the blind test yet."
     if listeners:
-        sentence = f"{quantity(listeners, 'listener').capitalize()} took the blind test"
-        excluded = listeners - kept
-        sentence += f"; {quantity(excluded, 'listener')} excluded." if excluded else "."
+        excluded = (
+            f"; {quantity(listeners - kept, 'listener')} excluded" if kept < listeners else ""
+        )
+        sentence = f"{quantity(listeners, 'listener').capitalize()} took the blind test{excluded}."
     rows = []
     for part in parts:
         for row in part.rows("opinion").to_dict("records"):
@@ -627,26 +558,21 @@ def _listening_facts(parts: list[Part]) -> dict[str, Any]:
 
 
 def _reproduce_facts(every: list[RunData], name: str, is_collection: bool) -> dict[str, Any]:
-    machines = []
+    machines, lines = [], [f"make report RUN={name}"] if is_collection else []
     for data in every:
-        environment = data.environment
-        gpu = environment.get("gpu") or "no GPU"
-        machine = f"{environment['cpu']}, {environment['cores']} cores, {gpu}"
-        versions = f"{environment['python']}, {environment['torch']}"
-        commit = (environment["git_commit"] or "unknown")[:10]
-        run_name = data.run.folder.name
-        machines.append([run_name, machine, versions, commit, environment["data_hash"]])
-    lines = [f"make report RUN={name}"] if is_collection else []
-    for data in every:
-        lines += _command(data, f"<collection>/{data.run.folder.name}" if is_collection else name)
+        facts, run_name = data.environment, data.run.folder.name
+        machine = f"{facts['cpu']}, {facts['cores']} cores, {facts.get('gpu') or 'no GPU'}"
+        versions = f"{facts['python']}, {facts['torch']}"
+        commit = (facts["git_commit"] or "unknown")[:10]
+        machines.append([run_name, machine, versions, commit, facts["data_hash"]])
+        lines += _command(data, f"<collection>/{run_name}" if is_collection else name)
     settings = []
     if not is_collection:
         values = every[0].run.settings.model_dump()
         values["data"] = "given" if values["data"] else ""
         settings = [[key, plain(value)] for key, value in values.items()]
     head = ["Run", "Machine", "Python, PyTorch", "Commit", "Data hash"]
-    table = dict(head=head, rows=machines)
-    return dict(code="\n".join(lines), table=table, settings=settings)
+    return dict(code="\n".join(lines), table=dict(head=head, rows=machines), settings=settings)
 
 
 def _command(data: RunData, run_name: str) -> list[str]:
@@ -669,7 +595,7 @@ def _command(data: RunData, run_name: str) -> list[str]:
 
 def is_study(run: Run) -> bool:
     """Whether a run was made for ablations or the amount of data: not part of the results."""
-    return RunData(run).is_study
+    return bool(run.settings.ablations) or run.settings.data_study
 
 
 def sort_runs(runs: Iterable[Run]) -> list[Run]:
