@@ -24,17 +24,13 @@ from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
 from mss_utils.report.facts import is_study
 from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
-from mss_utils.report.tables import (
-    TABLES,
-    check_finished,
-    evaluated_targets,
-    read_json,
-    read_table,
-)
+from mss_utils.report.tables import TABLES, evaluated_targets, read_model_json, read_table
 from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
 from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training.checkpoints import write_tensors
 
+TEXT_FILES = ["settings.json", "environment.json"]
+TEXT_FILES += ["models/*/*/seed*/model.json", "models/*/*/seed*/history.csv"]
 MAX_TABLE = 60_000  # characters; a longer table is packed
 COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
 NUMBER_FORMAT = "%.6g"  # in exported tables
@@ -61,8 +57,6 @@ def export(
         No collection, an unknown target, or a folder that is no export.
     """
     runs, folder = find_collection(source), results_folder() / name
-    for run in runs:
-        check_finished(run)
     _check_arguments(source, name, runs, {*complete, *listen})
     with file_lock(folder.parent), temporary_folder(folder.parent) as part:
         weights = kept_weights(runs, complete)
@@ -110,26 +104,21 @@ def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tu
         for target in evaluated_targets(run):
             if target in [item[1] for item in kept]:
                 continue
-            folders = {model: run.model_folder(target, model) for model in MODELS}
-            scores = {
-                model: read_json(folders[model] / "model.json")["valid_sdr"] for model in MODELS
-            }
+            scores = {name: read_model_json(run, target, name)["valid_sdr"] for name in MODELS}
             models = MODELS if target in complete else [max(MODELS, key=scores.__getitem__)]
             kept += [(run, target, model) for model in models]
     return kept
 
 
 def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
-    for name in ("settings.json", "environment.json"):
-        write_text(folder / name, (run.folder / name).read_text(encoding="utf-8"))
+    for pattern in TEXT_FILES:
+        for path in run.folder.glob(pattern):
+            write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
     for name in TABLES:
         _write_table(read_table(run, name), folder / "tables" / f"{name}.csv")
     for path in sorted(run.folder.glob("notebooks/*.ipynb")):
         light = strip_heavy_outputs(read_notebook(path))
         write_text(folder / "notebooks" / path.name, nbformat.writes(light))
-    for path in sorted(run.folder.glob("models/*/*/seed*/*")):
-        if path.name in ("model.json", "history.csv"):
-            write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
     for target, model in weights:
         path = run.model_folder(target, model) / "model.safetensors"
         tensors = load_file(path)
@@ -191,7 +180,7 @@ def rescore(name: str, data: str) -> pd.DataFrame:
         for target, models in _models_with_weights(run).items():
             settings = run.settings.model_copy(update=dict(target=target, seeds=1))
             own = Run(f"{name}-rescored", settings, output / run.folder.name)
-            scores.append(score_again(own, run, store, target, models))
+            scores.append(score_again(own, run, store, models))
         tracks = pd.concat(scores, ignore_index=True)
         write_text(output / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
         rows += _differences(run, read_table(run, "tracks"), tracks)
@@ -228,11 +217,10 @@ def _test_store(run: Run, data: str) -> Store:
     return store
 
 
-def score_again(
-    own: Run, trained: Run, store: Store, target: str, models: list[str]
-) -> pd.DataFrame:
+def score_again(own: Run, trained: Run, store: Store, models: list[str]) -> pd.DataFrame:
     """Separate and score the test tracks with the models of `trained`; estimates go to `own`."""
     write_estimates(own, store, models, trained=trained)
+    target = own.settings.target
 
     def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
         return {(name, 0): read_estimate(own, store, track, target, name)[None] for name in models}

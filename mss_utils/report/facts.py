@@ -22,11 +22,10 @@ from mss_utils.analysis.attack import APART_S, ATTACK_S
 from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
 from mss_utils.analysis.repetition import BURST_DB
 from mss_utils.config import MODEL_LETTERS, MODELS, SPLITS, WAVEFORM_MODELS, Run, resolve_settings
-from mss_utils.data import is_built_in
 from mss_utils.environment import dataset_kind
 from mss_utils.evaluation.statistics import MIN_SEEDS, PAIRS, detectable_difference
 from mss_utils.figures import LABELS, format_number
-from mss_utils.report.tables import evaluated_targets, read_json, read_table
+from mss_utils.report.tables import evaluated_targets, read_json, read_model_json, read_table
 from mss_utils.report.wording import interval, join, plain, quantity, seconds, spell
 
 SCORE_METRICS = ("SDR", "SIR", "SAR", "utterance_SDR")
@@ -56,14 +55,6 @@ class RunData:
         """Name of the dataset."""
         return MUSIC.get(self.kind) or str(self.environment["dataset"]["name"])
 
-    def table(self, name: str) -> pd.DataFrame:
-        """Return a table of the run."""
-        return read_table(self.run, name)
-
-    def model_json(self, target: str, model: str) -> dict[str, Any]:
-        """Return model.json of the first seed."""
-        return read_json(self.run.model_folder(target, model) / "model.json")
-
 
 @dataclass(frozen=True)
 class Part:
@@ -75,7 +66,7 @@ class Part:
 
     def rows(self, table: str) -> pd.DataFrame:
         """Return the rows of a table about this target."""
-        rows = self.data.table(table)
+        rows = read_table(self.data.run, table)
         return rows[rows["target"] == self.target]
 
     def median(self, model: str, metric: str = "SDR") -> float:
@@ -109,8 +100,11 @@ def collect_facts(runs: Iterable[Run], name: str, is_collection: bool) -> dict[s
     for data, target in pairs:
         label = f"{target} ({data.music})" if targets.count(target) > 1 else target
         parts.append(Part(data, target, label))
-    n_seeds = int(min(data.table("paired")["seeds"].min() for data in shown))
+    n_seeds = int(min(read_table(data.run, "paired")["seeds"].min() for data in shown))
     dates = sorted(data.environment["date"] for data in shown)
+    rules = dict(negligible_db=plain(NEGLIGIBLE_DB), min_seeds=spell(MIN_SEEDS))
+    rules |= dict(burst_db=plain(-BURST_DB), apart_ms=plain(1000 * APART_S))
+    rules |= dict(attack_ms=plain(1000 * ATTACK_S))
     return dict(
         name=name,
         is_collection=is_collection,
@@ -118,13 +112,7 @@ def collect_facts(runs: Iterable[Run], name: str, is_collection: bool) -> dict[s
         few_seeds=n_seeds < MIN_SEEDS,
         seeds=quantity(n_seeds, "training"),
         parts=[dict(target=part.target, label=part.label) for part in parts],
-        rules=dict(
-            negligible_db=plain(NEGLIGIBLE_DB),
-            min_seeds=spell(MIN_SEEDS),
-            burst_db=plain(-BURST_DB),
-            apart_ms=plain(1000 * APART_S),
-            attack_ms=plain(1000 * ATTACK_S),
-        ),
+        rules=rules,
         data=_data_facts(shown),
         method=_method_facts(shown),
         training=_training_facts(parts),
@@ -180,7 +168,7 @@ def _method_facts(shown: list[RunData]) -> dict[str, Any]:
         shares = (f"{plain(100 * getattr(one, key))} %" for one in every)
         texts[key] = _same_or_each(shown, shares)
     target = evaluated_targets(first.run)[0]
-    models = {model: first.model_json(target, model) for model in MODELS}
+    models = {model: read_model_json(first.run, target, model) for model in MODELS}
     return dict(
         settings=texts,
         random_mix=any(one.random_mix for one in every),
@@ -204,7 +192,7 @@ def _training_facts(parts: list[Part]) -> dict[str, Any]:
     for part in parts:
         cost = part.rows("cost").groupby("model")[["inference_rtf", "peak_memory_mb"]].mean()
         for model in MODELS:
-            training = part.data.model_json(part.target, model)
+            training = read_model_json(part.data.run, part.target, model)
             step, n_steps = training["best_step"], training["steps"]
             name = f"{MODEL_LETTERS[model]} on {part.label}"
             if step == n_steps:
@@ -332,7 +320,7 @@ def _paired_table(part: Part) -> dict[str, Any]:
 
 
 def _cross_check_sentence(every: list[RunData]) -> str:
-    checked = pd.concat([data.table("cross_check") for data in every])
+    checked = pd.concat([read_table(data.run, "cross_check") for data in every])
     n_scores = int(checked["scores"].sum())
     if not n_scores:
         return "No score was cross-checked."
@@ -354,16 +342,16 @@ def _lost_frames_sentence(parts: list[Part]) -> str:
 # --- the three questions --------------------------------------------------------------------------
 
 
-def _sides(part: Part, prefix: str) -> list[str]:
+def _sides(parts: list[Part], prefix: str) -> list[str]:
     """Return where the effects of B1 and B2 are."""
-    return [_side(row) for row in part.hypotheses(prefix)]
+    return [_side(row) for part in parts for row in part.hypotheses(prefix)]
 
 
 def _outcomes(parts: list[Part], prefix: str, both: str, unclear: str) -> list[list[str]]:
     """Return [labels of the parts, sentence] per sentence; `both` has {} for better or worse."""
     groups: dict[str, list[str]] = {}
     for part in parts:
-        sides = set(_sides(part, prefix))
+        sides = set(_sides([part], prefix))
         sentence = unclear if sides else "This could not be measured."
         if sides == {"above"}:
             sentence = both.format("better")
@@ -468,21 +456,20 @@ def _answer(parts: list[Part], repetition: list[dict]) -> str:
         none="B1 and B2 could not be compared",
     )
     phase = _count_outcomes(
-        [side for part in parts for side in _sides(part, "phase_true_magnitude")],
+        _sides(parts, "phase_true_magnitude"),
         above="the phase is better than A's",
         below="the phase is worse than A's",
         open="no difference in phase is found",
     )
     attack = _count_outcomes(
-        [side for part in parts for side in _sides(part, "attack_minus_sustain")],
+        _sides(parts, "attack_minus_sustain"),
         above="attacks are kept better than by A",
         below="attacks are kept worse than by A",
         open="no difference in attacks is found",
     )
-    helped = sum(row["ci_low"] > 0 for row in repetition)
-    cases = f"{spell(helped)} of {spell(len(repetition))} cases"
-    repeat = f"an exact repeat helps B2 in {cases}" if repetition else ""
-    experiments = "; ".join(filter(None, (phase, repeat, attack)))
+    helped = spell(sum(row["ci_low"] > 0 for row in repetition))
+    repeat = f"an exact repeat helps B2 in {helped} of {spell(len(repetition))} cases"
+    experiments = "; ".join(filter(None, (phase, repeat if repetition else "", attack)))
     sentence = f"In SDR, {versus_mask}; {attention}."
     return f"{sentence} Three experiments: {experiments}." if experiments else sentence
 
@@ -516,7 +503,7 @@ def _study_facts(every: list[RunData]) -> dict[str, Any]:
     ablations, amounts = [], []
     for data in every:
         steps = f"{data.music}, {data.run.settings.steps} steps"
-        rows = data.table("ablations")
+        rows = read_table(data.run, "ablations")
         for row in rows[rows["metric"] == "SDR"].to_dict("records"):
             scores = [format_number(row[key]) for key in ("with_it", "without_it")]
             difference = format_number(row["median_difference"], sign="+")
@@ -524,28 +511,26 @@ def _study_facts(every: list[RunData]) -> dict[str, Any]:
             left_out = [MODEL_LETTERS[row["model"]], ABLATION_NAMES[row["ablation"]]]
             where = f"{row['target']} ({steps})"
             ablations.append([where, *left_out, *scores, f"{difference} {bounds}"])
-        medians = data.table("data_amount").groupby(["target", "model", "share"])["SDR"].median()
+        amount = read_table(data.run, "data_amount")
+        medians = amount.groupby(["target", "model", "share"])["SDR"].median()
         for (target, model), values in medians.groupby(["target", "model"]):
             shares = values.droplevel(["target", "model"]).items()
-            text = join(
-                f"{format_number(sdr)} dB with {plain(100 * share)} %" for share, sdr in shares
-            )
-            amounts.append([f"{target} ({steps})", f"{MODEL_LETTERS[model]}: {text}."])
+            texts = (f"{format_number(sdr)} dB with {plain(100 * part)} %" for part, sdr in shares)
+            amounts.append([f"{target} ({steps})", f"{MODEL_LETTERS[model]}: {join(texts)}."])
     head = ["Data", "Model", "Left out", "With it", "Without it", "Difference in SDR, dB"]
     return dict(ablations=dict(head=head, rows=ablations), data_amount=amounts)
 
 
 def _listening_facts(parts: list[Part]) -> dict[str, Any]:
-    runs = {part.data.run.name: part.data for part in parts}
-    ratings = pd.concat([data.table("ratings") for data in runs.values()])
+    runs = {part.data.run.name: part.data.run for part in parts}
+    ratings = pd.concat([read_table(run, "ratings") for run in runs.values()])
     kept = ratings[ratings["kept"].astype(str) == "True"]["listener"].nunique()
     listeners = ratings["listener"].nunique()
     sentence = "Nobody has taken the blind test yet."
     if listeners:
-        excluded = (
-            f"; {quantity(listeners - kept, 'listener')} excluded" if kept < listeners else ""
-        )
-        sentence = f"{quantity(listeners, 'listener').capitalize()} took the blind test{excluded}."
+        sentence = f"{quantity(listeners, 'listener').capitalize()} took the blind test"
+        excluded = listeners - kept
+        sentence += f"; {quantity(excluded, 'listener')} excluded." if excluded else "."
     rows = []
     for part in parts:
         for row in part.rows("opinion").to_dict("records"):
@@ -596,11 +581,6 @@ def _command(data: RunData, run_name: str) -> list[str]:
 def is_study(run: Run) -> bool:
     """Whether a run was made for ablations or the amount of data: not part of the results."""
     return bool(run.settings.ablations) or run.settings.data_study
-
-
-def sort_runs(runs: Iterable[Run]) -> list[Run]:
-    """Sort runs for a report: real music first."""
-    return sorted(runs, key=lambda run: (is_built_in(run.settings), run.name))
 
 
 def dump_facts(facts: dict[str, Any]) -> str:

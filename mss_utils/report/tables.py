@@ -44,6 +44,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}): run again.") from None
 
 
+def read_model_json(run: Run, target: str, model: str) -> dict[str, Any]:
+    """Read model.json of the first seed of a model."""
+    return read_json(run.model_folder(target, model) / "model.json")
+
+
 def check_finished(run: Run) -> None:
     """Raise FileNotFoundError with the first result that a run lacks."""
     for path in [run.folder / "environment.json", *(table_path(run, name) for name in TABLES)]:

@@ -11,8 +11,9 @@ import typst
 
 from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
+from mss_utils.data import is_built_in
 from mss_utils.files import atomic_write, write_text
-from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study, sort_runs
+from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study
 from mss_utils.report.tables import check_finished, evaluated_targets, read_table
 from mss_utils.training import load_history
 
@@ -47,7 +48,6 @@ def write_report(name: str) -> tuple[Path, Path]:
     """
     runs = find_collection(name)
     for run in runs:
-        check_finished(run)
         listening.write_ratings(run)
     folder = results_folder() / name
     facts = collect_facts(runs, name, is_collection=True)
@@ -63,13 +63,15 @@ def write_report(name: str) -> tuple[Path, Path]:
 
 
 def find_collection(name: str) -> list[Run]:
-    """Return the runs of a collection, real music first; ValueError if there are none."""
-    runs = sort_runs(collection_runs(name))
+    """Return the finished runs of a collection, real music first; ValueError if it has none."""
+    runs = sorted(collection_runs(name), key=lambda run: (is_built_in(run.settings), run.name))
     if not runs:
         raise ValueError(
             f"No collection {name!r} under {results_folder()}: make its runs by "
             f"python -m mss_utils run --run {name}/<run>."
         )
+    for run in runs:
+        check_finished(run)
     return runs
 
 
