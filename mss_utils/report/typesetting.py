@@ -26,10 +26,7 @@ COLLECTION_FILES = ("more_music.csv", "remarks.txt")  # optional, beside the run
 def build_report(run: Run) -> Path:
     """Write `facts.json` and `report.pdf` of one run; return the path of the PDF.
 
-    Raises
-    ------
-    FileNotFoundError
-        The run is not finished; the message names what is missing.
+    FileNotFoundError if the run is not finished; the message names what is missing.
     """
     check_finished(run)
     listening.write_ratings(run)  # answers may have arrived since the notebooks ran
@@ -81,9 +78,9 @@ def typeset(facts: dict[str, Any], folder: Path, kind: Literal["pdf", "html"] = 
     Typst reads only below one root, so sources, facts and figures are copied to one folder.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        root, ignore = Path(temporary), shutil.ignore_patterns("*.pdf", "*.html", "*.png")
-        shutil.copytree(REPORT, root / "report", ignore=ignore)
-        shutil.copytree(folder / "figures", root / "figures", ignore=ignore)
+        root, ignore = Path(temporary), shutil.ignore_patterns
+        shutil.copytree(REPORT, root / "report", ignore=ignore("*.pdf", "*.html"))
+        shutil.copytree(folder / "figures", root / "figures", ignore=ignore("*.png"))
         write_text(root / "facts.json", dump_facts(facts))
         for name in COLLECTION_FILES:
             (root / name).touch()
