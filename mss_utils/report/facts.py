@@ -415,11 +415,11 @@ def _repetition_sentence(own: list[dict], gains: list[dict]) -> str:
     above = sum(row["ci_low"] > 0 for row in own)
     nothing = sum(row["verdict"] == "not supported" for row in own)
     more = [row for row in gains if "minus" in row["id"]]
+    ahead = sum(row["ci_low"] > 0 for row in more)
     sentence = (
         f"Of {quantity(len(own), 'repetition gain')} of B2 (one per target and lag), "
         f"{spell(above)} above zero and {spell(nothing)} not supported; of "
-        f"{quantity(len(more), 'difference')} from B1, "
-        f"{spell(sum(row['ci_low'] > 0 for row in more))} above zero."
+        f"{quantity(len(more), 'difference')} from B1, {spell(ahead)} above zero."
     )
     if nothing == len(own):
         return f"{sentence} B2 does not use an exact repeat more than other music."
@@ -551,11 +551,9 @@ def _reproduce_facts(every: list[RunData], name: str, is_collection: bool) -> di
         commit = (facts["git_commit"] or "unknown")[:10]
         machines.append([run_name, machine, versions, commit, facts["data_hash"]])
         lines += _command(data, f"<collection>/{run_name}" if is_collection else name)
-    settings = []
-    if not is_collection:
-        values = every[0].run.settings.model_dump()
-        values["data"] = "given" if values["data"] else ""
-        settings = [[key, plain(value)] for key, value in values.items()]
+    values = every[0].run.settings.model_dump()
+    values["data"] = "given" if values["data"] else ""
+    settings = [] if is_collection else [[key, plain(value)] for key, value in values.items()]
     head = ["Run", "Machine", "Python, PyTorch", "Commit", "Data hash"]
     return dict(code="\n".join(lines), table=dict(head=head, rows=machines), settings=settings)
 
@@ -563,8 +561,7 @@ def _reproduce_facts(every: list[RunData], name: str, is_collection: bool) -> di
 def _command(data: RunData, run_name: str) -> list[str]:
     settings = data.run.settings
     line = f"make report PROFILE={settings.profile} RUN={run_name} TARGET={settings.target}"
-    if settings.data:
-        line += " DATA=<dataset>"
+    line += " DATA=<dataset>" if settings.data else ""
     defaults = resolve_settings(settings.profile).model_dump()
     changes = []
     for key, value in settings.model_dump().items():
