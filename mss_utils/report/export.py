@@ -22,7 +22,7 @@ from mss_utils.data import Store, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
-from mss_utils.report.facts import is_study
+from mss_utils.report.facts import RunData
 from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
 from mss_utils.report.tables import TABLES, check_finished, read_json, read_table
 from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
@@ -65,7 +65,7 @@ def export(
         for run in runs:
             copy = part / "new" / run.folder.name
             _export_run(run, copy, [item[1:] for item in weights if item[0] == run])
-            if is_built_in(run.settings) and not is_study(run):
+            if is_built_in(run.settings) and not RunData(run).is_study:
                 targets = [target for target in _targets(run) if target in listen or not listen]
                 page = _listening_page(run, f"{name}/{run.folder.name}", targets)
                 write_text(copy / "listening.html", page)
@@ -111,7 +111,7 @@ def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tu
     """
     kept: list[tuple[Run, str, str]] = []
     for run in runs:
-        if is_study(run):
+        if RunData(run).is_study:
             continue
         for target in _targets(run):
             if target in [item[1] for item in kept]:

@@ -59,7 +59,7 @@ class RunData:
 
     @property
     def is_study(self) -> bool:
-        """Whether the run was made for ablations or the amount of data."""
+        """Whether the run was made for ablations or the amount of data: not part of the results."""
         return bool(self.run.settings.ablations) or self.run.settings.data_study
 
     def table(self, name: str) -> pd.DataFrame:
@@ -665,11 +665,6 @@ def _command(data: RunData, run_name: str) -> list[str]:
                 text = ",".join(f"{'+'.join(stems)}->{group}" for group, stems in value.items())
             changes.append(f"{key}={text}")
     return [line, f'    SET="{" ".join(changes)}"'] if changes else [line]
-
-
-def is_study(run: Run) -> bool:
-    """Whether a run was made for ablations or the amount of data: not part of the results."""
-    return RunData(run).is_study
 
 
 def sort_runs(runs: Iterable[Run]) -> list[Run]:

@@ -13,7 +13,7 @@ import typst
 from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.files import atomic_write, write_text
-from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study, sort_runs
+from mss_utils.report.facts import RunData, collect_facts, dump_facts, sort_runs
 from mss_utils.report.tables import check_finished, read_table
 
 REPORT = ROOT / "report"
@@ -104,7 +104,7 @@ def typeset(
 
 def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     """Draw the figures of a collection from its tables; return what each shows."""
-    runs = [run for run in runs if not is_study(run)] or runs
+    runs = [run for run in runs if not RunData(run).is_study] or runs
     own = Run(name, runs[0].settings, results_folder() / name)
     parts = []
     for run in runs:
