@@ -179,6 +179,15 @@ def format_settings(settings: Settings) -> str:
 # --- decoding -------------------------------------------------------------------------------------
 
 
+def link_tracks(root: Path, count: int, subset: Path) -> Path:
+    """Make a dataset of symbolic links to about `count` tracks at equal distances; 0 for all."""
+    sources = find_tracks(root)
+    for source in sources[:: max(1, len(sources) // count)] if count else sources:
+        (subset / source.split).mkdir(parents=True, exist_ok=True)
+        (subset / source.split / source.path.name).symlink_to(source.path.resolve())
+    return subset
+
+
 def measure_decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
     """Decode tracks with musdb one by one, and twice into a stem store (16 kHz mono).
 
@@ -197,11 +206,7 @@ def measure_decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
         One row per way of decoding: seconds, number of tracks, seconds of audio per second, and how
         many times as fast as musdb.
     """
-    subset = folder / root.name
-    sources = find_tracks(root)
-    for source in sources[:: max(1, len(sources) // count)] if count else sources:
-        (subset / source.split).mkdir(parents=True, exist_ok=True)
-        (subset / source.split / source.path.name).symlink_to(source.path.resolve())
+    subset = link_tracks(root, count, folder / root.name)
     sources = find_tracks(subset)
     import musdb  # a plain import, before the store imports musdb and caches ffmpeg.probe
 
@@ -216,16 +221,8 @@ def measure_decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
     ]
     store = build_store(subset, 16000, 1)
     music_s = sum(track.samples for track in store.tracks) / store.sample_rate
-    table = pd.DataFrame(
-        {
-            "way": [
-                "musdb, one after the other",
-                "stem store, first call",
-                "stem store, second call",
-            ],
-            "seconds": seconds,
-        }
-    )
+    ways = ["musdb, one after the other", "stem store, first call", "stem store, second call"]
+    table = pd.DataFrame({"way": ways, "seconds": seconds})
     return table.assign(
         tracks=len(sources),
         audio_s_per_s=music_s / table["seconds"],
