@@ -2,10 +2,10 @@
 
     python benchmarks/metrics.py --data DIR [--formats 44100x2 16000x1] [--tracks N]
 
-The estimates are those of the ratio-mask oracle, for every stem of every test track. museval
-scores one track after the other with all threads of numpy; `bss_eval` scores as many tracks at
-once as there are cores, the start of its processes included. Differences are of scores below 80
-dB. Compare times of one run only, on an otherwise idle machine.
+The ratio-mask oracle makes the estimates, for every stem of every test track. museval scores one
+track after the other with all threads of numpy. `bss_eval` scores one track per core in parallel;
+its time includes the start of the processes. Only scores below 80 dB are compared. Compare times
+of one run only, measured on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 import joblib
 import numpy as np
 import pandas as pd
-from throughput import show
+from throughput import print_table
 from tqdm.auto import tqdm
 
 from mss_utils.config import Settings, resolve_settings
@@ -26,7 +26,7 @@ from mss_utils.models.oracles import oracle
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark and print one row per format."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--data", default="", metavar="DIR", help="dataset root (default: the profile's own)"
@@ -40,10 +40,10 @@ def main() -> None:
         nargs="+",
         default=["44100x2", "16000x1"],
         metavar="RATExCHANNELS",
-        help="a row each",
+        help="formats of the audio",
     )
     parser.add_argument(
-        "--tracks", type=int, default=None, help="this many test tracks only (default: all)"
+        "--tracks", type=int, default=None, help="number of test tracks (default: all)"
     )
     arguments = parser.parse_args()
     rows = []
@@ -54,12 +54,19 @@ def main() -> None:
             "",
             [*arguments.set, f"sample_rate={rate}", f"channels={channels}"],
         )
-        rows.append(race(settings, open_store(settings), arguments.tracks))
-    show("BSSEval of all stems", pd.DataFrame(rows))
+        rows.append(compare(settings, open_store(settings), arguments.tracks))
+    print_table("BSSEval of all stems", pd.DataFrame(rows))
 
 
-def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
-    """Run both programs on the same tracks and compare times and scores."""
+def compare(settings: Settings, store: Store, n_tracks: int | None) -> dict:
+    """Score the first `n_tracks` test tracks with both programs; compare times and scores.
+
+    Returns
+    -------
+    dict
+        One row of the table: format, number of stems and tracks, seconds of music, seconds of both
+        programs, their ratio, and the columns of `compare_scores`.
+    """
     tracks = store.split("test")[:n_tracks]
     pairs = [references_and_estimates(settings, store, track) for track in tracks]
     started = time.perf_counter()
@@ -84,21 +91,25 @@ def race(settings: Settings, store: Store, n_tracks: int | None) -> dict:
     return (
         row
         | dict(museval_s=museval_s, ours_s=ours_s, times_faster=museval_s / ours_s)
-        | differences(ours, theirs)
+        | compare_scores(ours, theirs)
     )
 
 
 def references_and_estimates(
     settings: Settings, store: Store, track: Track
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Load all stems and the oracle's estimates of them, both `(stems, samples, channels)`."""
+    """Load all stems and their oracle estimates, both `(stems, samples, channels)`."""
     mixture, stems = store.load(track)
     estimates = np.stack([oracle("irm", mixture, stem, settings) for stem in stems])
     return stems.swapaxes(1, 2), estimates.swapaxes(1, 2)
 
 
-def differences(ours: list[dict], theirs: list[dict]) -> dict:
-    """Compare all scores of both programs, see `disagreement`."""
+def compare_scores(ours: list[dict], theirs: list[dict]) -> dict:
+    """Compare all scores of both programs; each list has one dict of scores per track.
+
+    Returns the number of scores, the largest difference in dB, and how many scores are NaN in only
+    one program.
+    """
     both = [
         np.concatenate([track[metric].ravel() for track in scores for metric in METRICS])
         for scores in (ours, theirs)

@@ -1,17 +1,18 @@
-"""What a training step costs, in time and memory, and how fast data come.
+"""Measure time and memory of a training step, and the speed of decoding and data loading.
 
-    decoding   tracks a second: musdb read in order, against the stem store
-    loading    audio a second: our loader and open-unmix's, against what training consumes
-    steps      where the time of a training step goes: data, forward, backward, optimiser
-    memory     peak memory of a step by batch, segment and sample rate: two tables and a figure
+    decoding   decoding speed: musdb track by track, and the stem store
+    loading    loading speed: our loader and open-unmix's loaders, and what training consumes
+    steps      time of a training step by part: data, forward, backward, optimiser
+    memory     peak memory of a step by batch size, segment and sample rate: two tables, one figure
 
     python benchmarks/throughput.py [--part steps memory] [--profile demo] [--set key=value ...]
                                     [--data DIR] [--musdb DIR]
 
-(make bench installs open-unmix and runs all parts.) Tables are Markdown. Every rate is in seconds
-of audio a second: for decoding, of tracks; for the rest, of training segments, whose stems all come
-along. Files are read from the page cache. Steps and memory are of the settings' device, a CUDA GPU
-if there is one. Compare figures of one run only, on an otherwise idle machine.
+`make bench` installs open-unmix and runs all parts. The tables are Markdown. Speeds are in seconds
+of audio per second: of tracks for decoding, else of training segments, each with all its stems.
+Files are read from the page cache. Steps and memory are measured on the device of the settings, by
+default a CUDA GPU if there is one. Compare numbers of one run only, measured on an otherwise idle
+machine.
 """
 
 from __future__ import annotations
@@ -51,80 +52,81 @@ from mss_utils.training.loop import (
 )
 
 PARTS = ("decoding", "loading", "steps", "memory")
-SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"  # of loading
+LOADING_SETTINGS = "sample_rate=44100 channels=2 segment_s=8 batch_size=16 curriculum=false"
 BATCH_S = 8 * 16
 BATCH_MB = BATCH_S * len(MUSDB_STEMS) * 2 * 2 * 44100 / 1e6  # as int16
-GIVING_BACK = dict(
-    MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"
-)  # glibc keeps nothing that was freed
-FREE_SHARE = 0.6  # of the free memory; a step that is expected to need more is not tried
+# With these thresholds glibc returns freed memory to the system at once.
+MALLOC_THRESHOLDS = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+MAX_MEMORY_SHARE = 0.6  # of the free memory; skip a step that is expected to need more
 
 
 def main() -> None:
-    given = arguments()
-    if given.measure:
-        name, settings = given.measure
-        print(peak_of_this_process_mb(name, Settings.model_validate_json(settings)))
+    """Run the selected parts and print their tables."""
+    arguments = parse_arguments()
+    if arguments.measure:
+        name, settings = arguments.measure
+        print(measure_memory_growth_mb(name, Settings.model_validate_json(settings)))
         return
-    settings = resolve_settings(given.profile, given.data, "", given.set)
-    if "decoding" in given.part and not given.musdb:
-        print(
-            "Decoding is left out: name a MUSDB18 folder of stem files with --musdb or MUSDB_PATH."
-        )
-    elif "decoding" in given.part:
+    settings = resolve_settings(arguments.profile, arguments.data, "", arguments.set)
+    if "decoding" in arguments.part and not arguments.musdb:
+        print("Decoding skipped: set --musdb or MUSDB_PATH to a MUSDB18 folder of stem files.")
+    elif "decoding" in arguments.part:
         with fresh_cache() as folder:
-            show("Decoding", decoding(expand_path(given.musdb), given.tracks, folder))
-    if "loading" in given.part:
+            table = measure_decoding(expand_path(arguments.musdb), arguments.tracks, folder)
+            print_table("Decoding", table)
+    if "loading" in arguments.part:
         with fresh_cache() as folder:
-            show("Loading", loading(write_hq(folder / "hq"), given.batches))
-    if "steps" in given.part:
-        show(f"A training step, {in_words(settings)}", steps(settings, given.steps))
-    if "memory" in given.part:
-        show_memory(
-            settings, given.batch_sizes, given.segments, given.rates, expand_path(given.figure)
-        )
+            table = measure_loading(write_noise_dataset(folder / "hq"), arguments.batches)
+            print_table("Loading", table)
+    if "steps" in arguments.part:
+        table = measure_steps(settings, arguments.steps)
+        print_table(f"A training step, {format_settings(settings)}", table)
+    if "memory" in arguments.part:
+        grid = arguments.batch_sizes, arguments.segments, arguments.rates
+        measure_memory(settings, *grid, expand_path(arguments.figure))
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--part", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)"
     )
-    stem_files = os.environ.get("MUSDB_PATH", "")
-    parser.add_argument(
-        "--musdb",
-        default=stem_files,
-        metavar="DIR",
-        help="decoding: stem files (default: MUSDB_PATH)",
-    )
-    parser.add_argument(
-        "--tracks", type=int, default=0, help="decoding: this many tracks only (default: all)"
-    )
-    parser.add_argument(
-        "--batches", type=int, default=40, help="loading: batches that each loader hands over"
-    )
-    parser.add_argument("--profile", default="demo", help="steps, memory: whose settings")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="steps, memory: settings of one's own",
-    )
-    parser.add_argument(
-        "--data", default="", metavar="DIR", help="steps: dataset (default: the profile's own)"
-    )
-    parser.add_argument("--steps", type=int, default=20, help="steps: how many, after a warm-up")
+    folder = os.environ.get("MUSDB_PATH", "")
+    help_text = "decoding: folder of stem files (default: MUSDB_PATH)"
+    parser.add_argument("--musdb", default=folder, metavar="DIR", help=help_text)
+    help_text = "decoding: approximate number of tracks (default: all)"
+    parser.add_argument("--tracks", type=int, default=0, help=help_text)
+    help_text = "loading: number of batches from each loader"
+    parser.add_argument("--batches", type=int, default=40, help=help_text)
+    parser.add_argument("--profile", default="demo", help="steps, memory: profile of the settings")
+    help_text = "steps, memory: settings on top of the profile"
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help=help_text)
+    help_text = "steps: dataset root (default: that of the profile)"
+    parser.add_argument("--data", default="", metavar="DIR", help=help_text)
+    help_text = "steps: number of steps after the warm-up"
+    parser.add_argument("--steps", type=int, default=20, help=help_text)
+    add_memory_arguments(parser)
+    return parser.parse_args()
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the part `memory`."""
     parser.add_argument(
         "--batch-sizes",
         nargs="+",
         type=int,
         default=[1, 2, 4, 8, 16],
         metavar="N",
-        help="memory: examples",
+        help="memory: examples per batch",
     )
     parser.add_argument(
-        "--segments", nargs="+", type=float, default=[3, 6, 12], metavar="S", help="memory: seconds"
+        "--segments",
+        nargs="+",
+        type=float,
+        default=[3, 6, 12],
+        metavar="S",
+        help="memory: segments (s)",
     )
     parser.add_argument(
         "--rates",
@@ -132,20 +134,18 @@ def arguments() -> argparse.Namespace:
         type=int,
         default=[16000, 22050, 44100],
         metavar="HZ",
-        help="memory: sample rates",
+        help="memory: sample rates (Hz)",
     )
     parser.add_argument(
-        "--figure", default="results/memory.png", metavar="FILE", help="memory: where to draw it"
+        "--figure", default="results/memory.png", metavar="FILE", help="memory: path of the figure"
     )
-    parser.add_argument(
-        "--measure", nargs=2, help=argparse.SUPPRESS
-    )  # what this script asks of itself, see `peak_mb`
-    return parser.parse_args()
+    # used by this script only: `measure_peak_mb` starts a process of its own for each measurement
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
 
 
 @contextmanager
 def fresh_cache() -> Iterator[Path]:
-    """Yield a folder with an empty cache, removed in the end: nothing is made beforehand."""
+    """Yield a temporary folder that holds an empty cache, so that no earlier result is used."""
     before = os.environ.get("MSS_CACHE", "")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MSS_CACHE"] = f"{folder}/cache"
@@ -153,16 +153,16 @@ def fresh_cache() -> Iterator[Path]:
     os.environ["MSS_CACHE"] = before
 
 
-def show(title: str, table: pd.DataFrame) -> None:
-    """Print a Markdown table below its title and the machine it was made on."""
+def print_table(title: str, table: pd.DataFrame) -> None:
+    """Print a Markdown table below its title and a description of the machine."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(f"\n{title} ({os.cpu_count()} cores{gpu}, torch {torch.__version__}):\n")
     for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)):
-        print("|", " | ".join(map(in_cell, row)), "|", flush=True)
+        print("|", " | ".join(map(format_cell, row)), "|", flush=True)
 
 
-def in_cell(value: object) -> str:
-    """Three digits of a number, more only in front of the point; "-" where there is none."""
+def format_cell(value: object) -> str:
+    """Round a float to three significant digits, or to an integer from 100 on; "-" for NaN."""
     if pd.isna(value):
         return "-"
     if not isinstance(value, float):
@@ -170,8 +170,8 @@ def in_cell(value: object) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def in_words(settings: Settings) -> str:
-    """Profile and size of a batch."""
+def format_settings(settings: Settings) -> str:
+    """Describe the profile and the size of a batch."""
     size = f"{settings.batch_size} x {settings.segment_s:g} s at {settings.sample_rate} Hz"
     return f"{settings.profile}: {size}, channels {settings.channels}, {settings.precision}"
 
@@ -179,37 +179,50 @@ def in_words(settings: Settings) -> str:
 # --- decoding -------------------------------------------------------------------------------------
 
 
-def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
-    """Decode all tracks: with musdb in order, and into a stem store (16 kHz mono), twice."""
-    subset = folder / root.name
+def link_tracks(root: Path, count: int, subset: Path) -> Path:
+    """Make a dataset of symbolic links to about `count` tracks at equal distances; 0 for all."""
     sources = find_tracks(root)
     for source in sources[:: max(1, len(sources) // count)] if count else sources:
         (subset / source.split).mkdir(parents=True, exist_ok=True)
         (subset / source.split / source.path.name).symlink_to(source.path.resolve())
-    sources = find_tracks(subset)
-    import musdb  # as anybody would, before the store's own import of it
+    return subset
 
-    def in_order():
+
+def measure_decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
+    """Decode tracks with musdb one by one, and twice into a stem store (16 kHz mono).
+
+    Parameters
+    ----------
+    root : Path
+        MUSDB18 folder of stem files.
+    count : int
+        Approximate number of tracks, taken at equal distances; 0 for all.
+    folder : Path
+        Empty folder for links to the tracks.
+
+    Returns
+    -------
+    DataFrame
+        One row per way of decoding: seconds, number of tracks, seconds of audio per second, and how
+        many times as fast as musdb.
+    """
+    subset = link_tracks(root, count, folder / root.name)
+    sources = find_tracks(subset)
+    import musdb  # a plain import, before the store imports musdb and caches ffmpeg.probe
+
+    def decode_with_musdb() -> None:
         for source in sources:
             _ = musdb.MultiTrack(path=str(source.path), name=source.name, stem_id=0).stems
 
     seconds = [
-        timed(in_order),
-        timed(build_store, subset, 16000, 1),
-        timed(build_store, subset, 16000, 1),
+        measure_seconds(decode_with_musdb),
+        measure_seconds(build_store, subset, 16000, 1),
+        measure_seconds(build_store, subset, 16000, 1),
     ]
     store = build_store(subset, 16000, 1)
     music_s = sum(track.samples for track in store.tracks) / store.sample_rate
-    table = pd.DataFrame(
-        {
-            "way": [
-                "musdb, one after the other",
-                "stem store, first call",
-                "stem store, second call",
-            ],
-            "seconds": seconds,
-        }
-    )
+    ways = ["musdb, one after the other", "stem store, first call", "stem store, second call"]
+    table = pd.DataFrame({"way": ways, "seconds": seconds})
     return table.assign(
         tracks=len(sources),
         audio_s_per_s=music_s / table["seconds"],
@@ -220,8 +233,8 @@ def decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
 # --- loading --------------------------------------------------------------------------------------
 
 
-def write_hq(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
-    """Write noise in the layout of MUSDB18-HQ: 44.1 kHz, stereo, 16 bits."""
+def write_noise_dataset(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
+    """Write tracks of noise in the layout of MUSDB18-HQ: 44.1 kHz, stereo, 16 bits."""
     rng = np.random.default_rng(0)
     for index, split in enumerate(["train"] * n_tracks + ["valid", "test"]):
         folder = root / split / f"Nobody - Noise {index}"
@@ -234,16 +247,32 @@ def write_hq(root: Path, n_tracks: int = 8, seconds: int = 60) -> Path:
     return root
 
 
-def loading(root: Path, n_batches: int) -> pd.DataFrame:
-    """Compare what loaders deliver and B1 consumes: 16 segments of 8 s, 44.1 kHz stereo."""
-    settings = resolve_settings("demo", str(root), "vocals", SETTINGS)
+def measure_loading(root: Path, n_batches: int) -> pd.DataFrame:
+    """Compare the speed of data loaders with the speed of training B1 on a CPU.
+
+    Batches have 16 segments of 8 s, 44.1 kHz stereo.
+
+    Parameters
+    ----------
+    root : Path
+        Dataset in the layout of MUSDB18-HQ.
+    n_batches : int
+        From each of our loaders; a tenth of it from open-unmix's loaders, which are slower.
+
+    Returns
+    -------
+    DataFrame
+        One row per loader, and one for training: seconds of audio, batches and MB per second, and
+        how many times as fast as training.
+    """
+    settings = resolve_settings("demo", str(root), "vocals", LOADING_SETTINGS)
     mixer = Mixer(open_store(settings), settings, "vocals")
     rows = {"training B1 consumes": training_rate(mixer)}
     rows["our loader: int16 segments"] = loader_rate(mixer.draws(0, n_batches))
     rows["our loader, assembled on the CPU"] = loader_rate(mixer.batches(0, n_batches))
     rows |= {
         name: loader_rate(itertools.islice(loader, max(2, n_batches // 10)))
-        for name, loader in open_unmix(root)
+        for name, loader in open_unmix_loaders(root)
     }
     table = pd.DataFrame({"what": rows.keys(), "audio_s_per_s": rows.values()})
     rates = table["audio_s_per_s"]
@@ -254,8 +283,8 @@ def loading(root: Path, n_batches: int) -> pd.DataFrame:
     )
 
 
-def loader_rate(batches) -> float:
-    """Audio seconds a second after the first batch, in which loaders start up."""
+def loader_rate(batches: Iterable) -> float:
+    """Measure seconds of audio per second, without the first batch: loaders start up in it."""
     batches = iter(batches)
     next(batches)
     started = time.perf_counter()
@@ -264,24 +293,24 @@ def loader_rate(batches) -> float:
 
 
 def training_rate(mixer: Mixer, n_steps: int = 3) -> float:
-    """Of B1 with the settings of the demo, on one batch that is there already."""
-    step = stepper(Fabric(accelerator="cpu", devices=1), "demucs_lstm", mixer.settings)
+    """Measure seconds of audio per second when B1 trains on one batch in memory."""
+    step = make_train_step(Fabric(accelerator="cpu", devices=1), "demucs_lstm", mixer.settings)
     batch = mixer.batch(0)
     step(batch)
-    return n_steps * BATCH_S / timed(lambda: [step(batch) for _ in range(n_steps)])
+    return n_steps * BATCH_S / measure_seconds(lambda: [step(batch) for _ in range(n_steps)])
 
 
-def open_unmix(root: Path):
-    """Time open-unmix's own loaders on the same WAV files: through musdb, and track folders.
+def open_unmix_loaders(root: Path) -> Iterator[tuple[str, Iterable]]:
+    """Yield name and DataLoader of open-unmix's two datasets on the same WAV files.
 
-    Its track folders are read by torchaudio.load, which asks for TorchCodec by now: soundfile
-    stands in for it.
+    open-unmix reads files with torchaudio.load, which needs TorchCodec in current versions;
+    soundfile replaces it here.
     """
     try:
         from openunmix import data
     except ImportError:
         print(
-            "open-unmix is not installed, its loaders are left out: "
+            "open-unmix is not installed; its loaders are skipped. To measure them: "
             "pip install --no-deps -r benchmarks/requirements.txt"
         )
         return
@@ -307,6 +336,7 @@ def open_unmix(root: Path):
 
 
 def _load_audio(path, start=0.0, dur=None, info=None):
+    """Replace `openunmix.data.load_audio`, with the same arguments."""
     frames = -1 if dur is None else round(dur * 44100)
     audio, rate = soundfile.read(
         path, frames, round(start * 44100), dtype="float32", always_2d=True
@@ -317,18 +347,38 @@ def _load_audio(path, start=0.0, dur=None, info=None):
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
-    """Measure seconds of a training step of each model, by part, with real batches.
+def measure_steps(settings: Settings, n_steps: int) -> pd.DataFrame:
+    """Measure the parts of a training step of each model, with real batches.
 
-    Data is the time on the device from the end of a step until the next batch is there:
-    waiting for the loader, transfer, assembling. Forward goes as far as the loss; optimiser is
-    clipping, AdamW, and the running average of the weights. `computing` is the share of a step that
-    is not data. On a GPU all of it is seen in its own queue while the loop runs as in a training,
-    so loading overlaps; a part that waits for the CPU to launch it includes that wait.
+    On a GPU the times come from events in its queue, and the loop runs as in a training: loading
+    overlaps with computing. A part that waits until the CPU launches it includes this wait.
+
+    Parameters
+    ----------
+    settings : Settings
+    n_steps : int
+        Number of steps after the warm-up.
+
+    Returns
+    -------
+    DataFrame
+        One row per model with mean seconds of
+
+        - `data_s`: from the end of a step until the next batch is on the device: wait for the
+          loader, transfer, assembly
+        - `forward_s`: forward pass and loss
+        - `backward_s`
+        - `optimiser_s`: gradient clipping, AdamW, EMA of the weights
+        - `step_s`: the sum
+
+        and `audio_s_per_s`, seconds of audio per second; `computing`, the share of a step that is
+        not data.
     """
     store = open_store(settings)
     mixer = Mixer(store, settings, store.stems[0] if settings.target == "all" else settings.target)
-    table = pd.DataFrame([dict(model=name) | step_parts(name, mixer, n_steps) for name in MODELS])
+    table = pd.DataFrame(
+        [dict(model=name) | measure_parts(name, mixer, n_steps) for name in MODELS]
+    )
     step_s = table.drop(columns="model").sum(axis=1)
     audio_s_per_s = settings.batch_size * settings.segment_s / step_s
     return table.assign(
@@ -336,11 +386,12 @@ def steps(settings: Settings, n_steps: int) -> pd.DataFrame:
     )
 
 
-def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
-    """Return mean seconds of each part of a step; the warm-up is longer than the read-ahead."""
-    settings, fabric = mixer.settings, MarkingFabric(mixer.settings)
-    step, n_warm_up = stepper(fabric, name, settings), settings.loader_workers + 3
-    first = settings.stage3_step  # from which on all sources are read
+def measure_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
+    """Measure mean seconds of each part of a step."""
+    settings, fabric = mixer.settings, TimingFabric(mixer.settings)
+    step = make_train_step(fabric, name, settings)
+    n_warm_up = settings.loader_workers + 3  # more batches than the loader reads ahead
+    first = settings.stage3_step  # from this step on the curriculum mixes all sources
     fabric.mark()
     for batch in mixer.batches(first, first + n_warm_up + n_steps, fabric.device):
         fabric.mark()
@@ -350,11 +401,11 @@ def step_parts(name: str, mixer: Mixer, n_steps: int) -> dict[str, float]:
     return dict(zip(("data_s", "forward_s", "backward_s", "optimiser_s"), seconds, strict=True))
 
 
-class MarkingFabric(Fabric):
-    """A Fabric that marks where forward and backward end: the real training step is measured.
+class TimingFabric(Fabric):
+    """A Fabric that records when forward and backward end, to time the real training step.
 
-    On a GPU a mark is an event in its queue: the loop does not wait for it, and the time between
-    two marks has passed on the GPU.
+    On a GPU a mark is a CUDA event: the loop does not wait for it, and the time between two marks
+    is time on the GPU.
     """
 
     def __init__(self, settings: Settings):
@@ -362,11 +413,13 @@ class MarkingFabric(Fabric):
         self.marks = []
 
     def backward(self, *args, **options) -> None:
+        """Run the backward pass between two marks."""
         self.mark()
         super().backward(*args, **options)
         self.mark()
 
     def mark(self) -> None:
+        """Record the current time."""
         if self.device.type == "cuda":
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -374,15 +427,15 @@ class MarkingFabric(Fabric):
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> np.ndarray:
-        """Between each mark and the next."""
+        """Return the seconds between each mark and the next, `(marks - 1,)`."""
         if self.device.type != "cuda":
             return np.diff(self.marks)
         torch.cuda.synchronize()
         return np.array([a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(self.marks)])
 
 
-def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
-    """Return a function that makes one training step of a new model."""
+def make_train_step(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], None]:
+    """Build a model; return a function that trains it on a batch for one step."""
     recipe = build_recipe(name, settings)
     model, optimizer = setup_optimizer(fabric, recipe)
     average = copy_network(recipe.network)
@@ -397,51 +450,61 @@ def stepper(fabric: Fabric, name: str, settings: Settings) -> Callable[[Batch], 
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def show_memory(
+def measure_memory(
     settings: Settings,
     batch_sizes: list[int],
     segments_s: list[float],
     rates: list[int],
     figure: Path,
 ) -> None:
-    """Tabulate peak MB of a step by batch and segment, and by sample rate (also drawn)."""
-    grid = variants(settings, batch_size=batch_sizes, segment_s=segments_s)
-    table = pd.concat([peaks(name, grid) for name in MODELS])
+    """Print peak memory of a step in two tables, and plot the second.
+
+    The first table has all models by batch size and segment, the second B1 and B2 by sample rate
+    and segment.
+    """
+    grid = settings_grid(settings, batch_size=batch_sizes, segment_s=segments_s)
+    table = pd.concat([measure_peaks(name, grid) for name in MODELS])
     shared = f"{settings.profile}, channels {settings.channels}, {settings.precision}"
-    show(
+    print_table(
         f"Peak memory of a step in MB, {shared}, {settings.sample_rate} Hz",
         by_segment(table, "batch_size"),
     )
-    grid = variants(settings, segment_s=segments_s, sample_rate=rates)
-    table = pd.concat([peaks(name, grid) for name in ("demucs_lstm", "demucs_attention")])
-    show(
+    grid = settings_grid(settings, segment_s=segments_s, sample_rate=rates)
+    table = pd.concat([measure_peaks(name, grid) for name in ("demucs_lstm", "demucs_attention")])
+    print_table(
         f"Peak memory of a step in MB, {shared}, batches of {settings.batch_size}",
         by_segment(table, "sample_rate"),
     )
-    draw(table, figure)
+    plot_memory(table, figure)
 
 
-def variants(settings: Settings, **values: list) -> list[Settings]:
-    """Return the settings with every combination of `values`."""
+def settings_grid(settings: Settings, **values: list) -> list[Settings]:
+    """Return copies of the settings with every combination of `values`."""
     return [
         settings.model_copy(update=dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())
     ]
 
 
-def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
-    """Return columns model, batch_size, sample_rate, segment_s, mb; NaN where memory is short.
+def measure_peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
+    """Measure the peak memory of a model's training step for each of the settings.
 
-    Memory grows about as the samples of a batch do, so a step is expected to need what the next
-    smaller one did, times how much larger it is.
+    Memory is about proportional to the samples of a batch. The next smaller batch therefore
+    predicts the memory of a step; a step that is too large is not run.
+
+    Returns
+    -------
+    DataFrame
+        Columns model, batch_size, sample_rate, segment_s, and mb, which is NaN if the step was not
+        run or ran out of memory.
     """
     rows, mb_per_sample = [], 0.0
-    for settings in sorted(grid, key=samples_of):
-        fits = mb_per_sample * samples_of(settings) <= FREE_SHARE * free_mb(
-            settings
-        )  # never, once it is NaN
-        mb = peak_mb(name, settings) if fits else np.nan
-        mb_per_sample = mb / samples_of(settings)
+    for settings in sorted(grid, key=batch_samples):
+        expected_mb = mb_per_sample * batch_samples(settings)
+        # False for NaN: after a step that did not fit, larger ones are not run
+        fits = expected_mb <= MAX_MEMORY_SHARE * free_mb(settings)
+        mb = measure_peak_mb(name, settings) if fits else np.nan
+        mb_per_sample = mb / batch_samples(settings)
         rows.append(
             settings.model_dump(include={"batch_size", "sample_rate", "segment_s"})
             | dict(model=name, mb=mb)
@@ -449,13 +512,13 @@ def peaks(name: str, grid: Iterable[Settings]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def samples_of(settings: Settings) -> int:
-    """Return samples of a batch in one channel."""
+def batch_samples(settings: Settings) -> int:
+    """Return the number of samples of a batch in one channel."""
     return settings.batch_size * settings.segment
 
 
 def free_mb(settings: Settings) -> float:
-    """Memory in MB that a step could have; what the step before it had is given back first."""
+    """Return the free memory in MB; on a GPU, free the memory of the previous step first."""
     if on_gpu(settings):
         gc.collect()
         torch.cuda.empty_cache()
@@ -463,51 +526,52 @@ def free_mb(settings: Settings) -> float:
     return psutil.virtual_memory().available / 2**20
 
 
-def peak_mb(name: str, settings: Settings) -> float:
-    """Measure peak MB of a training step: weights, average, gradients, moments, activations.
+def measure_peak_mb(name: str, settings: Settings) -> float:
+    """Measure the peak memory of a training step in MB.
 
-    On a GPU what torch had allocated at the most; on a CPU by how much a process of its own grew.
-    NaN if memory ran out, for which the system kills that process.
+    It includes weights, their EMA, gradients, moments of AdamW, batch and activations. On a GPU it
+    is the largest amount that torch allocated; on a CPU, the growth of a separate process.
+
+    Returns
+    -------
+    float
+        NaN if the step ran out of memory; on a CPU the system then kills the separate process.
     """
     if on_gpu(settings):
         reset_peak_memory(settings)
         try:
-            take_steps(name, settings)
+            run_two_steps(name, settings)
         except torch.OutOfMemoryError:
             return np.nan
         return peak_memory_mb(settings)
     command = [sys.executable, __file__, "--measure", name, settings.model_dump_json()]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | GIVING_BACK)
-    if done.returncode == -signal.SIGKILL:
+    environment = os.environ | MALLOC_THRESHOLDS
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if process.returncode == -signal.SIGKILL:
         return np.nan
-    done.check_returncode()
-    return float(done.stdout)
+    process.check_returncode()
+    return float(process.stdout)
 
 
-def peak_of_this_process_mb(name: str, settings: Settings) -> float:
-    """By how many MB this process grows during two steps, in one thread.
+def measure_memory_growth_mb(name: str, settings: Settings) -> float:
+    """Measure the growth of this process in MB during two steps, in one thread.
 
-    A small network goes first, since libraries load on their first use. The kernel's own high-water
-    mark is set back and read: `ru_maxrss` would begin with what the calling process had used.
+    A small network runs first, because libraries are loaded on their first use. The peak comes from
+    /proc, where it can be reset: `ru_maxrss` starts at the peak of the parent process.
     """
     torch.set_num_threads(1)
-    take_steps(
-        name,
-        resolve_settings(
-            "smoke",
-            overrides=f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}",
-        ),
-    )
+    small = f"device=cpu batch_size=1 segment_s=0.2 precision={settings.precision}"
+    run_two_steps(name, resolve_settings("smoke", overrides=small))
     before = resident_mb("VmRSS")
     reset_peak_memory(settings)
-    take_steps(name, settings)
+    run_two_steps(name, settings)
     return resident_mb("VmHWM") - before
 
 
-def take_steps(name: str, settings: Settings) -> None:
-    """Make two training steps on noise: in the first, AdamW's moments do not exist yet."""
+def run_two_steps(name: str, settings: Settings) -> None:
+    """Run two training steps on noise: AdamW's moments do not exist yet in the first."""
     fabric = Fabric(accelerator=settings.device, devices=1, precision=settings.precision)
-    step = stepper(fabric, name, settings)
+    step = make_train_step(fabric, name, settings)
     stems = torch.randn(
         settings.batch_size, 4, settings.channels, settings.segment, device=fabric.device
     )
@@ -517,7 +581,7 @@ def take_steps(name: str, settings: Settings) -> None:
 
 
 def by_segment(table: pd.DataFrame, rows: str) -> pd.DataFrame:
-    """MB of each model: `rows` downwards, seconds of a segment across."""
+    """Pivot the table: one row per model and value of `rows`, one column per segment, in MB."""
     wide = (
         table.set_index(["model", rows, "segment_s"])["mb"]
         .unstack("segment_s")
@@ -526,9 +590,9 @@ def by_segment(table: pd.DataFrame, rows: str) -> pd.DataFrame:
     return wide.rename(columns="{:g} s".format).reset_index()
 
 
-def draw(table: pd.DataFrame, path: Path) -> None:
-    """Draw GB against seconds of a segment: one panel per model, one line per sample rate."""
-    import matplotlib.pyplot as plt  # here, since the processes that measure draw nothing
+def plot_memory(table: pd.DataFrame, path: Path) -> None:
+    """Plot GB against the segment in s: one panel per model, one line per sample rate."""
+    import matplotlib.pyplot as plt  # here: the measuring processes do not need it
 
     from mss_utils import figures
 
@@ -560,7 +624,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         fig.savefig(part, dpi=150)
 
 
-def timed(function, *arguments) -> float:
+def measure_seconds(function: Callable, *arguments) -> float:
+    """Call the function; return the seconds that it took."""
     started = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - started

@@ -33,7 +33,7 @@ OPINION_COLUMNS += ["listeners", "excerpts", "ratings"]
 def low_anchor(mixture: np.ndarray, sample_rate: int) -> np.ndarray:
     """Make the low anchor: the mixture `(channels, samples)` through a low-pass at 3.5 kHz.
 
-    BS.1534-3 filters the reference; the worst separation, however, removes no other instrument.
+    BS.1534-3 filters the reference, but the worst separation is one that removes nothing.
     """
     width, low_rate = 128, round(2 * ANCHOR_HZ)  # with 128 zero crossings the edge is 100 Hz wide
     audio = torch.from_numpy(np.ascontiguousarray(mixture))

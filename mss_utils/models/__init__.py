@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
+from IPython.display import HTML, Code
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -113,11 +116,7 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 
 def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
-    """Return the receptive field of the convolutions in seconds, without the bottleneck.
-
-    A convolution widens the field by kernel - 1 steps of its input, times its dilation; a stride
-    makes the following steps longer.
-    """
+    """Return the receptive field of the convolutions in seconds, without the bottleneck."""
     field, step = 1, 1  # in samples; in frames for the U-Net
     for layer in model.modules():
         if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d)):
@@ -129,3 +128,9 @@ def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
     if isinstance(model, UNet):  # to samples, with the windows of the STFT and its inverse
         field = (field - 1) * model.stft.hop + 2 * model.stft.n_fft
     return field / sample_rate
+
+
+def show_source(*objects: Any) -> HTML:
+    """Show the source code of classes or functions in a notebook, highlighted."""
+    code = Code("\n\n".join(inspect.getsource(item) for item in objects), language="python")
+    return HTML(f"<div style='font-family: monospace'>{code._repr_html_()}</div>")

@@ -22,7 +22,7 @@ from mss_utils.data import Store, Track, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
-from mss_utils.report.facts import is_study
+from mss_utils.report.facts import RunData
 from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
 from mss_utils.report.tables import TABLES, evaluated_targets, read_model_json, read_table
 from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
@@ -63,7 +63,7 @@ def export(
         for run in runs:
             copy = part / "new" / run.folder.name
             _export_run(run, copy, [item[1:] for item in weights if item[0] == run])
-            if is_built_in(run.settings) and not is_study(run):
+            if is_built_in(run.settings) and not RunData(run).is_study:
                 page = _listening_page(run, f"{name}/{run.folder.name}", listen)
                 write_text(copy / "listening.html", page)
             answers = folder / run.folder.name / "answers"
@@ -100,7 +100,7 @@ def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tu
     `complete`, else the best on validation.
     """
     kept: list[tuple[Run, str, str]] = []
-    for run in [run for run in runs if not is_study(run)]:
+    for run in [run for run in runs if not RunData(run).is_study]:
         for target in evaluated_targets(run):
             if target in [item[1] for item in kept]:
                 continue

@@ -51,6 +51,11 @@ class RunData:
         return dataset_kind(self.run.settings, self.environment["dataset"])
 
     @property
+    def is_study(self) -> bool:
+        """Whether the run was made for ablations or the amount of data: not part of the results."""
+        return bool(self.run.settings.ablations) or self.run.settings.data_study
+
+    @property
     def music(self) -> str:
         """Name of the dataset."""
         return MUSIC.get(self.kind) or str(self.environment["dataset"]["name"])
@@ -93,7 +98,7 @@ class Part:
 def collect_facts(runs: Iterable[Run], name: str, is_collection: bool) -> dict[str, Any]:
     """Return the facts of a report on one run, or on the runs of a collection."""
     every = [RunData(run) for run in runs]
-    shown = [data for data in every if not is_study(data.run)] or every
+    shown = [data for data in every if not data.is_study] or every
     pairs = [(data, target) for data in shown for target in evaluated_targets(data.run)]
     targets = [target for _, target in pairs]
     parts = []
@@ -573,11 +578,6 @@ def _command(data: RunData, run_name: str) -> list[str]:
                 text = ",".join(f"{'+'.join(stems)}->{group}" for group, stems in value.items())
             changes.append(f"{key}={text}")
     return [line, f'    SET="{" ".join(changes)}"'] if changes else [line]
-
-
-def is_study(run: Run) -> bool:
-    """Whether a run was made for ablations or the amount of data: not part of the results."""
-    return bool(run.settings.ablations) or run.settings.data_study
 
 
 def dump_facts(facts: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.data import is_built_in
 from mss_utils.files import atomic_write, write_text
-from mss_utils.report.facts import RunData, collect_facts, dump_facts, is_study
+from mss_utils.report.facts import RunData, collect_facts, dump_facts
 from mss_utils.report.tables import check_finished, evaluated_targets, read_table
 from mss_utils.training import load_history
 
@@ -96,7 +96,7 @@ def typeset(facts: dict[str, Any], folder: Path, kind: Literal["pdf", "html"] = 
 
 def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     """Draw the figures of a collection from its tables; return what each shows."""
-    runs = [run for run in runs if not is_study(run)] or runs
+    runs = [run for run in runs if not RunData(run).is_study] or runs
     parts = [(run, target) for run in runs for target in evaluated_targets(run)]
     longest = max(parts, key=lambda part: part[0].settings.segment_s)
     piano = next((part for part in parts if part[1] == "piano"), parts[-1])

@@ -54,14 +54,14 @@ def build_recipe(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
 
 
 def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the `snr_loss` of the estimated target."""
+    """Return the training loss of a batch: `snr_loss` of the estimated target."""
     return snr_loss(model(batch.mixture), batch.target, batch.mixture)
 
 
 def snr_loss(
     estimate: torch.Tensor, target: torch.Tensor, mixture: torch.Tensor, floor_db: float = -30.0
 ) -> torch.Tensor:
-    """Return the negative signal-to-noise ratio in dB, averaged over the examples.
+    """Return the loss: negative signal-to-noise ratio in dB, averaged over the examples.
 
     All signals are `(batch, channels, samples)`. The energies of error and target are measured
     above a floor, `floor_db` below the mixture, so that silent targets have a finite loss.

@@ -20,25 +20,16 @@ def loop(samples=3 * RATE):
     return make_loop(noise(), noise(seed=1), 4 * RATE, RATE, samples, RATE)
 
 
-class CopyModel(torch.nn.Module):
-    """Copies the audio of one lag earlier."""
-
-    def forward(self, x):
-        return torch.roll(x, RATE, dims=-1)
-
-
-class LevelModel(torch.nn.Module):
-    """Scales the mixture by the level of its first second: uses context but no repetition."""
-
-    def forward(self, x):
-        level = x[..., :RATE].square().mean(dim=(1, 2), keepdim=True).sqrt()
-        return x * (0.1 * level / (level + 0.001))
+def level_model(x):
+    """Scale the mixture by the level of its first second: uses context but no repetition."""
+    level = x[..., :RATE].square().mean(dim=(1, 2), keepdim=True).sqrt()
+    return x * (0.1 * level / (level + 0.001))
 
 
 def test_only_copying_has_a_repetition_gain():
-    scores = loop_scores(CopyModel(), loop())
+    scores = loop_scores(lambda x: torch.roll(x, RATE, dims=-1), loop())  # copies one lag earlier
     assert scores["repeat"] == np.inf and scores["different"] < 0 and scores["silent"] == 0
-    scores = loop_scores(LevelModel(), loop())
+    scores = loop_scores(level_model, loop())
     assert scores["repeat"] == pytest.approx(scores["different"], abs=1e-3)
     assert abs(scores["different"] - scores["silent"]) > 0.1
 
@@ -61,6 +52,7 @@ def test_every_damaged_sample_has_a_clean_repeat(samples):
     inside = np.arange(damage.start, damage.stop)
     source = np.where(inside >= RATE, inside - RATE, inside + RATE)
     assert np.abs(mixture[0, source] - truth[0, damage]).max() < 1e-6
+    assert np.array_equal(truth[:, damage], loop()["repeat"][1][:, :RATE])  # one whole repetition
 
 
 def test_least_similar_stretch_is_found():
@@ -85,7 +77,8 @@ def test_find_loops(songs_store, tmp_path):
     store, settings = songs_store
     run = Run("loops", settings.model_copy(update=dict(segment_s=2.0)), tmp_path)
     loops = find_loops(run, store, "piano", 1.0)
-    names = {track.name for track in store.split("test")}
-    assert loops and {name for name, _ in loops} <= names
-    mixture, _, damage = next(iter(loops.values()))["silent"]
+    assert loops and {name for name, _ in loops} <= {track.name for track in store.split("test")}
+    mixture, truth, damage = next(iter(loops.values()))["silent"]
     assert mixture.shape == (1, 2 * RATE) and damage.stop - damage.start == RATE
+    burst = (mixture - truth)[0, damage]
+    assert abs(np.corrcoef(burst, truth[0, damage])[0, 1]) < 0.5  # made of the residual
