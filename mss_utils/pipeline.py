@@ -98,9 +98,8 @@ def stage_key(run: Run, name: str) -> str:
 
 
 def _package_hash() -> str:
-    files = [
-        path for kind in ("py", "js", "css") for path in (ROOT / "mss_utils").rglob(f"*.{kind}")
-    ]
+    package, kinds = ROOT / "mss_utils", ("py", "js", "css", "html")
+    files = [path for kind in kinds for path in package.rglob(f"*.{kind}")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 

@@ -100,6 +100,15 @@ def test_stage_runs_again_if_its_inputs_change(run):
     assert not is_finished(run, "one", stage_key(run, "one"))
 
 
+@pytest.mark.parametrize("name", ["room.py", "web/page.html", "web/page.css", "web/page.js"])
+def test_every_kind_of_package_file_counts(run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(pipeline, "ROOT", tmp_path)
+    before = stage_key(run, "one")
+    (tmp_path / "mss_utils" / name).parent.mkdir(parents=True)
+    (tmp_path / "mss_utils" / name).write_text("changed")
+    assert stage_key(run, "one") != before
+
+
 def test_missing_result_is_made_again(run, capsys):
     pipeline.run_pipeline(run)
     (run.folder / "one.txt").unlink()
