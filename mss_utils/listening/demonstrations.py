@@ -64,12 +64,11 @@ def damaged_repeat(run: Run, store: Store, target: str, repetition: pd.DataFrame
         return "", {}
     loops = analysis.find_loops(run, store, target, lag_s)
     name, start_s = next(key for key in loops if key[0] == track)
-    columns = {}
+    columns, networks = {}, {model: trained_model(run, target, model) for model in WAVEFORM_MODELS}
     for condition, heading in zip(analysis.CONDITIONS, LOOP_HEADINGS, strict=True):
         mixture, reference, _ = loops[name, start_s][condition]
         columns[heading] = {"mixture": mixture, "reference": reference}
-        for model in WAVEFORM_MODELS:
-            network = trained_model(run, target, model)
+        for model, network in networks.items():
             columns[heading][model] = separate(network, mixture, store.sample_rate)
     return f"{name}, from {start_s:.1f} s", columns
 

@@ -35,14 +35,19 @@ def table(small_run, store, monkeypatch):
 
 
 def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
-    model, used = torch.nn.Identity(), []
-    model.segment_s = 0.5
+    used, separate = [], demonstrations.separate
 
-    def use_model(run, target, name):
-        used.append(name)
+    def load(run, target, name):
+        model = torch.nn.Identity()
+        model.segment_s, model.name = 0.5, name
         return model
 
-    monkeypatch.setattr(demonstrations, "trained_model", use_model)
+    def run_model(model, *arguments):
+        used.append(model.name)
+        return separate(model, *arguments)
+
+    monkeypatch.setattr(demonstrations, "trained_model", load)
+    monkeypatch.setattr(demonstrations, "separate", run_model)
     found = excerpts(small_run, store, "piano", table)
     page = write_page(small_run, store, table[table["condition"] == "repeat"], {"piano": found})
     assert (small_run.folder / "listening.html").read_text(encoding="utf-8") == page
