@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from mss_utils.config import ROOT, create_or_load_run, resolve_settings
+from mss_utils.config import MODELS, ROOT, Run, create_or_load_run, resolve_settings
 from mss_utils.data import open_store
 from mss_utils.evaluation.bsseval import museval_is_available
 from mss_utils.files import file_lock
+from mss_utils.training import train
 
 MSS_UTILS = (sys.executable, "-m", "mss_utils")
 STEMS = ("bass", "drums", "piano", "vocals")
@@ -77,6 +78,17 @@ def museval():
     if not museval_is_available():
         pytest.skip("museval needs ffmpeg and ffprobe")
     return pytest.importorskip("museval")
+
+
+@pytest.fixture(scope="session")
+def two_seed_run(small_settings, store, tmp_path_factory):
+    """Return a run with every model trained in two seeds; tests that write use a copy."""
+    settings = small_settings.model_copy(update=dict(seeds=2))
+    run = Run("two-seeds", settings, tmp_path_factory.mktemp("two-seeds"))
+    for model in MODELS:
+        for seed in range(2):
+            train(run, store, "piano", model, seed)
+    return run
 
 
 @pytest.fixture

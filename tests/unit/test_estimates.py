@@ -19,7 +19,6 @@ from mss_utils.separation import (
     write_estimates,
 )
 from mss_utils.separation.estimates import ROWS, estimate_paths
-from mss_utils.training import train
 
 
 def change_weights(folder):
@@ -35,20 +34,10 @@ def written(run):
     return {str(path.relative_to(run.folder)): path.stat().st_mtime_ns for path in files}
 
 
-@pytest.fixture(scope="module")
-def trained(small_settings, store, tmp_path_factory):
-    settings = small_settings.model_copy(update=dict(seeds=2))
-    run = Run("trained", settings, tmp_path_factory.mktemp("trained"))
-    for model in MODELS:
-        for seed in range(2):
-            train(run, store, "piano", model, seed)
-    return run
-
-
 @pytest.fixture
-def run(trained, tmp_path):
-    shutil.copytree(trained.folder, tmp_path / "run")
-    return replace(trained, folder=tmp_path / "run")
+def run(two_seed_run, tmp_path):
+    shutil.copytree(two_seed_run.folder, tmp_path / "run")
+    return replace(two_seed_run, folder=tmp_path / "run")
 
 
 def test_estimates_are_those_of_the_models(run, store):
@@ -95,10 +84,10 @@ def test_interrupted_stage_leaves_no_stale_manifest(run, store, monkeypatch):
     assert not (run.folder / "estimates" / "unet-seed0" / "piano.json").exists()
 
 
-def test_two_runs_never_mix_up(trained, run, store, tmp_path):
+def test_two_runs_never_mix_up(two_seed_run, run, store, tmp_path):
     change_weights(run.model_folder("piano", "unet"))
     copy, track = replace(run, folder=tmp_path / "copy"), store.split("test")[0]
-    for source in (trained, run):
+    for source in (two_seed_run, run):
         write_estimates(copy, store, ["unet"], trained=source)
         expected = separate(trained_model(source, "piano", "unet"), store.load(track)[0], 16000)
         estimate = read_estimate(copy, store, track, "piano", "unet")

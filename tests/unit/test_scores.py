@@ -1,3 +1,6 @@
+import shutil
+from dataclasses import replace
+
 import joblib
 import numpy as np
 import pandas as pd
@@ -5,14 +8,13 @@ import pytest
 import soundfile
 from conftest import STEMS, write_dataset
 
-from mss_utils.config import MODELS, Run, resolve_settings
+from mss_utils.config import MODELS, resolve_settings
 from mss_utils.data import open_store
 from mss_utils.evaluation import scores
 from mss_utils.evaluation.bsseval import TRACK_METRICS, bss_eval, utterance_sdr
 from mss_utils.evaluation.scores import TABLES, evaluate, score
 from mss_utils.separation import read_estimates, write_estimates
 from mss_utils.separation.estimates import ROWS
-from mss_utils.training import train
 
 COLUMNS = {
     "frames": "references target track model seed frame SDR ISR SIR SAR",
@@ -33,13 +35,10 @@ def in_this_process(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def separated(small_settings, store, tmp_path_factory):
+def separated(two_seed_run, store, tmp_path_factory):
     """A run of two seeds with its estimates."""
-    settings = small_settings.model_copy(update=dict(seeds=2))
-    run = Run("scored", settings, tmp_path_factory.mktemp("scored"))
-    for model in MODELS:
-        for seed in range(2):
-            train(run, store, "piano", model, seed)
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    run = replace(two_seed_run, folder=shutil.copytree(two_seed_run.folder, folder))
     write_estimates(run, store)
     return run
 
