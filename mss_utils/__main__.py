@@ -19,7 +19,6 @@ try:
     from mss_utils.config import (
         MODELS,
         PROFILES,
-        SPLITS,
         Run,
         Settings,
         collection_runs,
@@ -243,22 +242,21 @@ def _check(args: argparse.Namespace) -> None:
 def _check_dataset(settings: Settings, result: dict[str, Any], as_json: bool) -> None:
     """Decode the dataset and print its audit."""
     from mss_utils.data import audit, audit_warnings, co_activity, open_store
+    from mss_utils.environment import describe_dataset
 
     store = open_store(settings)
     table = audit(store)
-    tracks = {split: store.split(split) for split in SPLITS}
-    samples = {split: sum(track.samples for track in tracks[split]) for split in SPLITS}
-    rate = store.sample_rate
+    dataset = describe_dataset(store)
     facts = dict(
         dataset=store.source,
         source_rates=sorted(set(table["source_rate"].tolist())),
         store=str(store.folder),
         store_mb=round(store.n_bytes / 1e6),
-        sample_rate=rate,
+        sample_rate=store.sample_rate,
         channels=store.channels,
         stems=store.stems,
-        tracks={split: len(tracks[split]) for split in SPLITS},
-        minutes={split: round(samples[split] / rate / 60, 1) for split in SPLITS},
+        tracks=dataset["tracks"],
+        minutes={split: round(60 * hours, 1) for split, hours in dataset["hours"].items()},
     )
     warnings = audit_warnings(store, settings.segment_s)
     if as_json:

@@ -123,7 +123,7 @@ def training_device(settings: Settings) -> torch.device:
 
 def on_gpu(settings: Settings) -> bool:
     """Whether a training with these settings runs on a CUDA GPU."""
-    return settings.device in ("auto", "cuda") and torch.cuda.is_available()
+    return training_device(settings).type == "cuda"
 
 
 def reset_peak_memory(settings: Settings) -> None:

@@ -1,12 +1,14 @@
 """Figures of the models and their training: notebooks 02 to 04."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
+from IPython.display import HTML, Code, display
 from matplotlib.axes import Axes
 
 from mss_utils.figures import style
@@ -80,3 +82,9 @@ def positions(table: np.ndarray, rate_hz: float) -> np.ndarray:
     axes[0].set_ylabel("component (slower upwards)")
     style.figure_of(axes).colorbar(image, ax=axes, label="value", pad=0.01)
     return axes
+
+
+def show_source(*objects: Any) -> HTML:
+    """Show the source code of classes or functions in a notebook, highlighted."""
+    code = Code("\n\n".join(inspect.getsource(item) for item in objects), language="python")
+    return HTML(f"<div style='font-family: monospace'>{code._repr_html_()}</div>")

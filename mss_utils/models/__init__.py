@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from IPython.display import HTML, Code
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -128,9 +125,3 @@ def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
     if isinstance(model, UNet):  # to samples, with the windows of the STFT and its inverse
         field = (field - 1) * model.stft.hop + 2 * model.stft.n_fft
     return field / sample_rate
-
-
-def show_source(*objects: Any) -> HTML:
-    """Show the source code of classes or functions in a notebook, highlighted."""
-    code = Code("\n\n".join(inspect.getsource(item) for item in objects), language="python")
-    return HTML(f"<div style='font-family: monospace'>{code._repr_html_()}</div>")
