@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -17,7 +16,6 @@ from packaging.requirements import Requirement
 
 from mss_utils.config import SPLITS, Settings, cache_folder, results_folder
 from mss_utils.data import (
-    Track,
     dataset_root,
     find_tracks,
     is_built_in,
@@ -25,13 +23,10 @@ from mss_utils.data import (
     needs_ffmpeg,
     read_store,
 )
-from mss_utils.data.sources import SourceTrack
 from mss_utils.environment import check_device
-from mss_utils.files import atomic_write
+from mss_utils.files import temporary_folder
 
-MIN_PYTHON = (3, 11)
-MIN_MEMORY_GB = 4.0  # the demo profile needs less
-MIN_DISK_GB = 4.0  # songs, stems and results of the demo profile
+MIN_GB = 4.0  # of memory, and of disk for songs, stems and results: enough for the demo profile
 FINE, WARNING, STOP = "fine", "warning", "stop"
 
 
@@ -47,25 +42,19 @@ class Finding:
 
 def requirements(settings: Settings) -> Iterator[Finding]:
     """Check what a run with these settings needs; nothing is downloaded, rendered or decoded."""
-    yield _python()
+    yield Finding("Python", platform.python_version())
     yield _packages()
     yield _device(settings)
     yield _memory()
-    for content, folder, variable in (
-        ("results", results_folder(), "MSS_RESULTS"),
-        ("songs and stems", cache_folder(), "MSS_CACHE"),
-    ):
-        yield _disk_space(content, folder, variable)
-        yield _writable(content, folder, variable)
+    yield _folder("results", results_folder(), "MSS_RESULTS")
+    yield _folder("songs and stems", cache_folder(), "MSS_CACHE")
     yield _ffmpeg(settings)
     yield _dataset(settings)
 
 
-def _python() -> Finding:
-    if sys.version_info >= MIN_PYTHON:
-        return Finding("Python", platform.python_version())
-    needed = ".".join(map(str, MIN_PYTHON))
-    return Finding("Python", platform.python_version(), STOP, f"install Python {needed} or newer")
+def _finding(name: str, found: str, fine: bool, otherwise: str, remedy: str) -> Finding:
+    """Return a fine finding, or one in the state `otherwise` with a remedy."""
+    return Finding(name, found) if fine else Finding(name, found, otherwise, remedy)
 
 
 def _packages() -> Finding:
@@ -75,36 +64,32 @@ def _packages() -> Finding:
         needed = [Requirement(line) for line in requires("mss-utils") or []]
     except PackageNotFoundError:
         return Finding("packages", "mss-utils is not installed", WARNING, remedy)
-    needed = [need for need in needed if need.marker is None or need.marker.evaluate()]
-    missing, wrong = [], []
+    needed = [need for need in needed if need.marker is None]  # the others are optional
+    problems, state = [], WARNING
     for need in needed:
         try:
-            installed = version(need.name)
+            if not need.specifier.contains(version(need.name), prereleases=True):
+                problems.append(f"{need} (installed: {version(need.name)})")
         except PackageNotFoundError:
-            missing.append(need.name)
-            continue
-        if not need.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{need} (installed: {installed})")
-    if not missing and not wrong:
-        return Finding("packages", f"all {len(needed)}")
-    found = ", ".join([*(f"{name} (missing)" for name in missing), *wrong])
-    state = STOP if missing else WARNING
-    return Finding("packages", found, state, remedy)
+            problems.append(f"{need.name} (missing)")
+            state = STOP
+    found = ", ".join(problems) or f"all {len(needed)}"
+    return _finding("packages", found, not problems, state, remedy)
 
 
 def _device(settings: Settings) -> Finding:
     found = f"torch {torch.__version__}, no CUDA GPU, {os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        memory_gb = torch.cuda.get_device_properties(0).total_memory / 2**30
-        gpus = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-        found = f"torch {torch.__version__}, {gpus} with {memory_gb:.0f} GB"
+    if has_gpu := torch.cuda.is_available():
+        gpu, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+        memory_gb = gpu.total_memory / 2**30
+        found = f"torch {torch.__version__}, {count} x {gpu.name} with {memory_gb:.0f} GB"
     try:
         check_device(settings)
     except ValueError as error:
         return Finding("device", found, STOP, str(error))
-    if settings.profile == "musdb18" and not torch.cuda.is_available():
-        return Finding("device", found, WARNING, "use a GPU (weeks on a CPU), or profile musdb7")
-    return Finding("device", found)
+    fast_enough = has_gpu or settings.profile != "musdb18"
+    remedy = "use a GPU (weeks on a CPU), or profile musdb7"
+    return _finding("device", found, fast_enough, WARNING, remedy)
 
 
 def _memory() -> Finding:
@@ -112,32 +97,21 @@ def _memory() -> Finding:
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":  # a container
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    found = f"{free / 2**30:.1f} GB available"
-    if free / 2**30 >= MIN_MEMORY_GB:
-        return Finding("memory", found)
-    return Finding("memory", found, WARNING, "close other programs, or lower batch_size")
+    free_gb, remedy = free / 2**30, "close other programs, or lower batch_size"
+    return _finding("memory", f"{free_gb:.1f} GB available", free_gb >= MIN_GB, WARNING, remedy)
 
 
-def _disk_space(content: str, folder: Path, variable: str) -> Finding:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_gb = shutil.disk_usage(existing).free / 2**30
-    found = f"{free_gb:.1f} GB free at {folder}"
-    if free_gb >= MIN_DISK_GB:
-        return Finding(f"disk for {content}", found)
-    remedy = f"free disk space or set {variable}: the demo needs 4 GB, MUSDB18 6 to 32 GB"
-    return Finding(f"disk for {content}", found, WARNING, remedy)
-
-
-def _writable(content: str, folder: Path, variable: str) -> Finding:
-    """Write a file: permissions alone do not tell (root, read-only disks)."""
-    name, probe = f"write {content}", folder / ".writable"
+def _folder(content: str, folder: Path, variable: str) -> Finding:
+    """Write in a folder, because permissions do not tell of read-only disks, and check its disk."""
+    name = f"disk for {content}"
     try:
-        with atomic_write(probe) as part:
-            part.touch()
-        probe.unlink(missing_ok=True)
+        with temporary_folder(folder):
+            free_gb = shutil.disk_usage(folder).free / 2**30
     except OSError as error:
-        return Finding(name, f"no ({error})", STOP, f"set {variable} to a writable folder")
-    return Finding(name, "yes")
+        return Finding(name, str(error), STOP, f"set {variable} to a writable folder")
+    found = f"{free_gb:.1f} GB free at {folder}"
+    remedy = f"free disk space or set {variable}: the demo needs 4 GB, MUSDB18 6 to 32 GB"
+    return _finding(name, found, free_gb >= MIN_GB, WARNING, remedy)
 
 
 def _ffmpeg(settings: Settings) -> Finding:
@@ -145,17 +119,18 @@ def _ffmpeg(settings: Settings) -> Finding:
     if not missing:
         return Finding("ffmpeg", shutil.which("ffmpeg") or "")
     try:
-        needed = settings.scorer == "museval" or _will_download(settings) or _must_decode(settings)
+        needed = settings.scorer == "museval" or _will_download(settings)
+        if not (needed or is_built_in(settings) or is_decoded(settings)):
+            needed = any(needs_ffmpeg(source) for source in find_tracks(dataset_root(settings)))
     except (ValueError, OSError):  # reported as the dataset's own finding
         needed = False
     remedy = "apt-get install ffmpeg (for MUSDB18, museval and compressed formats)"
     return Finding("ffmpeg", f"{', '.join(missing)} missing", STOP if needed else WARNING, remedy)
 
 
-def _must_decode(settings: Settings) -> bool:
-    if is_built_in(settings) or is_decoded(settings):
-        return False
-    return any(needs_ffmpeg(source) for source in find_tracks(dataset_root(settings)))
+def _will_download(settings: Settings) -> bool:
+    """Whether musdb downloads the dataset."""
+    return settings.profile == "musdb7" and not (settings.data or os.environ.get("MUSDB_PATH"))
 
 
 def _dataset(settings: Settings) -> Finding:
@@ -165,19 +140,10 @@ def _dataset(settings: Settings) -> Finding:
     if _will_download(settings):
         return Finding("dataset", "MUSDB18 7-second excerpts, downloaded by the run (140 MB)")
     try:
-        tracks = _tracks(settings)
+        root = dataset_root(settings)
+        tracks = read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
     except (ValueError, OSError) as error:
         return Finding("dataset", str(error), STOP, "pass --data DIR, or set MUSDB_PATH")
     splits = [track.split for track in tracks]
     counts = ", ".join(f"{split} {splits.count(split)}" for split in SPLITS)
-    return Finding("dataset", f"{dataset_root(settings)}: {counts}")
-
-
-def _will_download(settings: Settings) -> bool:
-    """Whether musdb downloads the dataset."""
-    return settings.profile == "musdb7" and not (settings.data or os.environ.get("MUSDB_PATH"))
-
-
-def _tracks(settings: Settings) -> Sequence[Track | SourceTrack]:
-    root = dataset_root(settings)
-    return read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
+    return Finding("dataset", f"{root}: {counts}")

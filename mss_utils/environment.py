@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -20,15 +21,7 @@ from mss_utils.data import Store, is_built_in
 from mss_utils.data.sources import MUSDB_STEMS
 from mss_utils.files import write_text
 
-RECORDED_PACKAGES = (
-    "torch",
-    "torchaudio",
-    "numpy",
-    "musdb",
-    "museval",
-    "lightning-fabric",
-    "papermill",
-)
+PACKAGES = "torch torchaudio numpy musdb museval lightning-fabric papermill"  # with their versions
 
 
 def record_environment(run: Run, store: Store) -> dict[str, Any]:
@@ -36,7 +29,7 @@ def record_environment(run: Run, store: Store) -> dict[str, Any]:
     run.write_settings()
     facts = dict(
         python=platform.python_version(),
-        **{package.replace("-", "_"): version(package) for package in RECORDED_PACKAGES},
+        **{package.replace("-", "_"): version(package) for package in PACKAGES.split()},
         platform=platform.platform(),
         cpu=_cpu_name(),
         cores=os.cpu_count(),
@@ -69,28 +62,25 @@ def dataset_kind(settings: Settings, dataset: dict[str, Any]) -> str:
     """
     if is_built_in(settings):
         return "songs"
+    n_test, test_s = dataset["tracks"]["test"], 3600 * dataset["hours"]["test"]
     is_named_musdb = not settings.data or "musdb" in dataset["name"].lower()
-    same_stems = sorted(dataset["stems"]) == sorted(MUSDB_STEMS)
-    if not is_named_musdb and not (same_stems and dataset["tracks"]["test"] == 50):
+    is_like_musdb = sorted(dataset["stems"]) == sorted(MUSDB_STEMS) and n_test == 50
+    if not is_named_musdb and not is_like_musdb:
         return "own"
-    mean_test_s = 3600 * dataset["hours"]["test"] / max(1, dataset["tracks"]["test"])
-    return "excerpts" if settings.profile == "musdb7" or mean_test_s < 15 else "musdb"
+    return "excerpts" if settings.profile == "musdb7" or test_s < 15 * n_test else "musdb"
 
 
 def _git_commit() -> str | None:
     if not shutil.which("git"):
         return None
-    command = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+    name = re.search("model name.*: (.*)", info.read_text()) if info.exists() else None
+    return name[1].strip() if name else platform.processor()
 
 
 # --- devices and memory ---------------------------------------------------------------------------
@@ -103,8 +93,7 @@ def check_device(settings: Settings) -> None:
         cuda=torch.cuda.device_count(),
         mps=int(torch.backends.mps.is_available()),
     )
-    device = training_device(settings).type
-    if settings.devices > counts[device]:
+    if settings.devices > counts[training_device(settings).type]:
         usable = ", ".join(f"{kind} ({count})" for kind, count in counts.items() if count)
         raise ValueError(
             f"device={settings.device} and devices={settings.devices}, but this machine has: "
@@ -145,6 +134,5 @@ def peak_memory_mb(settings: Settings) -> float:
 
 def resident_mb(field: str) -> float:
     """Return `VmRSS` (now), `VmHWM` (peak) or `RssAnon` of this process in MB, from /proc."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":") for line in lines)
-    return int(fields[field].removesuffix("kB")) / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition(f"{field}:")[2].split()[0]) / 1024

@@ -19,26 +19,22 @@ def find(name, settings=None):
 
 def test_every_finding_that_is_not_fine_has_a_remedy():
     findings = list(requirements(resolve_settings("smoke")))
-    assert len(findings) == 10
+    assert len(findings) == 8
     for finding in findings:
         assert finding.found and bool(finding.remedy) == (finding.state != FINE), finding
 
 
-def test_old_python_stops(monkeypatch):
-    monkeypatch.setattr(checks.sys, "version_info", (3, 9))
-    assert find("Python").state == STOP
-
-
-def test_missing_package_stops(monkeypatch):
-    monkeypatch.setattr(checks, "requires", lambda _: ["no-such-package", "numpy"])
+@pytest.mark.parametrize(
+    "need, state, found",
+    [
+        ("no-such-package", STOP, "no-such-package (missing)"),
+        ("numpy>=9999", WARNING, "numpy>=9999 (installed:"),
+    ],
+)
+def test_missing_package_stops_and_old_one_warns(need, state, found, monkeypatch):
+    monkeypatch.setattr(checks, "requires", lambda _: [need, "numpy", 'x; extra == "dev"'])
     finding = find("packages")
-    assert finding.state == STOP and "no-such-package (missing)" in finding.found
-
-
-def test_old_package_warns(monkeypatch):
-    monkeypatch.setattr(checks, "requires", lambda _: ["numpy>=9999", 'x; extra == "dev"'])
-    finding = find("packages")
-    assert finding.state == WARNING and "numpy>=9999 (installed:" in finding.found
+    assert finding.state == state and found in finding.found
 
 
 def test_little_memory_and_disk_warn(monkeypatch):
@@ -51,7 +47,7 @@ def test_little_memory_and_disk_warn(monkeypatch):
 
 def test_read_only_folder_stops(monkeypatch):
     monkeypatch.setenv("MSS_RESULTS", "/proc/nowhere")
-    finding = find("write results")
+    finding = find("disk for results")
     assert finding.state == STOP and "MSS_RESULTS" in finding.remedy
 
 
@@ -59,19 +55,17 @@ def test_read_only_folder_stops(monkeypatch):
 def test_missing_gpu_stops():
     finding = find("device", resolve_settings("smoke", overrides="device=cuda"))
     assert finding.state == STOP and "device=auto" in finding.remedy
-    assert find("device", resolve_settings("musdb18", data="x")).state == WARNING
 
 
 def test_ffmpeg_is_needed_for_stem_files_only(monkeypatch, tmp_path):
     monkeypatch.delenv("MUSDB_PATH", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find("ffmpeg").state == WARNING
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        for number in range(2):
-            (tmp_path / split / f"{number}.stem.mp4").touch()
-    assert find("ffmpeg", resolve_settings("musdb7", data=str(tmp_path))).state == STOP
-    assert find("ffmpeg", resolve_settings("musdb7")).state == STOP
+    for name in ("train/a", "train/b", "test/a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.stem.mp4").touch()
+    for data in (str(tmp_path), ""):
+        assert find("ffmpeg", resolve_settings("musdb7", data=data)).state == STOP
 
 
 def test_check_command_prints_dataset(tmp_path, capsys):
@@ -79,7 +73,6 @@ def test_check_command_prints_dataset(tmp_path, capsys):
     assert main(["check", "--data", str(root), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["tracks"] == {"train": 3, "valid": 1, "test": 2}
-    assert {row["state"] for row in result["requirements"]} <= {FINE, WARNING}
     assert main(["check", "--data", str(root)]) == 0
     assert "median over tracks" in capsys.readouterr().out
 
