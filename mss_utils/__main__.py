@@ -203,18 +203,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _separate(args: argparse.Namespace) -> None:
-    import soundfile
-
     from mss_utils.models import load_model
-    from mss_utils.separation import bandwidth_note, separate_file
+    from mss_utils.separation import separate_file
 
-    model = load_model(args.model)
-    paths = separate_file(args.song, model, args.out, args.flac)
+    paths = separate_file(args.song, load_model(args.model), args.out, args.flac)
     print(*paths, sep="\n")
-    with paths[0].open("rb") as stream:
-        note = bandwidth_note(model, soundfile.info(stream).samplerate)
-    if note:
-        print(note)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from mss_utils.config import WAVEFORM_MODELS, Run
 from mss_utils.data import Store, Track, rms
 from mss_utils.evaluation.bsseval import utterance_sdr
-from mss_utils.separation import trained_model
+from mss_utils.models import load_model
 
 LAGS_S = (1.0, 2.0, 4.0)
 LONG_LAG_S = 8.0  # only for training segments longer than twice that
@@ -39,7 +39,7 @@ def measure_repetition(run: Run, store: Store, target: str) -> Iterator[dict]:
         if not loops:
             yield key | dict(reason="no track has three such stretches of target and residual")
         for model, seed in itertools.product(WAVEFORM_MODELS, range(run.settings.seeds)):
-            network = trained_model(run, target, model, seed)
+            network = load_model(run.model_folder(target, model, seed))
             for (track, start_s), loop in loops.items():
                 place = dict(track=track, start_s=start_s, model=model, seed=seed)
                 for condition, sdr in loop_scores(network, loop).items():

@@ -29,7 +29,8 @@ from mss_utils.evaluation import bsseval
 from mss_utils.evaluation.bsseval import METRICS, WHOLE_TRACK
 from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.files import write_text
-from mss_utils.separation import read_all_estimates, separate, trained_model
+from mss_utils.models import load_model
+from mss_utils.separation import read_all_estimates, separate
 
 TABLES = ("frames", "tracks", "lost_frames", "cross_check", "summary", "paired", "cost")
 KEY = ["references", "target", "track", "model", "seed"]
@@ -199,11 +200,12 @@ def cost(run: Run, store: Store) -> pd.DataFrame:
     rows, settings = [], run.settings
     targets = store.targets(settings.target)
     for target, model, seed in itertools.product(targets, MODELS, range(settings.seeds)):
-        path = run.model_folder(target, model, seed) / "model.json"
-        row = json.loads(path.read_text("utf-8")) | dict(target=target, model=model, seed=seed)
+        folder = run.model_folder(target, model, seed)
+        row = json.loads((folder / "model.json").read_text("utf-8"))
+        row |= dict(target=target, model=model, seed=seed)
         audio_s = row["steps"] * settings.batch_size * settings.segment_s
         row["audio_s_per_s"] = audio_s / row["train_s"]
-        network = trained_model(run, target, model, seed).to(training_device(settings))
+        network = load_model(folder).to(training_device(settings))
         row["inference_rtf"] = real_time_factor(network, store)
         rows.append(row)
     columns = "target model seed parameters train_s steps audio_s_per_s inference_rtf"

@@ -10,8 +10,9 @@ from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
 from mss_utils.data import Store
 from mss_utils.figures import LABELS
 from mss_utils.listening.excerpts import find_track, read_versions, track_excerpt
+from mss_utils.models import load_model
 from mss_utils.models.unet import STFT
-from mss_utils.separation import separate, trained_model
+from mss_utils.separation import separate
 
 ATTACKS_S = 3.0
 LOOP_HEADINGS = ("its repeat around it", "other music around it", "silence around it")
@@ -64,7 +65,8 @@ def damaged_repeat(run: Run, store: Store, target: str, repetition: pd.DataFrame
         return "", {}
     loops = analysis.find_loops(run, store, target, lag_s)
     name, start_s = next(key for key in loops if key[0] == track)
-    columns, networks = {}, {model: trained_model(run, target, model) for model in WAVEFORM_MODELS}
+    columns = {}
+    networks = {model: load_model(run.model_folder(target, model)) for model in WAVEFORM_MODELS}
     for condition, heading in zip(analysis.CONDITIONS, LOOP_HEADINGS, strict=True):
         mixture, reference, _ = loops[name, start_s][condition]
         columns[heading] = {"mixture": mixture, "reference": reference}

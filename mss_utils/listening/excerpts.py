@@ -14,7 +14,7 @@ from mss_utils.evaluation.bsseval import score_track, utterance_sdr
 from mss_utils.figures import SHOWN_METRICS
 from mss_utils.files import atomic_write
 from mss_utils.listening.player import Scores, Versions, common_gain, encode_mp3, players
-from mss_utils.separation import read_estimates, separate
+from mss_utils.separation import read_estimate, separate
 
 VERSIONS = ("mixture", "reference", *MODELS, "irm")
 RANKS = ("best", "median", "worst")
@@ -120,11 +120,11 @@ def find_track(store: Store, name: str) -> Track:
 def read_versions(run: Run, store: Store, target: str, name: str) -> dict[str, np.ndarray]:
     """Read all `VERSIONS` of a whole test track; estimates are those of the first seed."""
     track = find_track(store, name)
-    _, stems = store.load(track)
-    estimated = [version for version in VERSIONS if version != "reference"]
-    versions = read_estimates(run, store, track, target, estimated)
-    versions["reference"] = stems[store.stem_index(target)]
-    return {version: versions[version] for version in VERSIONS}
+    mixture, stems = store.load(track)
+    versions = {"mixture": mixture, "reference": stems[store.stem_index(target)]}
+    for model in VERSIONS[2:]:
+        versions[model] = read_estimate(run, store, track, target, model)
+    return versions
 
 
 def track_excerpt(run: Run, store: Store, target: str, name: str) -> Excerpt:

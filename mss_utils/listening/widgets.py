@@ -15,8 +15,8 @@ from mss_utils.files import atomic_write, safe_name
 from mss_utils.listening.blind_test import import_responses, opinion_sentence, write_ratings
 from mss_utils.listening.excerpts import excerpt_players, scored_excerpt
 from mss_utils.listening.player import players
-from mss_utils.separation import separate_file, trained_model
-from mss_utils.separation.song_files import bandwidth_note
+from mss_utils.models import load_model
+from mss_utils.separation import separate_file
 
 
 def track_menu(run: Run, store: Store, target: str) -> None:
@@ -102,7 +102,7 @@ def _store_song(run: Run, value: dict | tuple) -> Path:
 
 def song_player(run: Run, song: Path, target: str, model: str) -> HTML:
     """Separate a song into `songs/` of the run; return a player of the target's loudest seconds."""
-    network = trained_model(run, target, model)
+    network = load_model(run.model_folder(target, model))
     paths = separate_file(song, network, run.folder / "songs" / target / model)
     rate = soundfile.info(paths[0]).samplerate
     seconds = soundfile.blocks(paths[0], blocksize=rate, always_2d=True)  # a song may be an hour
@@ -113,6 +113,6 @@ def song_player(run: Run, song: Path, target: str, model: str) -> HTML:
         soundfile.read(path, length, start_s * rate, dtype="float32", always_2d=True)[0].T
         for path in paths
     )
-    print(*paths, bandwidth_note(network, rate), sep="\n")
+    print(*paths, sep="\n")
     versions = {"mixture": estimate + residual, model: estimate}
     return players({f"{song.name}, from {start_s} s": versions}, rate)

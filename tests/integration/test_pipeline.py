@@ -67,9 +67,10 @@ def test_contradicting_argument_is_an_error(smoke_run, capsys):
 def test_trained_model_separates_a_song(smoke_run, tmp_path, own_folders):
     song = next((own_folders / "cache").glob("songs-*/test/*/mixture.flac"))
     model = smoke_run[1] / "models/piano/unet/seed0"
-    assert main(["separate", str(song), "--model", str(model), "--out", str(tmp_path)]) == 0
+    out = ["--out", str(tmp_path), "--flac"]
+    assert main(["separate", str(song), "--model", str(model), *out]) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"mixture.piano.wav", "mixture.piano.residual.wav"}
+    assert names == {"mixture.piano.flac", "mixture.piano.residual.flac"}
 
 
 def test_report_command_writes_the_report_again(smoke_run):

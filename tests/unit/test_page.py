@@ -10,7 +10,7 @@ from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS
 from mss_utils.listening import demonstrations, excerpts, write_page
 from mss_utils.listening.excerpts import VERSIONS
-from mss_utils.separation.estimates import ESTIMATED, estimate_paths
+from mss_utils.separation import ESTIMATED, estimate_paths
 
 
 @pytest.fixture
@@ -37,16 +37,16 @@ def table(small_run, store, monkeypatch):
 def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
     used, separate = [], demonstrations.separate
 
-    def load(run, target, name):
+    def load(folder):
         model = torch.nn.Identity()
-        model.segment_s, model.name = 0.5, name
+        model.segment_s, model.name = 0.5, folder.parent.name
         return model
 
     def run_model(model, *arguments):
         used.append(model.name)
         return separate(model, *arguments)
 
-    monkeypatch.setattr(demonstrations, "trained_model", load)
+    monkeypatch.setattr(demonstrations, "load_model", load)
     monkeypatch.setattr(demonstrations, "separate", run_model)
     found = excerpts(small_run, store, "piano", table)
     page = write_page(small_run, store, table[table["condition"] == "repeat"], {"piano": found})
