@@ -24,17 +24,11 @@ def test_every_finding_that_is_not_fine_has_a_remedy():
         assert finding.found and bool(finding.remedy) == (finding.state != FINE), finding
 
 
-@pytest.mark.parametrize(
-    "need, state, found",
-    [
-        ("no-such-package", STOP, "no-such-package (missing)"),
-        ("numpy>=9999", WARNING, "numpy>=9999 (installed:"),
-    ],
-)
-def test_missing_package_stops_and_old_one_warns(need, state, found, monkeypatch):
+@pytest.mark.parametrize("need, state", [("no-such-package", STOP), ("numpy>=9999", WARNING)])
+def test_missing_package_stops_and_old_one_warns(need, state, monkeypatch):
     monkeypatch.setattr(checks, "requires", lambda _: [need, "numpy", 'x; extra == "dev"'])
     finding = find("packages")
-    assert finding.state == state and found in finding.found
+    assert finding.state == state and finding.found.startswith(f"{need} (")
 
 
 def test_little_memory_and_disk_warn(monkeypatch):
