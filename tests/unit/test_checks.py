@@ -1,9 +1,7 @@
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_dataset
 
 from mss_utils import checks
 from mss_utils.__main__ import main
@@ -60,15 +58,6 @@ def test_ffmpeg_is_needed_for_stem_files_only(monkeypatch, tmp_path):
         (tmp_path / f"{name}.stem.mp4").touch()
     for data in (str(tmp_path), ""):
         assert find("ffmpeg", resolve_settings("musdb7", data=data)).state == STOP
-
-
-def test_check_command_prints_dataset(tmp_path, capsys):
-    root = write_dataset(tmp_path / "data", 3, 1, 2, seconds=0.6)
-    assert main(["check", "--data", str(root), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["tracks"] == {"train": 3, "valid": 1, "test": 2}
-    assert main(["check", "--data", str(root)]) == 0
-    assert "median over tracks" in capsys.readouterr().out
 
 
 def test_check_command_stops_for_a_missing_dataset(capsys):
