@@ -68,8 +68,7 @@ def test_equals_museval(museval, n_stems, n_channels, seconds, window_s, hop_s, 
 
 def test_equals_museval_for_mixture_and_perfect_estimate(museval):
     references = music(2, 1)
-    mixture = np.stack([references.sum(axis=0)] * 2)
-    for estimates in (mixture, mixture / 4, references):
+    for estimates in (np.stack([references.sum(axis=0) / 4] * 2), references):
         assert_equals_museval(museval, references, estimates)
 
 
@@ -106,28 +105,20 @@ def test_equals_museval_on_musdb(museval):
         assert_equals_museval(museval, references, estimate(references), track.rate)
 
 
-def test_museval_scorer_has_nan_where_museval_raises(museval):
+def test_museval_scorer_needs_ffmpeg_and_sound(museval, monkeypatch):
     references = music(2, 1)
-    estimates = estimate(references)
-    scores = MusevalScorer(references, RATE).score(estimates)
-    assert_equal_scores(scores, bss_eval(references, estimates, RATE))
-    estimates[1] = 0
-    scores = MusevalScorer(references, RATE).score(estimates)
+    scores = MusevalScorer(references, RATE).score(0 * references)
     assert scores["SAR"].shape == (2, 3) and np.isnan(scores["SAR"]).all()
-
-
-def test_museval_without_ffmpeg_is_an_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="needs ffmpeg: .*scorer=bss_eval"):
-        MusevalScorer(music(2, 1), RATE)
+        MusevalScorer(references, RATE)
 
 
-@pytest.mark.parametrize("pan", [[1.0, 1.0], [1.0, 0.5]])
-def test_proportional_channels_score_as_mono(pan):
+def test_proportional_channels_score_as_mono():
     references = music(2, 1)
     estimates = estimate(references)
     mono = bss_eval(references, estimates, RATE)
-    stereo = bss_eval(references * pan, estimates * pan, RATE)
+    stereo = bss_eval(references * [1.0, 0.5], estimates * [1.0, 0.5], RATE)
     for metric in METRICS:
         np.testing.assert_allclose(stereo[metric], mono[metric], atol=TOLERANCE_DB)
 
@@ -183,11 +174,9 @@ def test_wrong_arrays_are_errors():
     broken[0, :3] = np.nan
     for wrong_references, wrong_estimates, message in [
         (references[..., 0], references, r"references have shape \(2, 8000\); expected \('stems"),
-        (references, references[..., 0], r"estimates have shape \(2, 8000\)"),
         (references[:0], references[:0], "none empty"),
         (references, references[:, :-1], r"estimates have shape \(2, 7999, 1\).*\(2, 8000, 1\)"),
         (references, broken, "estimates hold 3 NaN or infinite samples"),
-        (references * np.inf, references, "references hold 16000 NaN"),
     ]:
         with pytest.raises(ValueError, match=message):
             bss_eval(wrong_references, wrong_estimates, RATE)
