@@ -460,7 +460,7 @@ def score(bench: Bench) -> None:
             estimates[name] = separate(network, mixture, bench.store.sample_rate)
         return {(name, SEED): estimate[None] for name, estimate in estimates.items()}
 
-    tracks = test_scores(bench.settings, bench.store, estimates_of, n_cross_check=0)["tracks"]
+    tracks = test_scores(bench.settings, bench.store, estimates_of)["tracks"]
     bench.write("tracks", tracks)
     differences = compare_pairs(tracks)
     bench.write("paired", differences)

@@ -34,12 +34,11 @@ def find_onsets(store: Store, track: Track, stem: str) -> np.ndarray:
     audio = store.load(track)[1][store.stem_index(stem)]
     hop = int(HOP_S * store.sample_rate)
     n_fft = 2 ** round(np.log2(WINDOW_S * store.sample_rate))
-    rate: dict[str, Any] = dict(sr=store.sample_rate, hop_length=hop)
-    strength = librosa.onset.onset_strength(
-        y=audio.mean(axis=0), n_fft=n_fft, n_mels=80, lag=2, max_size=3, **rate
-    )
-    onsets = hop * librosa.onset.onset_detect(onset_envelope=strength, backtrack=True, **rate)
-    sums = _running_sum(np.square(audio, dtype=np.float64).mean(axis=0))
+    options: Any = dict(sr=store.sample_rate, hop_length=hop)
+    superflux = options | dict(n_fft=n_fft, n_mels=80, lag=2, max_size=3)
+    strength = librosa.onset.onset_strength(y=audio.mean(axis=0), **superflux)
+    onsets = hop * librosa.onset.onset_detect(onset_envelope=strength, backtrack=True, **options)
+    sums = _running_energy(audio)
     rise = round(RISE_S * store.sample_rate)
     before, at, after = np.clip([onsets - rise, onsets, onsets + rise], 0, len(sums) - 1)
     louder = sums[after] - sums[at] > 2 * (sums[at] - sums[before])
@@ -70,24 +69,21 @@ def attack_scores(
     all_onsets = np.append(np.round(np.sort(onsets_s) * sample_rate).astype(int), samples)
     next_onset = all_onsets[np.searchsorted(all_onsets[:-1], attack_end)]
     sustain_end = np.minimum(next_onset, onsets + round(SUSTAIN_S * sample_rate))
-    sustain_end = np.maximum(attack_end, np.minimum(sustain_end, samples))
-    signal = _running_sum(np.square(reference, dtype=np.float64).sum(axis=0))
-    error = _running_sum(np.square(estimate - reference, dtype=np.float64).sum(axis=0))
+    sustain_end = np.clip(sustain_end, attack_end, samples)
+    signal, error = _running_energy(reference), _running_energy(estimate - reference)
 
     def sdr(begin: np.ndarray, end: np.ndarray) -> float:
         return ratio_db((signal[end] - signal[begin]).sum(), (error[end] - error[begin]).sum())
 
-    true_time, true_peak, _ = _attack_times(_envelopes(reference, onsets, sample_rate))
-    time, peak, longest = _attack_times(_envelopes(estimate, onsets, sample_rate))
+    true_time, true_peak = _attack_times(_envelopes(reference, onsets, sample_rate), np.nan)
     # An estimate that is never below 10 % gets the longest time: smeared attacks must not drop out.
-    time_error_s = np.where(np.isnan(time), longest, time) - true_time
+    time, peak = _attack_times(_envelopes(estimate, onsets, sample_rate), 0)
     return dict(
         n_onsets=len(onsets),
         attack_sdr=sdr(onsets, attack_end),
         sustain_sdr=sdr(attack_end, sustain_end),
-        attack_time_error_ms=pd.Series(1000 * time_error_s).median(),
+        attack_time_error_ms=pd.Series(1000 * (time - true_time)).median(),
         peak_error_db=pd.Series(20 * np.log10(peak / true_peak)).median(),
-        reason="" if len(onsets) else "no onset of the target 150 ms after the previous one",
     )
 
 
@@ -106,25 +102,26 @@ def mean_envelopes(
             yield dict(model=model, seed=seed, time_ms=round(1000 * time_s), level=level)
 
 
-def _running_sum(energy: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0.0], np.cumsum(energy)])
+def _running_energy(audio: np.ndarray) -> np.ndarray:
+    """Energy before each sample and at the end, the mean over channels: `(samples + 1,)`."""
+    return np.append(0.0, np.square(audio, dtype=np.float64).mean(axis=0).cumsum())
 
 
 def _envelopes(audio: np.ndarray, onsets: np.ndarray, sample_rate: int) -> np.ndarray:
     """RMS `(onsets, times)` of windows that end at each time: no level rises before its sound."""
-    sums = _running_sum(np.square(audio, dtype=np.float64).mean(axis=0))
-    window = round(SMOOTH_S * sample_rate)
+    sums, window = _running_energy(audio), round(SMOOTH_S * sample_rate)
     end = onsets[:, None] + np.round(ENVELOPE_S * sample_rate).astype(int)
     end = np.clip(end, window, len(sums) - 1)
     return np.sqrt(np.maximum(0, sums[end] - sums[end - window]) / window)
 
 
-def _attack_times(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Seconds from 10 % to 90 % of the peak (NaN if never below 10 %), peak, longest time."""
+def _attack_times(curves: np.ndarray, start: float) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds from 10 % (from index `start` if never below) to 90 % of the peak, and the peak."""
     zero = round(-ENVELOPE_S[0] / STEP_S)
-    peak = curves[:, zero : zero + round(PEAK_S / STEP_S) + 1].max(axis=1)
-    high = zero + (curves[:, zero:] >= 0.9 * peak[:, None]).argmax(axis=1)
-    low = (curves < 0.1 * peak[:, None]) & (np.arange(curves.shape[1]) < high[:, None])
+    peak = curves[:, zero : zero + round(PEAK_S / STEP_S) + 1].max(axis=1, keepdims=True)
+    peak = np.where(peak > 0, peak, np.nan)
+    high = zero + (curves[:, zero:] >= 0.9 * peak).argmax(axis=1)
+    low = (curves < 0.1 * peak) & (np.arange(curves.shape[1]) < high[:, None])
     last_low = curves.shape[1] - 1 - low[:, ::-1].argmax(axis=1)
-    time = np.where(low.any(axis=1) & (peak > 0), (high - last_low) * STEP_S, np.nan)
-    return time, np.where(peak > 0, peak, np.nan), np.where(peak > 0, high * STEP_S, np.nan)
+    time = (high - np.where(low.any(axis=1), last_low, start)) * STEP_S
+    return np.where(np.isnan(peak[:, 0]), np.nan, time), peak[:, 0]

@@ -1,7 +1,5 @@
 """All measurements of a run, written as tables."""
 
-from collections import defaultdict
-
 import pandas as pd
 from tqdm.auto import tqdm
 
@@ -19,28 +17,21 @@ from mss_utils.separation import read_all_estimates
 TABLES = ("phase", "attack", "envelopes", "repetition", "data_amount", "hypotheses", "ablations")
 ENVELOPE_KEYS = ["target", "model", "seed", "time_ms"]
 REPETITION_COLUMNS = ["target", "track", "start_s", "model", "seed", "lag_s", "condition"]
+REPETITION_COLUMNS += ["sdr", "reason"]
 
 
 def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Take all measurements on the test tracks and write the tables.
+    """Take all measurements on the estimates of the test tracks; write and return the tables.
 
-    Parameters
-    ----------
-    run, store : Run, Store
-        The estimates must be written. With the setting `data_study`, more models are trained.
-    tracks : pd.DataFrame
-        The table `tracks` of the evaluation.
-
-    Returns
-    -------
-    dict of str to pd.DataFrame
-        The tables by name. A measurement that is impossible has a row whose `reason` says why.
+    `tracks` is that table of the evaluation. With the setting `data_study`, more models are
+    trained. A repetition that cannot be measured has a row whose `reason` says why.
     """
-    tables, repetition = _measure_estimates(run, store), []
+    tables = _measure_estimates(run, store)
+    rows = []
     for target in store.targets(run.settings.target):
-        rows = measure_repetition(run, store, target)
-        repetition += tqdm(rows, desc=f"Damaged repeat, {target}", unit="row")
-    tables["repetition"] = pd.DataFrame(repetition, columns=[*REPETITION_COLUMNS, "sdr", "reason"])
+        repetition = measure_repetition(run, store, target)
+        rows += tqdm(repetition, desc=f"Damaged repeat, {target}", unit="row")
+    tables["repetition"] = pd.DataFrame(rows, columns=REPETITION_COLUMNS)
     tables["data_amount"] = data_amount(run, store, tracks)
     tables["hypotheses"] = evaluate_hypotheses(run.settings, tables | dict(tracks=tracks))
     for name, table in tables.items():
@@ -49,9 +40,9 @@ def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFr
 
 
 def _measure_estimates(run: Run, store: Store) -> dict[str, pd.DataFrame]:
-    """Compute the tables phase, attack and envelopes from the estimates of every test track."""
+    """Compute the tables phase, attack and envelopes."""
     stft, rate = STFT(run.settings.n_fft, run.settings.hop), store.sample_rate
-    rows = defaultdict(list)
+    phase, attack, envelopes = [], [], []
     for track in tqdm(store.split("test"), desc="Phase and attack", unit="track"):
         _, stems = store.load(track)
         all_estimates = read_all_estimates(run, store, track)
@@ -61,12 +52,11 @@ def _measure_estimates(run: Run, store: Store) -> dict[str, pd.DataFrame]:
             estimates = {key: estimate[i] for key, estimate in all_estimates.items()}
             for (model, seed), estimate in estimates.items():
                 key = dict(target=target, track=track.name, model=model, seed=seed)
-                for band in phase_scores(reference, estimate, rate, stft):
-                    rows["phase"].append(key | band)
-                rows["attack"].append(key | attack_scores(reference, estimate, onsets_s, rate))
-            for level in mean_envelopes(reference, estimates, onsets_s, rate):
-                rows["envelopes"].append(dict(target=target) | level)
-    envelopes = pd.DataFrame(rows["envelopes"], columns=[*ENVELOPE_KEYS, "level"])
-    by_time = envelopes.groupby(ENVELOPE_KEYS, sort=False, as_index=False)
+                phase += [key | band for band in phase_scores(reference, estimate, rate, stft)]
+                attack.append(key | attack_scores(reference, estimate, onsets_s, rate))
+            levels = mean_envelopes(reference, estimates, onsets_s, rate)
+            envelopes += [dict(target=target) | level for level in levels]
+    by_time = pd.DataFrame(envelopes, columns=[*ENVELOPE_KEYS, "level"])
+    by_time = by_time.groupby(ENVELOPE_KEYS, sort=False, as_index=False)
     means = by_time.agg(level=("level", "mean"), tracks=("level", "size"))
-    return {name: pd.DataFrame(rows[name]) for name in ("phase", "attack")} | dict(envelopes=means)
+    return dict(phase=pd.DataFrame(phase), attack=pd.DataFrame(attack), envelopes=means)

@@ -53,18 +53,12 @@ def _transform(audio: np.ndarray, stft: STFT) -> torch.Tensor:
 
 
 def _band_scores(sums: dict[str, float]) -> dict:
-    reason = "" if "across" in sums else "one channel: no phase between channels"
-    if sums["energy"] == 0:
-        reason = "the reference is silent here"
-    elif sums["weight"] == 0:
-        reason = "the estimate is silent here"
     return dict(
         phase_error_rad=_mean(sums["angle"], sums["weight"]),
         sdr=ratio_db(sums["energy"], sums["error"]),
         sdr_true_phase=ratio_db(sums["energy"], sums["error_true_phase"]),
         sdr_true_magnitude=ratio_db(sums["energy_with_phase"], sums["error_true_magnitude"]),
         interchannel_error_rad=_mean(sums.get("across", 0), sums.get("across_weight", 0)),
-        reason=reason,
     )
 
 

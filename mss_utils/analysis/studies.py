@@ -16,11 +16,9 @@ from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training import train
 
 ABLATIONS = ("random_mix", "curriculum")  # settings that are switched
-ABLATION_COLUMNS = [
-    *("target", "model", "ablation", "metric", "with_it", "without_it"),
-    *("median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected"),
-    *("tracks", "seeds", "steps"),
-]
+ABLATION_COLUMNS = ["target", "model", "ablation", "metric", "with_it", "without_it"]
+ABLATION_COLUMNS += ["median_difference", "ci_low", "ci_high", "p_wilcoxon", "p_corrected"]
+ABLATION_COLUMNS += ["tracks", "seeds", "steps"]
 DATA_SHARES = (0.1, 0.3)  # all of it is the run itself
 DATA_COLUMNS = ["target", "track", "model", "seed", "share", "SDR"]
 
@@ -86,4 +84,4 @@ def score_variant(variant: Run, store: Store, models: tuple[str, ...]) -> pd.Dat
         read, keys = partial(read_estimate, variant, store, track), itertools.product(models, seeds)
         return {key: np.stack([read(target, *key) for target in targets]) for key in keys}
 
-    return score(variant.settings, store, estimates_of, n_cross_check=0)["tracks"]
+    return score(variant.settings, store, estimates_of)["tracks"]

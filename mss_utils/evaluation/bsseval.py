@@ -72,12 +72,7 @@ class BSSEval:
     an estimate is silent (its channels add up to zero) is NaN for all stems; if one is silent
     throughout, all frames are. A perfect estimate has an SDR of inf. Of identical channels only the
     first is used: left = right scores as mono. A track shorter than a window is one frame.
-
-    Parameters
-    ----------
-    references : np.ndarray, shape (stems, samples, channels)
-    sample_rate, window_s, hop_s
-        As in `bss_eval`.
+    Parameters are those of `bss_eval`.
     """
 
     def __init__(
@@ -99,21 +94,18 @@ class BSSEval:
 
     def score(self, estimates: np.ndarray) -> Scores:
         """Score estimates of all stems, shape (stems, samples, channels), as `bss_eval` does."""
-        estimates = _checked(estimates, "estimates", shape=self.shape)
+        estimates = _checked(estimates, "estimates", self.shape)
         silent = np.concatenate([self.silent, _silent_frames(estimates, self.window, self.hop)])
         scores = np.full((len(METRICS), len(estimates), silent.shape[1]), np.nan)
-        if not silent.any(axis=0).all():
-            estimates = np.ascontiguousarray(estimates.swapaxes(1, 2))
-            products = _correlate(self.rows, estimates.reshape(-1, self.shape[1]))
-            own = [
-                project(products[rows, rows])
-                for project, rows in zip(self.project_on_own, self.own_rows, strict=True)
-            ]
-            own = rfft(np.stack(own, axis=1), self.n_fft)  # (channels, stems, channels, bins)
-            every = self.project_on_all(products).reshape(-1, *own.shape[1:3], TAPS)
-            every = rfft(every, self.n_fft)  # (rows, stems, channels, bins)
-            for i in np.flatnonzero(~silent.any(axis=0)):
-                scores[:, :, i] = self._frame_scores(int(i) * self.hop, estimates, own, every)
+        estimates = np.ascontiguousarray(estimates.swapaxes(1, 2))
+        products = _correlate(self.rows, estimates.reshape(-1, self.shape[1]))
+        projections = zip(self.project_on_own, self.own_rows, strict=True)
+        own = np.stack([project(products[rows, rows]) for project, rows in projections], axis=1)
+        own = rfft(own, self.n_fft)  # (channels, stems, channels, bins)
+        every = self.project_on_all(products).reshape(-1, *own.shape[1:3], TAPS)
+        every = rfft(every, self.n_fft)  # (rows, stems, channels, bins)
+        for i in np.flatnonzero(~silent.any(axis=0)):
+            scores[:, :, i] = self._frame_scores(int(i) * self.hop, estimates, own, every)
         return dict(zip(METRICS, scores, strict=True))
 
     def _frame_scores(
@@ -151,20 +143,19 @@ class MusevalScorer:
     def __init__(self, references: np.ndarray, sample_rate: int) -> None:
         if not museval_is_available():
             raise FileNotFoundError("museval needs ffmpeg: install it, or set scorer=bss_eval.")
-        self.references = _checked(references, "references")
-        self.frame_sizes = _frame_sizes(self.references.shape[1], sample_rate, 1.0, 1.0)
+        self.references = np.asarray(references, np.float64)
+        self.frame_sizes = min(sample_rate, references.shape[1]), sample_rate
 
     def score(self, estimates: np.ndarray) -> Scores:
         """Score as `BSSEval.score` does."""
         from museval import metrics
 
-        estimates = _checked(estimates, "estimates", shape=self.references.shape)
         try:
-            scores = metrics.bss_eval(self.references, estimates, *self.frame_sizes)
+            scores = metrics.bss_eval(self.references, estimates, *self.frame_sizes)[:4]
         except (ValueError, AttributeError):  # silent; singular (museval looks for an old name)
             frames = _silent_frames(self.references, *self.frame_sizes)
             scores = np.full((len(METRICS), *frames.shape), np.nan)
-        return {metric: scores[i] for i, metric in enumerate(METRICS)}
+        return dict(zip(METRICS, scores, strict=True))
 
 
 def museval_is_available() -> bool:
@@ -176,10 +167,7 @@ SCORERS = {"bss_eval": BSSEval, "museval": MusevalScorer}
 
 
 def score_track(
-    references: np.ndarray,
-    estimates: Mapping[str, np.ndarray],
-    sample_rate: int,
-    scorer: str = "bss_eval",
+    references: np.ndarray, estimates: Mapping, sample_rate: int, scorer: str = "bss_eval"
 ) -> dict[str, dict]:
     """Compute all scores of several estimates of one track.
 
@@ -189,8 +177,7 @@ def score_track(
     Parameters
     ----------
     references, and each of the estimates : np.ndarray, shape (stems, samples, channels)
-    sample_rate : int
-    scorer : {'bss_eval', 'museval'}
+    scorer : one of `SCORERS`
 
     Returns
     -------
@@ -205,15 +192,13 @@ def score_track(
     silent = _silent_frames(references, *frames)
     results = {}
     for name, signals in estimates.items():
-        signals = _checked(signals, f"{name}: estimates", shape=references.shape)
+        signals = _checked(signals, f"{name}: estimates", references.shape)
         scores = np.full((len(METRICS), *silent.shape), np.nan)
         scored = audible & signals.sum(axis=-1).any(axis=-1)
         if prepared and scored.any():
             # References stand for silent estimates: the scores of other stems do not change.
-            mask = scored[:, None, None]
-            filled = signals if mask.all() else np.where(mask, signals, references)
-            partial = prepared.score(filled[audible])
-            scores[:, audible] = np.stack([partial[metric] for metric in METRICS])
+            filled = np.where(scored[:, None, None], signals, references)
+            scores[:, audible] = list(prepared.score(filled[audible]).values())
             scores[:, ~scored] = np.nan
         results[name] = dict(zip(METRICS, scores, strict=True))
         results[name]["silent"] = silent, _silent_frames(signals, *frames)
@@ -228,8 +213,8 @@ def disagreement(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, float, int]
     Returns how many are below `MAX_SCORE_DB` in at least one program, the largest difference of
     these (NaN if there are none), and how many are NaN in only one program.
     """
-    both = ~(np.isnan(ours) | np.isnan(theirs)) & ((ours < MAX_SCORE_DB) | (theirs < MAX_SCORE_DB))
-    differences = np.abs(ours[both] - theirs[both])
+    exact = np.minimum(ours, theirs) < MAX_SCORE_DB  # false where one is NaN
+    differences = np.abs(ours[exact] - theirs[exact])
     unequal_nan = int(np.count_nonzero(np.isnan(ours) != np.isnan(theirs)))
     return len(differences), float(max(differences, default=np.nan)), unequal_nan
 
@@ -238,18 +223,11 @@ def utterance_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     """Compute the SDR of a whole signal in dB, 10 log10(sum s^2 / sum (s - e)^2).
 
     Y. Mitsufuji et al., "Music Demixing Challenge 2021", Frontiers in Signal Processing 1, 2022.
-
-    Parameters
-    ----------
-    reference, estimate : np.ndarray, shape (samples, channels)
-
-    Returns
-    -------
-    float
-        NaN for a silent reference, inf for a perfect estimate, 0 for an estimate of zeros.
+    Signals have the shape (samples, channels). The SDR is NaN for a silent reference, inf for a
+    perfect estimate, and 0 for an estimate of zeros.
     """
     reference = _checked(reference, "reference samples", ndim=2)
-    estimate = _checked(estimate, "estimate samples", ndim=2, shape=reference.shape)
+    estimate = _checked(estimate, "estimate samples", reference.shape, ndim=2)
     if not reference.any():
         return float("nan")
     return float(_db(np.sum(reference**2), np.sum((reference - estimate) ** 2)))
@@ -259,19 +237,11 @@ def si_sdr(reference: np.ndarray, estimate: np.ndarray) -> float:
     """Compute the scale-invariant SDR of a whole signal in dB, with one scale for all channels.
 
     10 log10(|a s|^2 / |a s - e|^2) with a = <e, s> / |s|^2. J. Le Roux et al., "SDR - half-baked
-    or well done?", ICASSP 2019. Means are not removed.
-
-    Parameters
-    ----------
-    reference, estimate : np.ndarray, shape (samples, channels)
-
-    Returns
-    -------
-    float
-        NaN if one of the two is silent, inf or about 300 for a scaled copy.
+    or well done?", ICASSP 2019. Means are not removed. Signals have the shape (samples, channels);
+    the score is NaN if one of them is silent, and inf or about 300 for a scaled copy.
     """
     reference = _checked(reference, "reference samples", ndim=2)
-    estimate = _checked(estimate, "estimate samples", ndim=2, shape=reference.shape)
+    estimate = _checked(estimate, "estimate samples", reference.shape, ndim=2)
     if not reference.any() or not estimate.any():
         return float("nan")
     target = np.sum(estimate * reference) / np.sum(reference**2) * reference
@@ -296,10 +266,8 @@ def _correlate(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return irfft(total, FFT_SIZE)[..., :TAPS]
 
 
-def _least_squares(
-    correlations: np.ndarray, rows: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Solver of the normal equations for the best filters, factorised once.
+def _least_squares(correlations: np.ndarray, rows: np.ndarray) -> Callable:
+    """Factorise the normal equations for the best filters.
 
     Takes the references, (rows, samples), and their correlations, (rows, rows, TAPS). Returns a
     function from products of references and estimates, (rows, estimates, TAPS), to filters. A row
@@ -307,9 +275,8 @@ def _least_squares(
     """
     same = [any(np.array_equal(row, other) for other in rows[:i]) for i, row in enumerate(rows)]
     kept = np.flatnonzero(~np.array(same))
-    gram = np.block(
-        [[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept]
-    )
+    blocks = [[toeplitz(correlations[i, j], correlations[j, i]) for j in kept] for i in kept]
+    gram = np.block(blocks)
     factorise, substitute = get_lapack_funcs(("getrf", "getrs"), (gram,))
     diagonal, eps = np.s_[:: len(gram) + 1], np.finfo(float).eps
     gram.flat[diagonal] += eps  # as museval does
@@ -343,16 +310,12 @@ def _db(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
         return np.where(denominator == 0, np.inf, 10 * np.log10(np.divide(numerator, denominator)))
 
 
-def _checked(
-    signal: np.ndarray, name: str, ndim: int = 3, shape: tuple[int, ...] | None = None
-) -> np.ndarray:
+def _checked(signal: np.ndarray, name: str, shape: tuple = (), ndim: int = 3) -> np.ndarray:
     """Convert to float64; raise ValueError for a wrong shape, NaN or infinite samples."""
     signal = np.asarray(signal, dtype=np.float64)
-    if signal.ndim != ndim or 0 in signal.shape:
-        axes = ", ".join(("stems", "samples", "channels")[-ndim:])
-        raise ValueError(f"{name} have shape {signal.shape}; expected ({axes}), none empty.")
-    if shape and signal.shape != shape:
-        raise ValueError(f"{name} have shape {signal.shape}; expected {shape} of the references.")
+    if signal.ndim != ndim or 0 in signal.shape or (shape and signal.shape != shape):
+        expected = shape or ("stems", "samples", "channels")[-ndim:]
+        raise ValueError(f"{name} have shape {signal.shape}; expected {expected}, none empty.")
     if bad := np.count_nonzero(~np.isfinite(signal)):
         raise ValueError(f"{name} hold {bad} NaN or infinite samples: did the model diverge?")
     return signal

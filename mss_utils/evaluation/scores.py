@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import time
+import timeit
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import joblib
 import numpy as np
@@ -46,7 +47,9 @@ Estimates = dict[tuple[str, int], np.ndarray]  # (model, seed) -> (targets, chan
 
 def evaluate(run: Run, store: Store) -> dict[str, pd.DataFrame]:
     """Score the estimates that `write_estimates` wrote; write and return all of `TABLES`."""
-    tables = score(run.settings, store, lambda track: read_all_estimates(run, store, track))
+    estimates_of = partial(read_all_estimates, run, store)
+    tables = score(run.settings, store, estimates_of)
+    tables["cross_check"] = cross_check(run.settings, store, estimates_of, tables["frames"])
     tables["summary"] = summarise(tables["tracks"])
     tables["paired"] = compare(tables["tracks"])
     tables["cost"] = cost(run, store)
@@ -59,54 +62,16 @@ def score(
     settings: Settings,
     store: Store,
     estimates_of: Callable[[Track], Estimates],
-    n_cross_check: int | None = None,
+    tracks: list[Track] | None = None,
+    scorer: str = "",
 ) -> dict[str, pd.DataFrame]:
-    """Score estimates of every test track: tables frames, tracks, lost_frames and cross_check.
+    """Score estimates of tracks, by default every test track: frames, tracks and lost_frames.
 
     `estimates_of(track)` returns arrays (targets, channels, samples) by (model, seed). One target
     is scored beside its residual, whose estimate is the mixture minus that of the target; with
-    `target=all` the targets are scored beside each other. The other scorer scores the first seed
-    of `n_cross_check` tracks too, by default as many as in the settings.
+    `target=all` the targets are scored beside each other. The default scorer is that of the run.
     """
-    tables = _score_tracks(settings, store, estimates_of, store.split("test"), settings.scorer)
-    count = settings.cross_check_tracks if n_cross_check is None else n_cross_check
-    rows = []
-    if tracks := _cross_check_tracks(settings, store, count):
-
-        def first_seed(track: Track) -> Estimates:
-            return {key: value for key, value in estimates_of(track).items() if key[1] == 0}
-
-        other = "museval" if settings.scorer == "bss_eval" else "bss_eval"
-        again = _score_tracks(settings, store, first_seed, tracks, other)["frames"]
-        both = tables["frames"].merge(again, on=[*KEY, "frame"], suffixes=("", "_other"))
-        for metric in METRICS:
-            ours, theirs = both[metric].to_numpy(), both[f"{metric}_other"].to_numpy()
-            rows.append((metric, *bsseval.disagreement(ours, theirs), len(tracks)))
-    columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
-    return tables | dict(cross_check=pd.DataFrame(rows, columns=columns))
-
-
-def _cross_check_tracks(settings: Settings, store: Store, count: int) -> list[Track]:
-    """Choose the `count` shortest test tracks with sound in every target: museval is slow."""
-    if count and not bsseval.museval_is_available():
-        warnings.warn("Without ffmpeg museval cannot cross-check the scores.", stacklevel=3)
-        return []
-    rows = [1 + store.stem_index(target) for target in store.targets(settings.target)]
-    audible = [  # above the rounding of 16 bits; row 0 is the mixture
-        track
-        for track in store.split("test")
-        if all(track.peak[row] > track.scale / 2 for row in rows)
-    ]
-    return sorted(audible, key=lambda track: (track.samples, track.name))[:count]
-
-
-def _score_tracks(
-    settings: Settings,
-    store: Store,
-    estimates_of: Callable[[Track], Estimates],
-    tracks: list[Track],
-    scorer: str,
-) -> dict[str, pd.DataFrame]:
+    tracks, scorer = tracks or store.split("test"), scorer or settings.scorer
     parts = []
     with _workers() as n_jobs, tqdm(total=len(tracks), desc=scorer, unit="track") as bar:
         for i in range(0, len(tracks), n_jobs):  # no more estimates in memory than there are jobs
@@ -120,6 +85,38 @@ def _score_tracks(
         name: pd.DataFrame([row for part in parts for row in part[name]], columns=columns)
         for name, columns in COLUMNS.items()
     }
+
+
+def cross_check(
+    settings: Settings,
+    store: Store,
+    estimates_of: Callable[[Track], Estimates],
+    frames: pd.DataFrame,
+) -> pd.DataFrame:
+    """Compare the table `frames` with the other scorer: first seeds of `cross_check_tracks` tracks.
+
+    They are the shortest test tracks with sound in every target, because museval is slow.
+    """
+    tracks, rows = sorted(store.split("test"), key=lambda track: (track.samples, track.name)), []
+    for target in store.targets(settings.target):
+        row = 1 + store.stem_index(target)  # row 0 is the mixture
+        tracks = [track for track in tracks if track.peak[row] > track.scale / 2]  # not rounding
+    tracks = tracks[: settings.cross_check_tracks]
+    if tracks and not bsseval.museval_is_available():
+        warnings.warn("Without ffmpeg museval cannot cross-check the scores.", stacklevel=2)
+    elif tracks:
+
+        def first_seed(track: Track) -> Estimates:
+            return {key: value for key, value in estimates_of(track).items() if key[1] == 0}
+
+        other = "museval" if settings.scorer == "bss_eval" else "bss_eval"
+        again = score(settings, store, first_seed, tracks, other)["frames"]
+        both = frames.merge(again, on=[*KEY, "frame"], suffixes=("", "_other"))
+        for metric in METRICS:
+            ours, theirs = both[metric].to_numpy(), both[f"{metric}_other"].to_numpy()
+            rows.append((metric, *bsseval.disagreement(ours, theirs), len(tracks)))
+    columns = ["metric", "scores", "largest_difference_db", "unequal_nan", "tracks"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 @contextmanager
@@ -145,30 +142,27 @@ def _score_one(
     targets = store.targets(settings.target)
     mixture, stems = store.load(track)
     references = stems[[store.stem_index(target) for target in targets]]
-    names = {key: f"{key[0]}, seed {key[1]}, on {track.name!r}" for key in estimates}
-    for key, estimate in estimates.items():
-        if estimate.shape != references.shape:
-            shapes = f"shape {estimate.shape}, expected {references.shape}"
-            raise ValueError(f"{names[key]}: the estimate has {shapes}.")
+    scheme, groups = "stems", [slice(None)]
+    if settings.target != "all":
+        scheme, groups = "target+residual", [slice(i, i + 1) for i in range(len(targets))]
     tables = {name: [] for name in COLUMNS}
-    together = settings.target == "all"
-    for rows in [[*range(len(targets))]] if together else [[i] for i in range(len(targets))]:
-        true, labels = references[rows], [targets[row] for row in rows]
-        estimated = {key: estimate[rows] for key, estimate in estimates.items()}
-        if not together:
-            true = np.stack([true[0], mixture - true[0]])
+    for group in groups:
+        true, labels, named = references[group], [*targets[group]], {}
+        if scheme == "target+residual":
+            true = np.concatenate([true, mixture - true])
             labels.append("residual")
-            for key, (estimate,) in estimated.items():
+        for (model, seed), estimate in estimates.items():
+            estimate = estimate[group]
+            if scheme == "target+residual":
                 # The mixture minus itself would be silence, which has no score.
-                rest = mixture if key[0] == MIXTURE else mixture - estimate
-                estimated[key] = np.stack([estimate, rest])
-        named = {names[key]: estimate.swapaxes(1, 2) for key, estimate in estimated.items()}
+                residual = mixture if model == MIXTURE else mixture - estimate[0]
+                estimate = np.stack([estimate[0], residual])
+            named[f"{model}, seed {seed}, on {track.name!r}"] = estimate.swapaxes(1, 2)
         results = bsseval.score_track(true.swapaxes(1, 2), named, store.sample_rate, scorer)
-        for key in estimates:
-            for i, row in enumerate(rows):
-                scheme = "stems" if together else "target+residual"
-                index = dict(zip(KEY, (scheme, targets[row], track.name, *key), strict=True))
-                _add_rows(tables, index, results[names[key]], i, labels)
+        for key, scores in zip(estimates, results.values(), strict=True):
+            for row, target in enumerate(targets[group]):
+                index = dict(zip(KEY, (scheme, target, track.name, *key), strict=True))
+                _add_rows(tables, index, scores, row, labels)
     return tables
 
 
@@ -206,19 +200,14 @@ def cost(run: Run, store: Store) -> pd.DataFrame:
         audio_s = row["steps"] * settings.batch_size * settings.segment_s
         row["audio_s_per_s"] = audio_s / row["train_s"]
         network = load_model(folder).to(training_device(settings))
-        row["inference_rtf"] = real_time_factor(network, store)
-        rows.append(row)
+        rows.append(row | dict(inference_rtf=real_time_factor(network, store)))
     columns = "target model seed parameters train_s steps audio_s_per_s inference_rtf"
     return pd.DataFrame(rows, columns=[*columns.split(), "peak_memory_mb"])
 
 
-def real_time_factor(model: torch.nn.Module, store: Store, repeats: int = 3) -> float:
-    """Measure seconds of computing per second of audio on a validation track; best of `repeats`."""
+def real_time_factor(model: torch.nn.Module, store: Store) -> float:
+    """Measure seconds of computing per second of audio on a validation track; best of three."""
     track = max(store.split("valid"), key=lambda track: track.samples)
     mixture, _ = store.load(track, 0, min(track.samples, 30 * store.sample_rate))
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        separate(model, mixture, store.sample_rate)
-        times.append(time.perf_counter() - started)
-    return min(times) / (mixture.shape[1] / store.sample_rate)
+    call = partial(separate, model, mixture, store.sample_rate)
+    return min(timeit.repeat(call, number=1, repeat=3)) / (mixture.shape[1] / store.sample_rate)

@@ -5,7 +5,8 @@ Scores above 80 dB count as 80 dB: what is above is rounding noise. Taught in no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,57 +27,50 @@ def summarise(tracks: pd.DataFrame) -> pd.DataFrame:
     key = ["references", "target", "model"]
     for values, group in tracks.groupby(key, sort=False):
         for metric in TRACK_METRICS:
-            scores = scores_by_seed(group, metric)
+            scores = pivot_by_seed(group, values[-1], metric)
             row = dict(zip(key, values, strict=True)) | median_with_interval(scores)
             rows.append(row | dict(metric=metric, mean=scores.mean(axis=1).mean()))
     columns = [*key, "metric", "median", "mean", "ci_low", "ci_high", "tracks", "seeds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def compare(tracks: pd.DataFrame, pairs: Iterable[tuple[str, str]] = PAIRS) -> pd.DataFrame:
+def compare(tracks: pd.DataFrame, pairs: Sequence[tuple[str, str]] = PAIRS) -> pd.DataFrame:
     """Make the table `paired` of the table `tracks`: differences a - b of pairs of models (a, b).
 
     They are taken seed by seed and averaged on each track. The p-value is that of the Wilcoxon
     signed-rank test, corrected by Holm's method over the pairs of a target and metric.
     """
     rows = []
-    for target, of_target in tracks.groupby("target", sort=False):
-        for metric in TRACK_METRICS:
-            groups = of_target.groupby("model")
-            scores = {model: scores_by_seed(group, metric) for model, group in groups}
-            family = [
-                dict(target=target, a=a, b=b, metric=metric) | _difference(scores[a] - scores[b])
-                for a, b in pairs
-            ]
-            corrected = holm([row["p_wilcoxon"] for row in family])
-            rows += [row | dict(p_corrected=p) for row, p in zip(family, corrected, strict=True)]
+    for target, group in tracks.groupby("target", sort=False):
+        for metric, (a, b) in itertools.product(TRACK_METRICS, pairs):
+            differences = pivot_by_seed(group, a, metric) - pivot_by_seed(group, b, metric)
+            means = differences.mean(axis=1).dropna()
+            p_value = stats.wilcoxon(means)[1] if means.any() else np.nan
+            row = dict(target=target, a=a, b=b, metric=metric) | median_with_interval(differences)
+            rows.append(row | dict(median_difference=row["median"], p_wilcoxon=p_value))
     columns = "target a b metric median_difference ci_low ci_high p_wilcoxon p_corrected"
-    return pd.DataFrame(rows, columns=[*columns.split(), "tracks", "seeds"])
+    table = pd.DataFrame(rows, columns=[*columns.split(), "tracks", "seeds"])
+    family = table.groupby(["target", "metric"])["p_wilcoxon"]
+    return table.assign(p_corrected=family.transform(holm))
 
 
-def _difference(differences: pd.DataFrame) -> dict:
-    means = differences.mean(axis=1).dropna().to_numpy()
-    p_value = stats.wilcoxon(means)[1] if means.any() else np.nan
-    row = median_with_interval(differences)
-    return row | dict(median_difference=row["median"], p_wilcoxon=p_value)
-
-
-def scores_by_seed(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Pivot a metric to one row a track and one column a seed; drop tracks without a score."""
-    scores = rows.pivot(index="track", columns="seed", values=metric)
-    return scores.dropna(how="all").clip(upper=MAX_SCORE_DB)
+def pivot_by_seed(table: pd.DataFrame, model: str, value: str) -> pd.DataFrame:
+    """Arrange a column of a model in a row per track and a column per seed, at most 80 dB."""
+    rows = table[table["model"] == model]
+    wide = rows.pivot_table(index="track", columns="seed", values=value, dropna=False)
+    return wide.clip(upper=MAX_SCORE_DB)
 
 
 def median_with_interval(values: pd.DataFrame) -> dict:
-    """Compute median, ci_low, ci_high, tracks and seeds of a table from `scores_by_seed`."""
+    """Compute median, ci_low, ci_high, tracks and seeds of a table from `pivot_by_seed`."""
     values = values.dropna(how="all")
     low, high = median_interval(values.to_numpy())
     counts = dict(tracks=len(values), seeds=values.shape[1])
     return dict(median=values.mean(axis=1).median(), ci_low=low, ci_high=high) | counts
 
 
-def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Compute the confidence interval of the median over tracks; NaN for fewer than six tracks.
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """Compute the 95 % confidence interval of the median over tracks; NaN for fewer than 6 tracks.
 
     Values have the shape (tracks,) or (tracks, seeds). Seeds are averaged on each track. Over
     tracks it is the percentile bootstrap interval (B. Efron, "Bootstrap methods: another look at
@@ -89,7 +83,7 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float
         return np.nan, np.nan
     values = np.reshape(values, (len(values), -1))
     n_tracks, n_seeds = values.shape
-    means, tail = np.nanmean(values, axis=1), (1 - confidence) / 2
+    means, tail = np.nanmean(values, axis=1), (1 - 0.95) / 2
     drawn = np.random.default_rng(0).integers(n_tracks, size=(N_BOOTSTRAP, n_tracks))
     low, high = np.quantile(np.median(means[drawn], axis=1), [tail, 1 - tail])
     if n_seeds >= MIN_SEEDS:
@@ -101,15 +95,11 @@ def median_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float
     return float(low), float(high)
 
 
-def holm(p_values: list) -> list[float]:
+def holm(p_values: pd.Series) -> pd.Series:
     """Correct p-values by Holm's step-down method (Holm, 1979); NaN does not count."""
-    p = np.asarray(p_values, float)
-    corrected, largest = np.full(len(p), np.nan), 0.0
-    tested = [index for index in np.argsort(p) if np.isfinite(p[index])]
-    for rank, index in enumerate(tested):
-        largest = max(largest, min(1.0, p[index] * (len(tested) - rank)))
-        corrected[index] = largest
-    return corrected.tolist()
+    p = p_values.dropna().sort_values()
+    corrected = (p * np.arange(len(p), 0, -1)).clip(upper=1).cummax()
+    return corrected.reindex(p_values.index)
 
 
 def detectable_difference(row: pd.Series | Mapping, power: float = 0.8) -> float:
@@ -123,13 +113,13 @@ def detectable_difference(row: pd.Series | Mapping, power: float = 0.8) -> float
     return float((row["ci_high"] - row["ci_low"]) / 2 * (reach + stats.norm.ppf(power)) / reach)
 
 
-def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = None) -> str:
-    """Describe a row of the table `paired` in a sentence; `names` are those of a and b.
+def paired_sentence(row: pd.Series | Mapping) -> str:
+    """Describe a row of the table `paired` in a sentence.
 
     There is a difference if the interval excludes zero; the corrected test may disagree.
     """
-    names = names or MODEL_LETTERS
-    a, b, low, high = names[row["a"]], names[row["b"]], row["ci_low"], row["ci_high"]
+    a, b = MODEL_LETTERS[row["a"]], MODEL_LETTERS[row["b"]]
+    low, high, difference = row["ci_low"], row["ci_high"], row["median_difference"]
     metric, counts = row["metric"].replace("_", " "), format_counts(row)
     if np.isnan(low):
         return f"{a} and {b} in {metric}: no interval, {counts} (at least {MIN_TRACKS} tracks)."
@@ -139,15 +129,14 @@ def paired_sentence(row: pd.Series | Mapping, names: Mapping[str, str] | None = 
         doubt = "; the corrected Wilcoxon test finds a difference" if confirmed else ""
         return (
             f"No difference found between {a} and {b} {scope}: {a} - {b} is "
-            f"{row['median_difference']:+.2f} dB (95 % CI {low:+.2f} to {high:+.2f} dB, {counts}). "
+            f"{difference:+.2f} dB (95 % CI {low:+.2f} to {high:+.2f} dB, {counts}). "
             f"{detectable_difference(row):.2f} dB would be found with a probability of 80 %{doubt}."
         )
     if high < 0:
         a, b, low, high = b, a, -high, -low
     doubt = "" if confirmed else "; the corrected Wilcoxon test does not confirm it"
-    size = abs(row["median_difference"])
     interval = f"95 % CI {low:.2f} to {high:.2f} dB, {counts}"
-    return f"{a} is {size:.2f} dB better than {b} {scope} ({interval}){doubt}."
+    return f"{a} is {abs(difference):.2f} dB better than {b} {scope} ({interval}){doubt}."
 
 
 def format_counts(row: pd.Series | Mapping) -> str:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from mss_utils.analysis import CONDITIONS, pivot_by_seed, repetition_gains, whole_band_rows
+from mss_utils.analysis import CONDITIONS, repetition_gains, whole_band_rows
 from mss_utils.config import MODELS, WAVEFORM_MODELS
 from mss_utils.data import MIXTURE
-from mss_utils.evaluation.statistics import median_with_interval
+from mss_utils.evaluation.statistics import median_with_interval, pivot_by_seed
 from mss_utils.figures import style
 from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT_LABELS
 

@@ -8,6 +8,7 @@ import torchaudio
 from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
 from mss_utils.data import Store
+from mss_utils.evaluation.statistics import pivot_by_seed
 from mss_utils.figures import LABELS
 from mss_utils.listening.excerpts import find_track, read_versions, track_excerpt
 from mss_utils.models import load_model
@@ -83,7 +84,7 @@ def attacks(run: Run, store: Store, target: str, attack: pd.DataFrame) -> Demons
     """
     rows = attack[attack["target"] == target]
     rows = rows.assign(difference=rows["attack_sdr"] - rows["sustain_sdr"])
-    b1, a = (analysis.pivot_by_seed(rows, model, "difference") for model in ("demucs_lstm", "unet"))
+    b1, a = (pivot_by_seed(rows, model, "difference") for model in ("demucs_lstm", "unet"))
     name = _best_track((b1 - a).mean(axis=1))
     if name is None:
         return "", {}

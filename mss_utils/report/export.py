@@ -225,7 +225,7 @@ def score_again(own: Run, trained: Run, store: Store, models: list[str]) -> pd.D
     def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
         return {(name, 0): read_estimate(own, store, track, target, name)[None] for name in models}
 
-    return score(own.settings, store, estimates_of, n_cross_check=0)["tracks"]
+    return score(own.settings, store, estimates_of)["tracks"]
 
 
 def _differences(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterator[dict]:

@@ -42,22 +42,16 @@ def test_slow_attack_has_a_time_error():
     assert scores(bursts(), bursts())["attack_time_error_ms"] == 0
     error_ms = scores(bursts(0.002), bursts(0.032))["attack_time_error_ms"]
     assert error_ms == pytest.approx(0.8 * 30, abs=5)  # 10 % to 90 % of the rise
-
-
-def test_smeared_attack_gets_the_longest_time():
     tone = 0.2 * np.sin(2 * np.pi * 1000 * np.arange(10 * RATE) / RATE, dtype=np.float32)
-    smeared = bursts() + tone  # never below 10 % of a peak
+    smeared = bursts() + tone  # never below 10 % of a peak: the longest time
     assert 40 < scores(bursts(), smeared)["attack_time_error_ms"] < 60
-    some = bursts()
-    some[:, : 4 * RATE] = smeared[:, : 4 * RATE]  # less than half of the onsets
-    assert abs(scores(bursts(), some)["attack_time_error_ms"]) < 2
 
 
 def test_isolated_onsets():
     onsets = isolated_onsets(np.array([0.8, 0.01, 0.5, 0.6, 9.95]), RATE, 10 * RATE)
     assert (onsets / RATE).tolist() == [0.5, 0.8]  # others: near an end, 100 ms after another
     row = scores(bursts(), bursts(), onsets_s=np.array([]))
-    assert row["n_onsets"] == 0 and "no onset" in row["reason"] and np.isnan(row["attack_sdr"])
+    assert row["n_onsets"] == 0 and np.isnan(row["attack_sdr"])
 
 
 def test_mean_envelopes_are_relative_to_the_reference():
@@ -69,13 +63,7 @@ def test_mean_envelopes_are_relative_to_the_reference():
     assert not list(mean_envelopes(0 * bursts(), estimates, ONSETS_S, RATE))
 
 
-def test_built_in_songs_have_their_onsets(songs_store):
-    store, _ = songs_store
-    onsets_s = find_onsets(store, store.split("test")[0], "piano")
-    assert len(onsets_s) > 5 and (np.diff(onsets_s) >= 0).all()
-
-
-def test_onsets_are_detected_in_audio(tmp_path):
+def test_onsets_are_detected_in_audio_or_read_from_the_score(tmp_path, songs_store):
     rng = np.random.default_rng(0)
     for split in ("train", "valid", "test"):
         folder = tmp_path / split / "track"
@@ -86,3 +74,6 @@ def test_onsets_are_detected_in_audio(tmp_path):
     store = build_store(tmp_path, RATE, 1)
     onsets_s = find_onsets(store, store.split("test")[0], "piano")
     assert len(onsets_s) == len(ONSETS) and np.abs(onsets_s - ONSETS_S).max() < 0.03
+    songs, _ = songs_store
+    onsets_s = find_onsets(songs, songs.split("test")[0], "piano")
+    assert len(onsets_s) > 5 and (np.diff(onsets_s) >= 0).all()

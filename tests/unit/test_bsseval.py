@@ -55,31 +55,20 @@ def assert_equals_museval(museval, references, estimates, rate=RATE, window_s=1.
     return scores
 
 
-@pytest.mark.parametrize("n_stems, n_channels", [(2, 1), (2, 2), (4, 1)])
-def test_equals_museval(museval, n_stems, n_channels):
-    references = music(n_stems, n_channels, seconds=2.3)
-    scores = assert_equals_museval(museval, references, estimate(references))
-    assert scores["SDR"].shape == (n_stems, 2), "the last 0.3 seconds are not scored"
-    noise = np.random.default_rng(0).standard_normal((n_stems, RATE, n_channels))
-    assert_equals_museval(museval, noise, noise[::-1] + noise / 3)
-
-
-@pytest.mark.parametrize("window_s, hop_s", [(1.0, 0.5), (0.3, 0.7), (2.0, 2.0)])
-def test_equals_museval_for_other_frames(museval, window_s, hop_s):
-    references = music(2, 1, seconds=2.0)
-    assert_equals_museval(museval, references, estimate(references), RATE, window_s, hop_s)
-
-
-def test_short_track_is_one_frame(museval):
-    references = music(2, 2, seconds=0.3)
-    scores = assert_equals_museval(museval, references, estimate(references))
-    assert scores["SDR"].shape == (2, 1)
+@pytest.mark.parametrize(
+    "n_stems, n_channels, seconds, window_s, hop_s, n_frames",
+    [(4, 1, 2.3, 1.0, 1.0, 2), (2, 2, 0.3, 1.0, 1.0, 1), (2, 1, 2.0, 0.3, 0.7, 3)],
+)
+def test_equals_museval(museval, n_stems, n_channels, seconds, window_s, hop_s, n_frames):
+    references = music(n_stems, n_channels, seconds)
+    estimates = estimate(references)
+    scores = assert_equals_museval(museval, references, estimates, RATE, window_s, hop_s)
+    assert scores["SDR"].shape == (n_stems, n_frames), "the last 0.3 seconds are not scored"
 
 
 def test_equals_museval_for_mixture_and_perfect_estimate(museval):
     references = music(2, 1)
-    mixture = np.stack([references.sum(axis=0)] * 2)
-    for estimates in (mixture, mixture / 4, references):
+    for estimates in (np.stack([references.sum(axis=0) / 4] * 2), references):
         assert_equals_museval(museval, references, estimates)
 
 
@@ -116,76 +105,36 @@ def test_equals_museval_on_musdb(museval):
         assert_equals_museval(museval, references, estimate(references), track.rate)
 
 
-def test_museval_scorer_has_nan_where_museval_raises(museval):
+def test_museval_scorer_needs_ffmpeg_and_sound(museval, monkeypatch):
     references = music(2, 1)
-    estimates = estimate(references)
-    scores = MusevalScorer(references, RATE).score(estimates)
-    assert_equal_scores(scores, bss_eval(references, estimates, RATE))
-    estimates[1] = 0
-    scores = MusevalScorer(references, RATE).score(estimates)
+    scores = MusevalScorer(references, RATE).score(0 * references)
     assert scores["SAR"].shape == (2, 3) and np.isnan(scores["SAR"]).all()
-
-
-def test_museval_without_ffmpeg_is_an_error(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="needs ffmpeg: .*scorer=bss_eval"):
-        MusevalScorer(music(2, 1), RATE)
+        MusevalScorer(references, RATE)
 
 
-def test_quarter_of_the_mixture_has_an_isr_of_2_5_db():
-    references = np.random.default_rng(0).standard_normal((2, 3 * RATE, 1))
-    mixture = np.stack([references.sum(axis=0)] * 2)
-    scores = bss_eval(references, mixture / 4, RATE)
-    np.testing.assert_allclose(scores["ISR"], 20 * np.log10(4 / 3), atol=0.2)
-    assert (scores["SAR"] > 200).all(), "a mixture has interference and no artifacts"
-
-
-def test_perfect_estimate_has_an_infinite_sdr():
-    references = music(2, 1)
-    scores = bss_eval(references, references, RATE)
-    assert np.isposinf(scores["SDR"]).all()
-    assert all((scores[metric] > 200).all() for metric in METRICS)
-
-
-@pytest.mark.parametrize("pan", [[1.0, 1.0], [1.0, 0.5]])
-def test_proportional_channels_score_as_mono(pan):
+def test_proportional_channels_score_as_mono():
     references = music(2, 1)
     estimates = estimate(references)
     mono = bss_eval(references, estimates, RATE)
-    stereo = bss_eval(references * pan, estimates * pan, RATE)
+    stereo = bss_eval(references * [1.0, 0.5], estimates * [1.0, 0.5], RATE)
     for metric in METRICS:
         np.testing.assert_allclose(stereo[metric], mono[metric], atol=TOLERANCE_DB)
 
 
-def test_utterance_sdr():
-    reference = music(1, 2)[0]
-    assert utterance_sdr(reference, 0.9 * reference) == pytest.approx(20)
-    assert utterance_sdr(reference, np.zeros_like(reference)) == 0
-    assert utterance_sdr(reference, reference) == np.inf
-    assert np.isnan(utterance_sdr(np.zeros_like(reference), reference))
-
-
-def test_si_sdr():
+def test_scores_of_whole_tracks():
     reference, noise = np.random.default_rng(0).standard_normal((2, RATE, 2))
     noise -= np.sum(noise * reference) / np.sum(reference**2) * reference
     noise *= np.sqrt(np.sum(reference**2) / np.sum(noise**2))  # orthogonal, of the same energy
-    mixed = reference + 0.1 * noise
-    for scale in (1, -3):
-        assert si_sdr(reference, scale * mixed) == pytest.approx(20)
+    mixed, silence = reference + 0.1 * noise, np.zeros_like(reference)
+    assert utterance_sdr(reference, 0.9 * reference) == pytest.approx(20)
+    assert utterance_sdr(reference, silence) == 0
+    assert utterance_sdr(reference, reference) == si_sdr(reference, reference) == np.inf
+    assert [si_sdr(reference, scale * mixed) for scale in (1, -3)] == pytest.approx([20, 20])
     assert si_sdr(reference, noise) < -250 and si_sdr(reference, 0.3 * reference) > 250
-    assert si_sdr(reference, reference) == np.inf
-    assert np.isnan(si_sdr(np.zeros_like(reference), mixed))
-    assert np.isnan(si_sdr(reference, np.zeros_like(reference)))
-
-
-def test_track_scores_are_those_of_its_estimates():
-    references = music(2, 2)
-    estimates = {"a": estimate(references), "b": estimate(references, seed=2)}
-    results = score_track(references, estimates, RATE)
-    for name, signals in estimates.items():
-        assert_equal_scores(results[name], bss_eval(references, signals, RATE))
-        assert results[name]["utterance_SDR"][1] == utterance_sdr(references[1], signals[1])
-        assert not np.any(results[name]["silent"])
+    assert np.isnan([utterance_sdr(silence, mixed), si_sdr(silence, mixed)]).all()
+    assert np.isnan(si_sdr(reference, silence))
 
 
 def test_silent_stem_costs_the_others_nothing():
@@ -197,7 +146,6 @@ def test_silent_stem_costs_the_others_nothing():
     for metric in METRICS:
         np.testing.assert_array_equal(scores[metric][[0, 2]], alone[metric])
         assert np.isnan(scores[metric][1]).all()
-    assert np.isnan(scores["utterance_SDR"][1])
     assert scores["silent"][0].all(axis=1).tolist() == [False, True, False]
 
 
@@ -225,12 +173,10 @@ def test_wrong_arrays_are_errors():
     broken = references.copy()
     broken[0, :3] = np.nan
     for wrong_references, wrong_estimates, message in [
-        (references[..., 0], references, r"references have shape \(2, 8000\); expected \(stems"),
-        (references, references[..., 0], r"estimates have shape \(2, 8000\)"),
+        (references[..., 0], references, r"references have shape \(2, 8000\); expected \('stems"),
         (references[:0], references[:0], "none empty"),
         (references, references[:, :-1], r"estimates have shape \(2, 7999, 1\).*\(2, 8000, 1\)"),
         (references, broken, "estimates hold 3 NaN or infinite samples"),
-        (references * np.inf, references, "references hold 16000 NaN"),
     ]:
         with pytest.raises(ValueError, match=message):
             bss_eval(wrong_references, wrong_estimates, RATE)

@@ -20,13 +20,6 @@ def whole_band(reference, estimate):
     return phase_scores(reference, estimate, RATE, STFT_A)[0]
 
 
-def test_reference_has_no_phase_error():
-    for row in phase_scores(noise(), noise(), RATE, STFT_A):
-        assert row["phase_error_rad"] < 1e-6
-        assert row["sdr"] == row["sdr_true_phase"] == np.inf
-        assert row["sdr_true_magnitude"] > 60  # cosines of rounded angles
-
-
 def test_random_phase_error_is_half_pi():
     row = whole_band(noise(20, seed=1), noise(20, seed=2))
     assert row["phase_error_rad"] == pytest.approx(np.pi / 2, abs=0.03)
@@ -37,7 +30,7 @@ def test_phase_error_and_magnitude_error_are_separate():
     inverted, soft = whole_band(noise(), -noise()), whole_band(noise(), noise() / 2)
     assert inverted["phase_error_rad"] == pytest.approx(np.pi) and soft["phase_error_rad"] < 1e-6
     assert inverted["sdr"] == pytest.approx(-6.02, abs=0.01)
-    assert inverted["sdr_true_phase"] == np.inf
+    assert inverted["sdr_true_phase"] == np.inf and soft["sdr_true_magnitude"] > 60
     assert soft["sdr"] == pytest.approx(6.02, abs=0.01) == soft["sdr_true_phase"]
 
 
@@ -47,23 +40,20 @@ def test_error_is_measured_in_its_band():
     rows = phase_scores(sum(tones), tones[0] + tones[1] - tones[2], RATE, STFT_A)
     error = {row["band_low_hz"]: row["phase_error_rad"] for row in rows[1:]}
     assert error[2000] > 3.1 and error[250] < 0.05
-    edges = [(row["band_low_hz"], row["band_high_hz"]) for row in rows]
-    assert edges[:3] == [(0, 8000), (0, 250), (250, 500)] and edges[-1] == (4000, 8000)
+    assert (rows[0]["band_high_hz"], rows[-1]["band_low_hz"]) == (8000, 4000)
 
 
-def test_silence_has_a_reason():
+def test_silence_has_no_phase():
     row = whole_band(noise(), 0 * noise())
-    assert row["reason"] == "the estimate is silent here" and np.isnan(row["sdr_true_magnitude"])
+    assert np.isnan([row["phase_error_rad"], row["sdr_true_magnitude"]]).all() and row["sdr"] == 0
     row = whole_band(0 * noise(), noise())
-    assert row["reason"] == "the reference is silent here" and np.isnan(row["sdr"])
-    assert np.isnan(row["phase_error_rad"])
+    assert np.isnan([row["phase_error_rad"], row["sdr"]]).all()
 
 
 def test_interchannel_error():
     same, opposite = (np.concatenate([noise(), sign * noise()]) for sign in (1, -1))
     assert whole_band(opposite, opposite)["interchannel_error_rad"] < 1e-6
     assert whole_band(same, opposite)["interchannel_error_rad"] == pytest.approx(np.pi)
-    assert whole_band(same, same)["reason"] == ""
     assert np.isnan(whole_band(noise(), noise())["interchannel_error_rad"])
 
 

@@ -46,7 +46,7 @@ def test_conditions_differ_only_around_the_damage():
     assert level_db(truth[:, damage]) - level_db(burst) == pytest.approx(-10, abs=0.01)
 
 
-@pytest.mark.parametrize("samples", [2 * RATE, 2 * RATE + 1, 5 * RATE // 2, 7 * RATE])
+@pytest.mark.parametrize("samples", [2 * RATE + 1, 7 * RATE])
 def test_every_damaged_sample_has_a_clean_repeat(samples):
     mixture, truth, damage = loop(samples)["repeat"]
     inside = np.arange(damage.start, damage.stop)
@@ -60,17 +60,13 @@ def test_least_similar_stretch_is_found():
     target = np.sin(2 * np.pi * np.cumsum(hz) / RATE)[None].astype(np.float32)
     assert least_similar(target, 0, RATE, 1) == [4 * RATE]
     assert loop_starts(target, target, 2 * RATE) == [0, 2 * RATE, 4 * RATE, 6 * RATE]
-
-
-def test_short_or_silent_track_has_no_loop():
-    short = noise(2)
+    short = noise(2)  # no loop in a short or silent track
     assert loop_starts(short, short, RATE) == [] == loop_starts(noise(), 0 * noise(), RATE)
     assert make_loop(short, short, 0, RATE, 3 * RATE, RATE) == {}
 
 
 def test_lag_needs_two_repetitions_in_a_segment():
-    assert lags_s(4.0) == {1: True, 2: True, 4: False}
-    assert list(lags_s(17.0)) == [1, 2, 4, 8] and lags_s(1.9)[1] is False
+    assert lags_s(4.0) == {1: True, 2: True, 4: False} and list(lags_s(17.0)) == [1, 2, 4, 8]
 
 
 def test_find_loops(songs_store, tmp_path):

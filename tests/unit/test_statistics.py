@@ -49,9 +49,8 @@ def test_sentences_of_paired_differences():
     scope = "in SDR for these trained weights"
     counts = "8 tracks, 1 seed)."
     better = paired_sentence(rows.iloc[0])
-    assert (
-        better.startswith(f"B1 is 0.60 dB better than A {scope} (95 % CI 0.") and counts in better
-    )
+    assert better.startswith(f"B1 is 0.60 dB better than A {scope} (95 % CI 0.")
+    assert better.endswith(counts)
     assert paired_sentence(rows.iloc[1]) == (
         f"No difference found between B2 and A {scope}: B2 - A is +0.00 dB (95 % CI +0.00 to "
         f"+0.00 dB, {counts} 0.00 dB would be found with a probability of 80 %."
@@ -59,8 +58,6 @@ def test_sentences_of_paired_differences():
     assert paired_sentence(rows.iloc[2]).startswith("B1 is 0.60 dB better than B2")
     doubtful = paired_sentence(dict(rows.iloc[0]) | dict(p_corrected=0.07))
     assert doubtful.endswith("; the corrected Wilcoxon test does not confirm it.")
-    other = paired_sentence(rows.iloc[0], dict(demucs_lstm="with", unet="without"))
-    assert other.startswith("with is 0.60 dB better than without")
     three = paired_sentence(sdr_rows(compare(track_table(DIFFERENCES, seeds=3))).iloc[0])
     assert "trained weights" not in three and "3 seeds" in three
     one = paired_sentence(sdr_rows(compare(track_table([0.5]))).iloc[0])
@@ -77,32 +74,31 @@ def test_summary_of_known_numbers():
     assert (sdr_rows(compare(tracks))["median_difference"] == 0).all()
 
 
-@pytest.mark.parametrize("n_seeds, seed_sd", [(1, 0.0), (3, 0.1), (3, 3.0)])
+@pytest.mark.parametrize("n_seeds, seed_sd", [(1, 0.0), (3, 3.0)])
 def test_interval_covers_the_median_as_stated(n_seeds, seed_sd):
     rng, covered = np.random.default_rng(1), []
-    for _ in range(150):
+    for _ in range(100):
         seeds = seed_sd * rng.standard_normal((1, n_seeds))
         low, high = median_interval(rng.standard_normal((25, 1)) + seeds)
         covered.append(low <= 0 <= high)
     assert 0.88 < np.mean(covered) <= 1
-    assert all(math.isnan(limit) for limit in median_interval(np.arange(5.0)))
+    assert np.isnan(median_interval(np.arange(5.0))).all()
 
 
 def test_seeds_are_not_tracks_but_widen_the_interval():
-    def width(values):
-        low, high = median_interval(values)
-        return high - low
-
     rng = np.random.default_rng(0)
     tracks, seeds = rng.standard_normal((30, 1)), 3 * rng.standard_normal((1, 3))
-    assert width(np.tile(tracks, 3)) == pytest.approx(width(tracks))
-    assert width(tracks + seeds) > 2 * width(tracks)
-    assert width((tracks + seeds)[:, :2]) == pytest.approx(width(tracks)), "too few for a margin"
+    width = np.ptp(median_interval(tracks))
+    assert np.ptp(median_interval(np.tile(tracks, 3))) == pytest.approx(width)
+    assert np.ptp(median_interval(tracks + seeds)) > 2 * width
+    two_seeds = (tracks + seeds)[:, :2]  # too few for a margin
+    assert np.ptp(median_interval(two_seeds)) == pytest.approx(width)
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, math.nan, 0.9])[0] == 1.0 and math.isnan(holm([0.5, math.nan, 0.9])[1])
+    p_values = pd.Series([0.01, 0.04, math.nan, 0.03, 0.9])
+    expected = [0.04, 0.09, math.nan, 0.09, 0.9]
+    assert holm(p_values).tolist() == pytest.approx(expected, nan_ok=True)
 
 
 def test_detectable_difference_by_hand():

@@ -36,7 +36,7 @@ def run_with(run, **changes):
 
 
 def tracks_of(store, settings):
-    return studies.score(settings, store, partial(all_estimates, store), n_cross_check=0)["tracks"]
+    return studies.score(settings, store, partial(all_estimates, store))["tracks"]
 
 
 @pytest.mark.parametrize("on", [True, False])
