@@ -1,16 +1,14 @@
 """Settings of one run: profiles, validation, and the folders of a run.
 
-A *profile* is a named set of values on top of the defaults below. A *run* is a folder
-`results/<run>/` whose `settings.json` holds every value; once written, it takes precedence over the
-defaults, and an argument that contradicts it is an error. Taught in notebook 01.
+A *profile* is a set of values on top of the defaults. A *run* is a folder `results/<run>/`, whose
+`settings.json` holds every value and takes precedence over the defaults. Taught in notebook 01.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +23,10 @@ MODELS = tuple(MODEL_LETTERS)
 ModelName = Literal["unet", "demucs_lstm", "demucs_attention"]
 WAVEFORM_MODELS = MODELS[1:]
 SPLITS = ("train", "valid", "test")
+SAMPLE_RATES = (16000, 22050, 44100)
 RESERVED_NAMES = ("all", "mixture", "residual")  # not allowed as stem names
+RENAMED = {"referee_tracks": "cross_check_tracks", "unet_tall_channels": "unet_full_band_channels"}
+Changes = str | Iterable[str]  # key=value, separated by spaces in one string
 
 
 def is_valid_stem_name(name: object) -> bool:
@@ -38,11 +39,6 @@ def _parse_list(value: Any) -> Any:
     return tuple(value.split(",") if value else ()) if isinstance(value, str) else value
 
 
-def _parse_int(value: Any) -> Any:
-    """`22050` on the command line is a number."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
 def _parse_groups(value: Any) -> Any:
     """`synth+fx->other,kick+snare->drums` on the command line: stems added under a new name."""
     if not isinstance(value, str):
@@ -51,30 +47,29 @@ def _parse_groups(value: Any) -> Any:
     for text in filter(None, value.split(",")):
         members, _, group = (part.strip() for part in text.partition("->"))
         stems = tuple(stem.strip() for stem in members.split("+"))
-        if not (group and all(stems)):
-            raise ValueError(f"a group is written stem+stem->name, not {text!r}")
-        if not is_valid_stem_name(group):
-            raise ValueError(f"a group becomes a stem and cannot be called {_short(group)}")
+        if not (all(stems) and is_valid_stem_name(group)):
+            raise ValueError(f"a group is written stem+stem->name, a valid name, not {text!r}")
         groups[group] = stems
     return groups
 
 
-class Settings(BaseModel):
-    """Every value that shapes a run. Times end in `_s`, levels in `_db`.
+Stride = Annotated[int, Field(ge=2, le=1024, multiple_of=2)]
+CommaSeparated = BeforeValidator(_parse_list)
 
-    The upper limits are far beyond practical values: they catch typing errors.
-    """
+
+class Settings(BaseModel):
+    """Every value that shapes a run (times: `_s`, levels: `_db`). Limits catch typing errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    profile: str = "demo"
+    profile: Literal["smoke", "demo", "musdb7", "musdb18"] = "demo"
     data: str | None = None  # dataset root; empty: the profile's own dataset
     target: str = "piano"  # stem to extract, several separated by commas, or 'all'
     seeds: int = Field(1, ge=1, le=100)  # trainings of each model
 
     # data
-    sample_rate: Annotated[Literal[16000, 22050, 44100], BeforeValidator(_parse_int)] = 16000
-    channels: Annotated[Literal[1, 2], BeforeValidator(_parse_int)] = 1
+    sample_rate: int = Field(16000, ge=1, le=10**6)  # 16000, 22050 or 44100
+    channels: int = Field(1, ge=1, le=2)
     groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_parse_groups)] = {}
     n_train_songs: int = Field(100, ge=1, le=100_000)  # built-in songs only, as the next four
     n_valid_songs: int = Field(12, ge=1, le=100_000)
@@ -106,9 +101,7 @@ class Settings(BaseModel):
     unet_full_band_channels: int = Field(256, ge=1, le=16_384)
     demucs_channels: int = Field(256, ge=2, le=16_384)  # filters; doubles from layer to layer
     demucs_max_channels: int = Field(256, ge=1, le=16_384)  # up to the width of the bottleneck
-    demucs_strides: Annotated[tuple[int, ...], BeforeValidator(_parse_list)] = Field(
-        (64, 4, 4), min_length=1
-    )
+    demucs_strides: Annotated[tuple[Stride, ...], CommaSeparated] = Field((64, 4, 4), min_length=1)
     attention_heads: int = Field(8, ge=1)
 
     # training
@@ -129,36 +122,33 @@ class Settings(BaseModel):
     # evaluation, analysis, listening
     scorer: Literal["bss_eval", "museval"] = "bss_eval"  # museval: same scores, many times slower
     cross_check_tracks: int = Field(2, ge=0, le=10_000)  # test tracks scored by both programs
-    ablations: Annotated[tuple[ModelName, ...], BeforeValidator(_parse_list)] = ()
+    ablations: Annotated[tuple[ModelName, ...], CommaSeparated] = ()
     data_study: bool = False  # train B1 and B2 with 10 and 30 % of the training tracks too
     excerpt_s: float = Field(10.0, ge=0.1, le=600)  # length of the excerpts in the players
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, values: Any) -> Any:
+        """Give stored settings their present names."""
+        is_dict = isinstance(values, dict)
+        return {RENAMED.get(key, key): values[key] for key in values} if is_dict else values
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Settings:
         """Refuse settings with which no model can be built or trained."""
-        if self.profile not in PROFILES:
-            raise ValueError(f"Unknown profile {self.profile!r}; there are: {', '.join(PROFILES)}")
-        strides, divisor = self.demucs_strides, 2 ** (self.unet_depth + 1)
-        width = min(self.demucs_channels * 2 ** (len(strides) - 1), self.demucs_max_channels)
+        filters, max_filters = self.demucs_channels, self.demucs_max_channels
+        strides, heads = self.demucs_strides, self.attention_heads
+        width = min(filters * 2 ** (len(strides) - 1), max_filters)
+        pairs, divisor, step = 2 * self.channels, 2 ** (self.unet_depth + 1), math.prod(strides)
         errors = {
+            f"sample_rate is none of {SAMPLE_RATES}": self.sample_rate not in SAMPLE_RATES,
             "song_min_s is above song_max_s": self.song_min_s > self.song_max_s,
             "hop is above half of n_fft": self.hop > self.n_fft // 2,
             f"n_fft is no multiple of {divisor} (2 ** (unet_depth + 1))": self.n_fft % divisor,
-            "demucs_strides are not all even numbers from 2 to 1024": any(
-                stride % 2 or not 2 <= stride <= 1024 for stride in strides
-            ),
-            f"demucs_channels is no multiple of {2 * self.channels} (sine and cosine)": (
-                self.demucs_channels % (2 * self.channels)
-            ),
-            "demucs_max_channels is below demucs_channels": (
-                self.demucs_max_channels < self.demucs_channels
-            ),
-            f"attention_heads does not divide {width}, the width of the bottleneck": (
-                width % self.attention_heads
-            ),
-            f"segment_s={self.segment_s:g} is shorter than one step of the bottleneck": (
-                self.segment < math.prod(strides)
-            ),
+            f"demucs_channels is no multiple of {pairs} (sine and cosine)": filters % pairs,
+            "demucs_max_channels is below demucs_channels": max_filters < filters,
+            f"attention_heads does not divide {width}, the width of the bottleneck": width % heads,
+            "segment_s is shorter than one step of the bottleneck": self.segment < step,
         }
         for message, is_wrong in errors.items():
             if is_wrong:
@@ -171,41 +161,27 @@ class Settings(BaseModel):
         return round(self.segment_s * self.sample_rate)
 
 
-RENAMED_SETTINGS = {
-    "referee_tracks": "cross_check_tracks",
-    "unet_tall_channels": "unet_full_band_channels",
-}
-
-
-def upgrade_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Return stored settings with the present names of renamed settings."""
-    return {RENAMED_SETTINGS.get(name, name): value for name, value in values.items()}
-
-
 # What each profile changes: `smoke` is for tests, `demo` for two CPU cores, `musdb7` for the
 # 7-second excerpts, `musdb18` for the full dataset on a GPU.
-# fmt: off
-PROFILES: dict[str, dict[str, Any]] = {
-    "smoke": dict(
-        n_train_songs=3, n_valid_songs=1, n_test_songs=3, song_min_s=8.0, song_max_s=12.0,
-        segment_s=2.0, batch_size=2, stage2_step=3, stage3_step=6, unet_channels=4, unet_depth=3,
-        unet_full_band_channels=16, demucs_channels=16, demucs_max_channels=16, attention_heads=2,
-        steps=12, warmup_steps=2, valid_every=6, valid_s=5.0, excerpt_s=3.0, ablations=("unet",),
-        cross_check_tracks=1, data_study=True,
+PROFILES = {
+    "smoke": (
+        "n_train_songs=3 n_valid_songs=1 n_test_songs=3 song_min_s=8 song_max_s=12 segment_s=2 "
+        "batch_size=2 stage2_step=3 stage3_step=6 unet_channels=4 unet_depth=3 "
+        "unet_full_band_channels=16 demucs_channels=16 demucs_max_channels=16 attention_heads=2 "
+        "steps=12 warmup_steps=2 valid_every=6 valid_s=5 excerpt_s=3 ablations=unet "
+        "cross_check_tracks=1 data_study=true"
     ),
-    "demo": dict(),
-    "musdb7": dict(
-        target="vocals", speed_semitones=2, unet_full_band_channels=64, steps=4000,
-        ema_decay=0.998, valid_s=7.0, excerpt_s=6.0,
+    "demo": "",
+    "musdb7": (
+        "target=vocals speed_semitones=2 unet_full_band_channels=64 steps=4000 ema_decay=0.998 "
+        "valid_s=7 excerpt_s=6"
     ),
-    "musdb18": dict(
-        target="vocals", sample_rate=22050, channels=2, segment_s=6.0, batch_size=16,
-        unet_channels=32, unet_full_band_channels=512, demucs_channels=512,
-        demucs_max_channels=768, steps=60000, stage2_step=2000, stage3_step=6000,
-        warmup_steps=1000, valid_every=2000, valid_s=60.0,
+    "musdb18": (
+        "target=vocals sample_rate=22050 channels=2 segment_s=6 batch_size=16 unet_channels=32 "
+        "unet_full_band_channels=512 demucs_channels=512 demucs_max_channels=768 steps=60000 "
+        "stage2_step=2000 stage3_step=6000 warmup_steps=1000 valid_every=2000 valid_s=60"
     ),
 }
-# fmt: on
 
 
 @dataclass(frozen=True)
@@ -234,17 +210,9 @@ class Run:
         """Return the path of a table."""
         return self.folder / "tables" / f"{name}.csv"
 
-    def figure(self, name: str) -> Path:
-        """Return the path of a figure; `name` has its suffix."""
-        return self.folder / "figures" / name
-
-    def audio(self, track: str, target: str) -> Path:
-        """Return the folder of the excerpts of a track."""
-        return self.folder / "audio" / safe_name(track) / target
-
 
 def resolve_settings(
-    profile: str = "demo", data: str = "", target: str = "", overrides: str | Iterable[str] = ()
+    profile: str = "demo", data: str = "", target: str = "", overrides: Changes = ()
 ) -> Settings:
     """Return the profile's settings with the arguments on top; empty arguments change nothing.
 
@@ -258,18 +226,16 @@ def resolve_settings(
     ValueError
         Unknown profile, setting or value.
     """
+    profile = profile or "demo"
     if profile not in PROFILES:
         raise ValueError(f"Unknown profile {profile!r}; there are: {', '.join(PROFILES)}.")
-    changes = _parse_arguments(data, target, overrides)
-    return _validate({"profile": profile, **PROFILES[profile], **changes}, f"profile {profile}")
+    values = {"profile": profile} | _parse_arguments(PROFILES[profile])
+    values |= _parse_arguments(overrides, data, target)
+    return _validate(Settings.model_validate, values, f"profile {profile}")
 
 
 def create_or_load_run(
-    profile: str = "demo",
-    run: str = "",
-    data: str = "",
-    target: str = "",
-    overrides: str | Iterable[str] = (),
+    profile: str = "demo", run: str = "", data: str = "", target: str = "", overrides: Changes = ()
 ) -> Run:
     """Return the run of that name (default: the profile's), with its stored settings if it exists.
 
@@ -278,20 +244,25 @@ def create_or_load_run(
     Raises
     ------
     ValueError
-        As `resolve_settings`; an argument contradicts the stored settings; the name is that of a
-        collection.
+        As `resolve_settings`; an argument contradicts the stored settings; a collection's name.
     """
     settings = resolve_settings(profile, data, target, overrides)
-    name = run or profile
+    name = run or settings.profile
     folder = _run_folder(name)
     if runs := collection_runs(name):
         names = ", ".join(run.name for run in runs)
         raise ValueError(f"{name!r} is a collection ({names}): choose one of its runs.")
-    if (folder / "settings.json").exists():
-        changes = {"profile": profile, **_parse_arguments(data, target, overrides)}
-        settings = _load_settings(folder / "settings.json")
-        _check_contradiction(settings, changes, folder)
-    return Run(name, settings, folder)
+    if not (folder / "settings.json").exists():
+        return Run(name, settings, folder)
+    stored = load_run(name)
+    for key in ("profile", *_parse_arguments(overrides, data, target)):
+        old, new = getattr(stored.settings, key), getattr(settings, key)
+        if old != new:
+            raise ValueError(
+                f"Run {name!r} was made with {key}={old!r}, this call asks for {new!r}: "
+                f"leave {key} out, choose another run name, or delete {folder}."
+            )
+    return stored
 
 
 def load_run(name: str) -> Run:
@@ -302,26 +273,20 @@ def load_run(name: str) -> Run:
     FileNotFoundError
         There is no such run; the message lists the runs and collections there are.
     """
-    folder = _run_folder(name)
-    if not (folder / "settings.json").is_file():
+    path = _run_folder(name) / "settings.json"
+    if not path.is_file():
         root = results_folder()
-        paths = [*root.glob("*/settings.json"), *root.glob("*/*/settings.json")]
-        names = sorted({path.relative_to(root).parts[0] for path in paths})
-        raise FileNotFoundError(
-            f"No run {name!r} under {root}; there are: {', '.join(names) or 'none'}."
-        )
-    return Run(name, _load_settings(folder / "settings.json"), folder)
+        names = ", ".join(sorted(other.name for other in root.glob("[!.]*/"))) or "none"
+        raise FileNotFoundError(f"No run {name!r} under {root}; there are: {names}.")
+    settings = _validate(Settings.model_validate_json, path.read_bytes(), str(path))
+    return Run(name, settings, path.parent)
 
 
 def collection_runs(name: str) -> list[Run]:
     """Return the runs of a collection: a folder of runs that has no settings itself; else none."""
-    folder = _run_folder(name) if name else results_folder()
-    if not name or (folder / "settings.json").exists():
-        return []
-    return [
-        Run(f"{name}/{path.parent.name}", _load_settings(path), path.parent)
-        for path in sorted(folder.glob("*/settings.json"))
-    ]
+    folder = _run_folder(name)
+    is_run, paths = (folder / "settings.json").exists(), sorted(folder.glob("*/settings.json"))
+    return [] if is_run else [load_run(f"{name}/{path.parent.name}") for path in paths]
 
 
 def results_folder() -> Path:
@@ -341,63 +306,31 @@ def expand_path(path: str | Path) -> Path:
 
 def _run_folder(name: str) -> Path:
     if any(safe_name(part) != part for part in name.split("/")):
-        raise ValueError(f"A run name has letters, digits, '.', '_' and '-', not {_short(name)}.")
+        raise ValueError(f"A run name has letters, digits, '.', '_' and '-', not {name!r:.80}.")
     return results_folder() / name
 
 
-def _parse_arguments(data: str, target: str, overrides: str | Iterable[str]) -> dict[str, str]:
+def _parse_arguments(overrides: Changes, data: str = "", target: str = "") -> dict:
     values = {}
     for item in overrides.split() if isinstance(overrides, str) else overrides:
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"A setting is given as key=value, not {item!r}.")
-        values[key] = value
-    if data:
-        values["data"] = data
-    if target:
-        values["target"] = target
-    return values
+        values[RENAMED.get(key, key)] = value
+    arguments = dict(data=data, target=target)
+    return values | {key: value for key, value in arguments.items() if value}
 
 
-def _validate(values: dict, source: str) -> Settings:
+def _validate(validate: Callable[[Any], Settings], values: Any, source: str) -> Settings:
     """Return checked settings; the first of pydantic's errors becomes one sentence."""
-    for key in values:
-        if key not in Settings.model_fields:
-            known = ", ".join(Settings.model_fields)
-            raise ValueError(f"Unknown setting {_short(key)}; there are: {known}.")
     try:
-        return Settings.model_validate(values)
+        return validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        subject = f"The settings of {source} do not fit together"
-        if first["loc"]:
-            subject = f"Setting {first['loc'][0]!r} of {source} is {_short(first['input'])}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{subject}: {message}.") from None
-
-
-def _load_settings(path: Path) -> Settings:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: fix it, or choose another run name.")
-    return _validate(upgrade_settings(values), str(path))
-
-
-def _check_contradiction(stored: Settings, changes: dict, folder: Path) -> None:
-    wanted = _validate(stored.model_dump() | changes, "this call")
-    for key in changes:
-        old, new = getattr(stored, key), getattr(wanted, key)
-        if old != new:
-            raise ValueError(
-                f"Run {folder.name!r} was made with {key}={old!r}, this call asks for {new!r}: "
-                f"leave {key} out, choose another run name, or delete {folder}."
-            )
-
-
-def _short(value: object) -> str:
-    """Show a value in an error, at most 80 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+        name, message = first["loc"][:1], first["msg"].removeprefix("Value error, ")
+        text = f"The settings of {source} do not fit together: {message}"
+        if name:
+            text = f"Setting {name[0]!r:.80} of {source} is {first['input']!r:.80}: {message}"
+        if first["type"] == "extra_forbidden":
+            text = f"Unknown setting {name[0]!r:.80}; there are: {', '.join(Settings.model_fields)}"
+        raise ValueError(f"{text}.") from None

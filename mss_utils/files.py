@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 
@@ -44,15 +43,12 @@ def friendly_disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         refused = Path(error.filename or path)
         about_path = path == refused or refused in path.parents or ".part-" in str(refused)
-        if error.errno in NO_SPACE:
-            problem, remedy = "No space left to write", "Free disk space"
-        elif error.errno in NOT_WRITABLE and about_path:
-            problem, remedy = "Cannot write", "Make the folder writable"
-        else:
+        if error.errno not in NO_SPACE and not (error.errno in NOT_WRITABLE and about_path):
             raise
+        problem = "No space left to write" if error.errno in NO_SPACE else "Cannot write"
         raise OSError(
-            f"{problem} {path}. Existing results are kept. {remedy} or set MSS_RESULTS, MSS_CACHE "
-            "or --out, then run the same command again."
+            f"{problem} {path}. Existing results are kept. Free disk space, or set MSS_RESULTS, "
+            "MSS_CACHE or --out to a writable folder, then run the same command again."
         ) from None
 
 
@@ -80,11 +76,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     """Give a new folder inside `parent`, on the same disk, and remove it at the end."""
     with friendly_disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".part-", dir=parent))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with TemporaryDirectory(prefix=".part-", dir=parent, ignore_cleanup_errors=True) as folder:
+            yield Path(folder)
 
 
 @contextmanager
@@ -94,11 +87,9 @@ def file_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
+            acquired = lock.acquire(timeout=0)
         except Timeout:
             print(f"Another process is working in {folder}; waiting.", file=sys.stderr, flush=True)
-            lock.acquire()
-    try:
+            acquired = lock.acquire()
+    with acquired:
         yield
-    finally:
-        lock.release()

@@ -130,8 +130,8 @@ def little_run(folder: Path, monkeypatch):
     notebooks = folder / "notebooks"
     notebooks.mkdir()
     monkeypatch.setattr(pipeline, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(pipeline, "STAGES", {"one": (), "two": ("one",)})
-    monkeypatch.setattr(pipeline, "PRODUCTS", {"one": ("one.txt",), "two": ()})
+    stages = {"one": ((), ("one.txt",)), "two": (("one",), ())}
+    monkeypatch.setattr(pipeline, "STAGES", stages)
     monkeypatch.setattr(pipeline, "build_report", lambda run: None)
     monkeypatch.setattr(pipeline, "open_store", lambda settings: None)
     monkeypatch.setenv("MSS_RESULTS", str(folder / "results"))

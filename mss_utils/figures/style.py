@@ -86,7 +86,7 @@ def save_vector(axes: Axes | np.ndarray, run: Run, name: str) -> None:
 
 
 def _save(fig: Figure, run: Run, name: str, suffix: str) -> Path:
-    path = run.figure(f"{safe_name(name)}.{suffix}")
+    path = run.folder / "figures" / f"{safe_name(name)}.{suffix}"
     metadata = {"Date": None} if suffix == "svg" else None  # else every save would differ
     with atomic_write(path) as part:
         fig.savefig(part, format=suffix, dpi=200, metadata=metadata)

@@ -12,7 +12,7 @@ from mss_utils.config import MODELS, Run
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation.bsseval import score_track, utterance_sdr
 from mss_utils.figures import SHOWN_METRICS
-from mss_utils.files import atomic_write
+from mss_utils.files import atomic_write, safe_name
 from mss_utils.listening.player import Scores, Versions, common_gain, encode_mp3, players
 from mss_utils.separation import read_estimate, separate
 
@@ -149,8 +149,9 @@ def excerpts(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> dict[
     by_track = {}
     for name in dict.fromkeys(chosen.values()):
         by_track[name] = excerpt = scored_excerpt(run, store, target, name)
+        folder = run.folder / "audio" / safe_name(name) / target
         for version, audio in excerpt.versions.items():
-            with atomic_write(run.audio(name, target) / f"{version}.mp3") as part:
+            with atomic_write(folder / f"{version}.mp3") as part:
                 part.write_bytes(encode_mp3(audio, store.sample_rate))
     return {rule: by_track[name] for rule, name in chosen.items()}
 

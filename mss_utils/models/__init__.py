@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mss_utils.config import MODELS, Settings, is_valid_stem_name, upgrade_settings
+from mss_utils.config import MODELS, Settings, is_valid_stem_name
 from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
 from mss_utils.models.unet import UNet
 
@@ -98,7 +98,7 @@ def _read_description(path: Path) -> tuple[torch.nn.Module, Settings, str]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         name, target = description["model"], description["target"]
-        settings = Settings.model_validate(upgrade_settings(description["settings"]))
+        settings = Settings.model_validate(description["settings"])
         if not is_valid_stem_name(target):
             raise ValueError(f"invalid target {target!r}")
         return build_model(name, settings), settings, target

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from safetensors.torch import save
 
-from mss_utils.config import Settings, upgrade_settings
+from mss_utils.config import Settings
 from mss_utils.files import atomic_write, write_text
 
 # Settings that do not change the trained weights: other values need no new training.
@@ -36,9 +36,8 @@ def is_trained(folder: Path, identity: dict) -> bool:
 
 def _fingerprint(identity: dict) -> dict:
     """Return the part of an identity that the weights depend on."""
-    defaults = Settings.model_validate({}).model_dump(mode="json")  # for settings added later
-    settings = defaults | upgrade_settings(identity["settings"])
-    settings = {key: value for key, value in settings.items() if key not in NO_EFFECT_ON_WEIGHTS}
+    settings = Settings.model_validate(identity["settings"])  # adds settings of newer versions
+    settings = settings.model_dump(mode="json", exclude=NO_EFFECT_ON_WEIGHTS)
     names = ("model", "target", "seed", "data")
     return {name: identity[name] for name in names} | {"settings": settings}
 

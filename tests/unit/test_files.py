@@ -9,7 +9,6 @@ from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder
 
 def test_safe_name():
     assert safe_name("../a/b:c") == "_a_b_c"
-    assert safe_name("Al James - Schoolboy Facination") == "Al James - Schoolboy Facination"
     assert safe_name("...") == "_"
     assert len(safe_name("日本語" * 40).encode()) <= 120
 
@@ -35,17 +34,12 @@ def test_file_lock_lets_one_thread_in(tmp_path, capsys):
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
-    write_text(tmp_path / "a" / "b.txt", "whole")
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a" / "b.txt") as part:
+    (tmp_path / ".part-b.txt").write_text("of a killed process")
+    write_text(tmp_path / "b.txt", "whole")
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "b.txt") as part:
         part.write_text("half")
         raise ZeroDivisionError
-    assert (tmp_path / "a" / "b.txt").read_text() == "whole"
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.txt"]
-
-
-def test_stale_part_is_overwritten(tmp_path):
-    (tmp_path / ".part-b.txt").write_text("of a killed process")
-    write_text(tmp_path / "b.txt", "new")
+    assert (tmp_path / "b.txt").read_text() == "whole"
     assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
 
 
