@@ -21,7 +21,6 @@ from mss_utils.evaluation.bsseval import museval_is_available
 from mss_utils.files import file_lock
 from mss_utils.training import train
 
-MSS_UTILS = (sys.executable, "-m", "mss_utils")
 STEMS = ("bass", "drums", "piano", "vocals")
 SMALL = "segment_s=0.5 valid_s=2 steps=6 valid_every=3 excerpt_s=1"  # trains in a second
 
@@ -100,8 +99,15 @@ def small_run(small_settings, tmp_path, monkeypatch):
 def command(*arguments, **environment):
     """Run `python -m mss_utils ...` as a user does."""
     variables = os.environ | environment
-    call = [*MSS_UTILS, *arguments]
+    call = [sys.executable, "-m", "mss_utils", *arguments]
     return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=variables)
+
+
+def start(*arguments, **environment):
+    """`python -m ...` in the background."""
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    variables = os.environ | environment
+    return subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, env=variables, **pipes)
 
 
 @pytest.fixture(scope="session")

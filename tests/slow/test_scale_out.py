@@ -1,33 +1,17 @@
 """Several processes and machines, simulated on one machine: the commands of docs/scale_out.md."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
-from conftest import SMALL
+import torch
+from conftest import start
 
-from mss_utils.config import MODELS, ROOT, create_or_load_run
+from mss_utils.config import load_run
 from mss_utils.data import open_store
 from mss_utils.evaluation import evaluate
-from mss_utils.separation import write_estimates
-from mss_utils.training import train
-
-
-def start(*command, **environment):
-    """`python -m ...` in the background."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.fixture
@@ -49,15 +33,11 @@ def cluster(tmp_path):
         process.wait()
 
 
-def test_dask_workers_make_the_same_tables(cluster, small_settings, tmp_path, monkeypatch):
+def test_dask_workers_make_the_same_tables(cluster, smoke_run, monkeypatch):
     from dask.distributed import Client
 
-    monkeypatch.setenv("MSS_RESULTS", str(tmp_path / "results"))
-    run = create_or_load_run("smoke", "small", small_settings.data, "piano", f"{SMALL} ablations=")
+    run = load_run("smoke")
     store = open_store(run.settings)
-    for model in MODELS:
-        train(run, store, "piano", model)
-    write_estimates(run, store)
     local = evaluate(run, store)
     monkeypatch.setenv("MSS_DASK", str(cluster))
     with Client(scheduler_file=str(cluster)) as client:
@@ -69,19 +49,31 @@ def test_dask_workers_make_the_same_tables(cluster, small_settings, tmp_path, mo
         pd.testing.assert_frame_equal(local[name], remote[name], check_exact=True)
 
 
-def test_torchrun_on_two_machines_trains_one_model(small_settings, tmp_path):
+def first_moments(folder, n_processes):
+    """Adam's first moments after one step: the clipped gradients times 0.1."""
+    model = folder / "smoke" / "models" / "piano" / "demucs_attention" / "seed0"
+    assert json.loads((model / "model.json").read_text())["processes"] == n_processes
+    parts = torch.load(model / "last.ckpt", weights_only=True)["parts"]
+    return [value["exp_avg"] for value in parts["optimizer"]["state"].values()]
+
+
+def test_two_processes_have_the_gradients_of_one(small_settings, tmp_path):
+    """The setting `devices`, and torchrun on two machines."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
-    line = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *rendezvous]
-    line += ["-m", "--", "mss_utils", "train", "--profile", "smoke", "--run", "two"]
-    line += ["--data", small_settings.data, "--target", "piano", "--set", *SMALL.split()]
-    machines = [start(*line, MSS_RESULTS=str(tmp_path)) for _ in range(2)]
-    for machine in machines:
-        _, error = machine.communicate(timeout=300)
-        assert machine.returncode == 0, error[-3000:]
-    for model in MODELS:
-        path = tmp_path / "two" / "models" / "piano" / model / "seed0" / "model.json"
-        description = json.loads(path.read_text())
-        assert description["processes"] == 2 and description["steps"] == 6
+        address = f"localhost:{probe.getsockname()[1]}"
+    torchrun = ["torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", address, "-m", "--"]
+    train = ["mss_utils", "train", "--profile", "smoke", "--data", small_settings.data]
+    train += ["--target", "piano", "--model", "demucs_attention", "--set", "device=cpu"]
+    train += ["segment_s=0.5", "valid_s=2", "steps=1", "valid_every=1", "batch_size=4"]
+    lines = {"alone": train, "devices": [*train, "devices=2"], "machines": [*torchrun, *train]}
+    names = [*lines, "machines"]  # twice
+    for process in [start(*lines[name], MSS_RESULTS=str(tmp_path / name)) for name in names]:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error[-3000:]
+    alone = first_moments(tmp_path / "alone", 1)
+    largest = max(tensor.abs().max().item() for tensor in alone)
+    for name in ("devices", "machines"):
+        moments = first_moments(tmp_path / name, 2)
+        torch.testing.assert_close(moments, alone, rtol=1e-3, atol=1e-5 * largest)
