@@ -98,7 +98,7 @@ def stage_key(run: Run, name: str) -> str:
 
 
 def _package_hash() -> str:
-    package, kinds = ROOT / "mss_utils", ("py", "js", "css", "html")
+    package, kinds = ROOT / "mss_utils", ("py", "js", "css", "html", "mplstyle")
     files = [path for kind in kinds for path in package.rglob(f"*.{kind}")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 

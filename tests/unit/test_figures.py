@@ -60,7 +60,7 @@ def test_show_saves_displays_and_closes(tmp_path, shown):
     assert max(file.stat().st_size for file in files) < 400_000
     assert shown[0].alt == "Noise <b>" and "Noise &lt;b&gt;" in shown[1].data
     first = files[1].read_bytes()
-    figures.save_vector(figures.spectrograms(signals, RATE), run, "six/images")
+    figures.save(figures.spectrograms(signals, RATE), run, "six/images")
     assert files[1].read_bytes() == first and not plt.get_fignums()
 
 
@@ -104,7 +104,6 @@ def test_data_figures_accept_silence_and_dollar_signs():
     assert "–" in texts(figures.co_activity(pd.DataFrame([[1, np.nan], [0.5, 1]], list("ab"))))
     example = np.random.default_rng(0).standard_normal((3, 1, RATE)).astype(np.float32)
     assert figures.mixing(example, example, stems, "bass", RATE).shape == (2, 2)
-    assert "2 sources" not in texts(figures.curriculum(Settings(curriculum=False), 5))
 
 
 def test_training_curves_use_one_colour_per_model():
@@ -119,7 +118,7 @@ def test_score_axes_fit_the_models(tracks):
     low = tracks.assign(target="drums", SDR=tracks["SDR"] - 20)
     parts = {("songs", "piano"): (tracks, summarise(tracks)), ("x", "drums"): (low, summarise(low))}
     axes = figures.overview(parts)
-    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[0] == -16
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylim()[0] == -15
 
 
 def test_track_line_has_colour_of_better_model(tracks):
@@ -197,4 +196,4 @@ def test_colours_differ_in_lightness():
     weights = (0.2126, 0.7152, 0.0722)
     colours = [plt.matplotlib.colors.to_rgb(figures.COLOURS[name]) for name in ("irm", *MODELS)]
     assert np.diff([np.dot(colour, weights) for colour in colours]).min() > 0.1
-    assert len({figures.MARKERS[name] for name in BASE_SDR}) == len(BASE_SDR)
+    assert len({style.MARKERS[name] for name in BASE_SDR}) == len(BASE_SDR)
