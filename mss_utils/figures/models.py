@@ -22,10 +22,9 @@ def training_curves(histories: Mapping[str, Sequence[pd.DataFrame]]) -> np.ndarr
     for model, seeds in histories.items():
         for seed, history in enumerate(seeds):
             options = dict(alpha=0.45) if seed else dict(label=LABELS[model])
-            options |= dict(markersize=3.2) | style.look(model)
             for column, x in enumerate((history["step"], history["train_s"] / 60)):
-                axes[0, column].plot(x, history["train_loss_db"], **options)
-                axes[1, column].plot(x, history["valid_sdr_db"], **options)
+                for row, y in enumerate(("train_loss_db", "valid_sdr_db")):
+                    axes[row, column].plot(x, history[y], ms=3.2, **style.look(model), **options)
     axes[0, 0].set(ylabel="training loss (dB)", title="Loss: negative SNR, lower is better")
     axes[1, 0].set(ylabel="SDR (dB)", title="Validation SDR, higher is better")
     axes[1, 0].set(xlabel="training step", xlim=(0, None))
@@ -57,5 +56,5 @@ def reconstruction(table: pd.DataFrame, model: str) -> Axes:
     ax.plot(table["step"], table["sdr_db"], **style.look(model))
     style.labelled_line(ax, 20, "20 dB: the error has 1 % of the energy", linestyle="--")
     ax.set(xlabel="training step", ylabel="reconstruction SDR (dB)")
-    ax.set_ylim(top=max(23, table["sdr_db"].max() + 2))
+    ax.margins(y=0.12)
     return ax

@@ -34,14 +34,14 @@ def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -
 def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
     """Format the table `ablations` for reading: a row per ablation and metric, in dB."""
     rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(SHOWN_METRICS)]
-    rows = rows.rename(columns={"median_difference": "median"})
+    estimates = rows.rename(columns={"median_difference": "median"})
     columns = {
         "model": rows["model"].map(LABELS),
         "left out": rows["ablation"].str.replace("_", " "),
         "metric": rows["metric"],
         "with": rows["with_it"].map(format_number),
         "without": rows["without_it"].map(format_number),
-        "difference [95 % interval]": [style.format_interval(row) for _, row in rows.iterrows()],
+        "difference [95 % interval]": estimates.apply(style.format_interval, axis=1),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
@@ -149,9 +149,8 @@ def opinion(table: pd.DataFrame, summary: pd.DataFrame, target: str) -> np.ndarr
     columns = (rows.assign(median=rows["mean"]), _medians(summary, target))
     for ax, values in zip(axes, columns, strict=True):
         for y, model in enumerate(rows.index):
-            row, options = values.loc[model], dict(markersize=7, markeredgewidth=1.5)
-            bars = style.error_bars(row)
-            ax.errorbar(row["median"], y, xerr=bars, **options, **style.look(model))
+            row, options = values.loc[model], dict(markersize=7, mew=1.5) | style.look(model)
+            ax.errorbar(row["median"], y, xerr=style.error_bars(row), **options)
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(rows)), [LABELS[model] for model in rows.index])
     axes[0].set(xlim=(-3, 103), ylim=(-0.6, len(rows) - 0.4))
