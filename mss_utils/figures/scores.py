@@ -34,14 +34,13 @@ def score_table(summary: pd.DataFrame, target: str, aggregate: str = "median") -
 def ablation_table(ablations: pd.DataFrame, target: str) -> pd.DataFrame:
     """Format the table `ablations` for reading: a row per ablation and metric, in dB."""
     rows = ablations[(ablations["target"] == target) & ablations["metric"].isin(SHOWN_METRICS)]
-    estimates = rows.rename(columns={"median_difference": "median"})
     columns = {
         "model": rows["model"].map(LABELS),
         "left out": rows["ablation"].str.replace("_", " "),
         "metric": rows["metric"],
         "with": rows["with_it"].map(format_number),
         "without": rows["without_it"].map(format_number),
-        "difference [95 % interval]": estimates.apply(style.format_interval, axis=1),
+        "difference [95 % interval]": list(map(style.format_interval, _records(rows))),
     }
     return pd.DataFrame(columns).reset_index(drop=True)
 
@@ -191,8 +190,11 @@ def _medians(summary: pd.DataFrame, target: str, metric: str = "SDR") -> pd.Data
 
 
 def _differences(paired: pd.DataFrame, target: str, metric: str) -> list[dict]:
-    rows = paired[(paired["target"] == target) & (paired["metric"] == metric)]
-    return rows.rename(columns={"median_difference": "median"}).to_dict("records")
+    return _records(paired[(paired["target"] == target) & (paired["metric"] == metric)])
+
+
+def _records(differences: pd.DataFrame) -> list[dict]:
+    return differences.rename(columns={"median_difference": "median"}).to_dict("records")
 
 
 def _pair_label(row: Mapping[str, str]) -> str:
