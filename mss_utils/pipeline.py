@@ -25,7 +25,7 @@ from mss_utils.report.tables import TABLES
 from mss_utils.separation import write_estimates
 
 NOTEBOOKS = ROOT / "notebooks"
-SOURCES = (".py", ".js", ".css", ".html")  # files of the package that results depend on
+SOURCES = (".py", ".js", ".css", ".html", ".mplstyle")  # that results depend on
 MODEL_NOTEBOOKS = ("02_baseline_unet", "03_b1_lstm", "04_b2_attention")
 # Each notebook with the notebooks that it depends on, and its results. It runs again when an input
 # of it or of them has changed, or a result is missing.

@@ -11,53 +11,42 @@ from mss_utils.config import MODELS, WAVEFORM_MODELS
 from mss_utils.data import MIXTURE
 from mss_utils.evaluation.statistics import median_with_interval, pivot_by_seed
 from mss_utils.figures import style
-from mss_utils.figures.style import COLOURS, INK, LABELS, MARKERS, SHORT_LABELS
+from mss_utils.figures.style import INK, LABELS, MARKERS, SHORT_LABELS
 
-PHASE_SCORES = {  # column: marker, label
-    "sdr": ("o", "estimate"),
-    "sdr_true_phase": ("^", "its magnitude, true phase"),
-    "sdr_true_magnitude": ("v", "true magnitude, its phase"),
+PHASE_SCORES = {  # column: label
+    "sdr": "estimate",
+    "sdr_true_phase": "true\nphase",
+    "sdr_true_magnitude": "true\nmagnitude",
 }
 
 
 def phase(table: pd.DataFrame, target: str) -> np.ndarray:
     """Plot the phase error by frequency, and the SDR with true phase or true magnitude."""
     axes = style.new_axes(6.4, 1, 2, width_ratios=(1.25, 1))
+    axes[0].set_xscale("log")
+    axes[0].set_xticks(list(style.FREQUENCIES), style.FREQUENCIES.values())
+    axes[0].minorticks_off()
     rows = table[table["target"] == target]
     columns, keys = ["phase_error_rad", *PHASE_SCORES], ["model", "band_low_hz", "band_high_hz"]
     means = rows.groupby([*keys, "track"])[columns].mean()
     medians = means.groupby(keys).median().reset_index()
     whole = whole_band_rows(medians)
     bands = medians.drop(whole.index)
-    models = [name for name in (MIXTURE, *MODELS, "irm") if name in set(rows["model"])]
-    for model in models:
+    for model in [name for name in (MIXTURE, *MODELS, "irm") if name in set(rows["model"])]:
         part = bands[bands["model"] == model]
         centre_hz = np.sqrt(part["band_low_hz"].clip(lower=60) * part["band_high_hz"])
         options = dict(marker=MARKERS[model], label=SHORT_LABELS[model]) | style.line_look(model)
         axes[0].plot(centre_hz, part["phase_error_rad"], **options)
-    axes[0].axhline(np.pi / 2, color=INK, linewidth=0.9)
-    style.label_line(axes[0], np.pi / 2, "random phase", -9)
-    axes[0].set(xscale="log", xlabel="frequency (Hz), one marker per band")
-    axes[0].set(ylabel="phase error (rad)", ylim=(0, 1.7), title="Phase error")
-    axes[0].set_xticks(*style.frequency_ticks(rows["band_high_hz"].max()))
-    axes[0].minorticks_off()
-    _phase_scores(axes[1], whole.set_index("model"), [name for name in models if name != MIXTURE])
-    style.legend_below(axes, len(models))
+        if model != MIXTURE:
+            sdr = whole.set_index("model").loc[model, list(PHASE_SCORES)]
+            axes[1].plot(range(len(sdr)), sdr, **options)
+    style.labelled_line(axes[0], np.pi / 2, "random phase", -9)
+    axes[0].set(xlabel="frequency (Hz), one marker per band", title="Phase error")
+    axes[0].set(ylabel="phase error (rad)", ylim=(0, 1.7))
+    axes[1].set(ylabel="SDR (dB)", title="True phase or magnitude")
+    style.category_axis(axes[1], list(PHASE_SCORES.values()))
+    style.legend_below(axes)
     return axes
-
-
-def _phase_scores(ax: Axes, medians: pd.DataFrame, models: Sequence[str]) -> None:
-    for x, model in enumerate(models):
-        values = medians.loc[model, list(PHASE_SCORES)]
-        ax.plot((x, x), (values.min(), values.max()), color=COLOURS[model], linewidth=1)
-        for column, (marker, _) in PHASE_SCORES.items():
-            options = dict(s=34, edgecolors=INK, linewidths=0.6, zorder=3)
-            ax.scatter(x, values[column], marker=marker, color=COLOURS[model], **options)
-    for marker, label in PHASE_SCORES.values():
-        ax.plot([], [], linestyle="", marker=marker, color=INK, label=label)
-    style.category_axis(ax, [SHORT_LABELS[model] for model in models])
-    ax.set(ylabel="SDR (dB)", title="True phase or magnitude")
-    ax.legend(loc="best", fontsize=6.5, handletextpad=0.1)
 
 
 def damaged_repeat(repetition: pd.DataFrame, target: str) -> np.ndarray:
@@ -71,7 +60,7 @@ def damaged_repeat(repetition: pd.DataFrame, target: str) -> np.ndarray:
     else:
         text = "not askable: training segments are\nshorter than twice the lag"
         for ax in axes:
-            ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center")
+            ax.text(0.5, 0.5, text, ha="center", va="center")
             ax.set(xticks=[], yticks=[])
     axes[0].set_title("Damaged repetition")
     axes[1].set_title("Gain from the context")
@@ -88,9 +77,8 @@ def _sdr_by_condition(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> No
             ax.plot(range(3), sdr, line, **style.look(model))
         ax.plot([], [], line, color=INK, label=f"lag {lag_s:g} s")
     ax.set_xticks(range(3), ["silence", "other music", "the repeat"])
-    ax.set(xlim=(-0.3, 2.3), xlabel="context", ylabel="SDR (dB), median over loops")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low - 0.2 * (high - low), high)  # room for the legend
+    ax.set(xlabel="context", ylabel="SDR (dB), median over loops")
+    ax.margins(x=0.15, y=0.2)  # room for the legend
     ax.legend(loc="lower center", fontsize=6.5, ncols=len(lags), borderpad=0)
 
 
@@ -98,11 +86,17 @@ def _gains_by_lag(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
     places = [(model, lag_s) for lag_s in lags for model in WAVEFORM_MODELS]
     repetition, context = zip(*(repetition_gains(rows, *place) for place in places), strict=True)
     ax.axhline(0, color=INK, linewidth=0.9)
-    _dots_of_tables(ax, [*repetition, *context], [model for model, _ in places] * 2)
-    ticks = np.array([0.5, 1.5]) * len(places) - 0.5
+    groups = zip([model for model, _ in places] * 2, [*repetition, *context], strict=True)
+    style.track_dots(ax, [_group(*group) for group in groups], [""] * 2 * len(places))
     text = "lag " + ", ".join(f"{lag_s:g}" for lag_s in lags) + " s"
+    ticks = np.array([0.5, 1.5]) * len(places) - 0.5
     ax.set_xticks(ticks, [f"repetition\n{text}", f"context\n{text}"])
     ax.set_ylabel("gain (dB)")
+
+
+def _group(model: str, table: pd.DataFrame) -> tuple:
+    """Make a group of `style.track_dots` from a row per track and a column per seed."""
+    return model, table.mean(axis=1), median_with_interval(table)
 
 
 def data_amount(table: pd.DataFrame, target: str) -> Axes:
@@ -110,15 +104,12 @@ def data_amount(table: pd.DataFrame, target: str) -> Axes:
     ax = style.new_axes(5.6)
     rows = table[table["target"] == target]
     shares = np.sort(rows["share"].unique())
-    for model, shift in zip(WAVEFORM_MODELS, (0.985, 1.015), strict=True):
+    for model, shift in zip(WAVEFORM_MODELS, (-0.4, 0.4), strict=True):
         parts = [pivot_by_seed(rows[rows["share"] == share], model, "SDR") for share in shares]
         sdr = pd.DataFrame([median_with_interval(part) for part in parts])
-        options = dict(marker=MARKERS[model], label=LABELS[model], capsize=2.5)
-        options |= style.line_look(model)
-        ax.errorbar(100 * shares * shift, sdr["median"], style.error_bars(sdr), **options)
-    ax.set(xscale="log", xlabel="share of the training tracks (%)", ylabel="median SDR (dB)")
-    ax.set_xticks(100 * shares, [f"{100 * share:g}" for share in shares])
-    ax.minorticks_off()
+        options = dict(marker=MARKERS[model], label=LABELS[model]) | style.line_look(model)
+        ax.errorbar(100 * shares + shift, sdr["median"], style.error_bars(sdr), **options)
+    ax.set(xlabel="share of the training tracks (%)", ylabel="median SDR (dB)")
     ax.legend()
     return ax
 
@@ -134,26 +125,15 @@ def attack(envelopes: pd.DataFrame, attack: pd.DataFrame, target: str) -> np.nda
     axes[0].axvline(0, color=INK, linewidth=0.7)
     axes[0].set(xlabel="time after the onset (ms)", title="Mean envelope of an onset")
     axes[0].set(ylabel="level (peak of the reference = 1)", ylim=(0, None))
-    axes[0].legend(*axes[0].get_legend_handles_labels(), fontsize=6.5)
+    axes[0].legend(*axes[0].get_legend_handles_labels(), fontsize=6.5)  # may have none
     rows = attack[attack["target"] == target]
     places = [(model, part) for model in MODELS for part in ("attack", "sustain")]
-    tables = [pivot_by_seed(rows, model, f"{part}_sdr") for model, part in places]
-    _dots_of_tables(axes[1], tables, [model for model, _ in places])
-    axes[1].set_xticks(range(6), [f"{part}\n{SHORT_LABELS[model]}" for model, part in places])
+    groups = [_group(model, pivot_by_seed(rows, model, f"{part}_sdr")) for model, part in places]
+    labels = [f"{part}\n{SHORT_LABELS[model]}" for model, part in places]
+    style.track_dots(axes[1], groups, labels)
     axes[1].set(title="SDR in attack and sustain", ylabel="SDR (dB)")
     style.model_legend(axes, MODELS)
     return axes
-
-
-def _dots_of_tables(ax: Axes, tables: Sequence[pd.DataFrame], models: Sequence[str]) -> None:
-    """Draw tables, a row per track and a column per seed, at x = 0, 1, ..."""
-    tables = [table.replace([np.inf, -np.inf], np.nan) for table in tables]
-    means = [table.mean(axis=1).dropna() for table in tables]
-    style.fit_ylim(ax, np.concatenate(means))
-    for x, table in enumerate(tables):
-        style.dots(ax, x, means[x], models[x], median_with_interval(table))
-    ax.set_xlim(-0.6, len(tables) - 0.4)
-    ax.grid(axis="x", visible=False)
 
 
 def hypothesis_table(hypotheses: pd.DataFrame) -> pd.DataFrame:

@@ -1,13 +1,13 @@
 """Colours and labels of the models, saving and showing, and marks that several figures share."""
 
 import html
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from IPython.display import HTML, SVG, Image, display
+from IPython.display import HTML, SVG, Code, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,26 +31,15 @@ LABELS = {name: label for name, (label, _, _, _) in STYLES.items()}
 COLOURS = {name: colour for name, (_, colour, _, _) in STYLES.items()}
 MARKERS = {name: marker for name, (_, _, marker, _) in STYLES.items()}
 LINES = {name: line for name, (_, _, _, line) in STYLES.items()}
-SHORT_LABELS = LABELS | MODEL_LETTERS | {"irm": "IRM", "mwf": "MWF"}
+SHORT_LABELS = LABELS | MODEL_LETTERS | dict(mixture="mix.", irm="IRM", mwf="MWF")
 SHOWN_METRICS = ("SDR", "SIR", "SAR")  # ISR is in the tables
 
-ESTIMATE = ("median", "ci_low", "ci_high")
 WIDTH = 16 / 2.54  # inches: the text width of the report
-INK, PALE = "#30363d", "#eef1f4"
+INK = "#30363d"
+FREQUENCIES = {100: "100", 300: "300", 1000: "1k", 3000: "3k", 10000: "10k"}  # ticks in Hz
+DOTS = dict(s=12, edgecolors="white", linewidths=0.3)
 
-plt.rc("font", size=8)
-plt.rc("axes", edgecolor=INK, linewidth=0.7, grid=True, axisbelow=True)
-plt.rc("axes", labelsize=8, titlesize=8.5, titleweight="bold")
-plt.rc("axes.spines", top=False, right=False)
-plt.rc(("xtick", "ytick"), labelsize=7.5)
-plt.rc(("xtick.major", "ytick.major"), width=0.7)
-plt.rc("grid", color="#e3e6ea", linewidth=0.6)
-plt.rc("lines", linewidth=1.5, markersize=4.5)
-plt.rc("legend", fontsize=7.5, frameon=False)
-plt.rc("figure", dpi=110)
-plt.rc("image", interpolation="nearest")
-plt.rc("text", parse_math=False)  # stem names may contain dollar signs
-plt.rc("svg", hashsalt="mss")  # the same figure is the same file
+plt.style.use("mss_utils.figures.report")  # report.mplstyle
 
 
 def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str) -> None:
@@ -65,32 +54,34 @@ def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str) -> None:
     alt : str
         Description of the figure: caption, and text for screen readers.
     """
-    fig = figure_of(axes)
-    _save(fig, run, name, "svg")
-    path = _save(fig, run, name, "png")
-    plt.close(fig)
-    image = Image(filename=str(path), width=round(fig.get_figwidth() * 120), alt=alt)
+    save(axes, run, name, ("svg", "png"))
+    png, width = (
+        run.folder / "figures" / f"{safe_name(name)}.png",
+        round(figure_of(axes).get_figwidth() * 120),
+    )
+    image = Image(filename=str(png), width=width, alt=alt)
     display(image, HTML(f"<small>{html.escape(alt)}</small>"))
 
 
 def show_diagram(name: str, alt: str) -> None:
     """Display the hand-drawn `report/diagrams/<name>.svg` (pipeline, unet or demucs)."""
-    diagram = SVG(filename=str(ROOT / "report" / "diagrams" / f"{name}.svg"))
-    display(diagram, HTML(f"<small>{html.escape(alt)}</small>"))
+    path = ROOT / "report" / "diagrams" / f"{name}.svg"
+    display(SVG(filename=str(path)), HTML(f"<small>{html.escape(alt)}</small>"))
 
 
-def save_vector(axes: Axes | np.ndarray, run: Run, name: str) -> None:
-    """Save a figure as `results/<run>/figures/<name>.svg` and close it."""
-    _save(figure_of(axes), run, name, "svg")
+def show_source(*objects: Any) -> HTML:
+    """Show the source code of classes or functions in a notebook, highlighted."""
+    code = Code("\n\n".join(inspect.getsource(item) for item in objects), language="python")
+    return HTML(f"<div style='font-family: monospace'>{code._repr_html_()}</div>")
+
+
+def save(axes: Axes | np.ndarray, run: Run, name: str, kinds: Sequence[str] = ("svg",)) -> None:
+    """Save a figure as `results/<run>/figures/<name>.<kind>` for each of `kinds`, and close it."""
+    for kind in kinds:
+        with atomic_write(run.folder / "figures" / f"{safe_name(name)}.{kind}") as part:
+            # without the date, which would make every file differ
+            figure_of(axes).savefig(part, format=kind, metadata={"Date": None})
     plt.close(figure_of(axes))
-
-
-def _save(fig: Figure, run: Run, name: str, suffix: str) -> Path:
-    path = run.folder / "figures" / f"{safe_name(name)}.{suffix}"
-    metadata = {"Date": None} if suffix == "svg" else None  # else every save would differ
-    with atomic_write(path) as part:
-        fig.savefig(part, format=suffix, dpi=200, metadata=metadata)
-    return path
 
 
 def format_db(value: float, digits: int = 1) -> str:
@@ -109,7 +100,8 @@ def format_number(value: float, digits: int = 2, sign: str = "") -> str:
 
 def format_interval(row: Mapping[str, float]) -> str:
     """Format median, ci_low and ci_high of a difference, with signs."""
-    median, low, high = (format_number(row[name], sign="+") for name in ESTIMATE)
+    names = ("median", "ci_low", "ci_high")
+    median, low, high = (format_number(row[name], sign="+") for name in names)
     return f"{median} [{low}, {high}]"
 
 
@@ -124,21 +116,21 @@ def figure_of(axes: Axes | np.ndarray) -> Figure:
     return np.ravel(axes)[0].figure
 
 
-def legend_below(axes: np.ndarray, columns: int) -> None:
+def legend_below(axes: np.ndarray) -> None:
     """Add a legend below all axes with the labels of the first one."""
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure_of(axes).legend(handles, labels, ncols=columns, loc="outside lower center")
+    lines = axes.flat[0].get_legend_handles_labels()
+    figure_of(axes).legend(*lines, ncols=6, loc="outside lower center")
 
 
-def model_legend(axes: np.ndarray, models: Sequence[str]) -> None:
+def model_legend(axes: np.ndarray, models: Iterable[str]) -> None:
     """Add a legend below all axes with the markers of models."""
-    handles = [
-        plt.Line2D([], [], linestyle="", label=LABELS[name], **look(name)) for name in models
-    ]
-    options = dict(
-        ncols=3 if len(models) > 4 else len(models), columnspacing=1.2, handletextpad=0.2
-    )
-    figure_of(axes).legend(handles=handles, loc="outside lower center", **options)
+    handles = [plt.Line2D([], [], ls="", label=LABELS[name], **look(name)) for name in models]
+    figure_of(axes).legend(handles=handles, ncols=3, loc="outside lower center")
+
+
+def ordered(models: Iterable[str]) -> list[str]:
+    """Return models in reading order, each once."""
+    return [name for name in LABELS if name in set(models)]
 
 
 def look(model: str) -> dict:
@@ -158,16 +150,12 @@ def category_axis(ax: Axes, labels: Sequence[str], margin: float = 0.6) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def label_line(ax: Axes, y: float, text: str, points: float, **options) -> None:
-    """Write a text at the left end of a horizontal line, `points` above it."""
-    coordinates = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
-    ax.annotate(text, (0, y), (4, points), fontsize=7, **coordinates, **options)
-
-
-def frequency_ticks(highest_hz: float) -> tuple[list[int], list[str]]:
-    """Return tick positions in Hz and their labels."""
-    ticks = [hz for hz in (100, 300, 1000, 3000, 10000) if hz < highest_hz]
-    return ticks, [f"{hz // 1000}k" if hz >= 1000 else str(hz) for hz in ticks]
+def labelled_line(ax: Axes, y: float, text: str, points: float = 3, **line) -> None:
+    """Draw a horizontal line with a text at its left end, `points` above it."""
+    line = dict(color=INK, linewidth=0.9) | line
+    ax.axhline(y, **line)
+    place = (0.01, y), (0, points), ax.get_yaxis_transform(), "offset points"
+    ax.annotate(text, *place, fontsize=7, color=line["color"])
 
 
 def jitter(count: int, spread: float) -> np.ndarray:
@@ -175,35 +163,28 @@ def jitter(count: int, spread: float) -> np.ndarray:
     return spread * (2 * (np.arange(count) * 0.618034 % 1) - 1)
 
 
-def fit_ylim(ax: Axes, values: Sequence[float]) -> None:
-    """Set limits that show all values below 80 dB, and lines that have been drawn before."""
-    finite = np.append(values, ax.dataLim.intervaly)
-    finite = finite[np.abs(finite) < MAX_SCORE_DB]
-    low, high = (finite.min(), finite.max()) if len(finite) else (-1, 1)
-    margin = 0.07 * max(high - low, 1)
-    ax.set_ylim(low - margin, high + margin)
-
-
 def error_bars(row: Mapping) -> np.ndarray:
-    """Return lengths of error bars from median, ci_low and ci_high; zero without an interval."""
+    """Return the lengths of error bars, `(2, n)`, from median, ci_low and ci_high."""
     lengths = row["median"] - row["ci_low"], row["ci_high"] - row["median"]
-    return np.nan_to_num(lengths).clip(min=0).reshape(2, -1)
+    return np.reshape(lengths, (2, -1)).clip(min=0)
 
 
-def dots(ax: Axes, x: float, values: pd.Series, model: str, row: Mapping[str, float]) -> None:
-    """Draw a dot per track, and right of them median, ci_low and ci_high of `row`.
+def track_dots(ax: Axes, groups: Iterable[tuple], labels: Sequence[str]) -> None:
+    """Draw groups at x = 0, 1, ...: a dot per track, right of them the median and its interval.
 
-    Values above the limits of the axes become an arrow with their median.
+    A group is a model, a series of values, and a row with median, ci_low and ci_high. An arrow
+    replaces values from 80 dB on.
     """
-    low, high = ax.get_ylim()
-    inside, outside = values[(values > low) & (values < high)], values[values >= high]
-    white = dict(edgecolors="white", linewidths=0.3, alpha=0.7)
-    ax.scatter(x - 0.14 + jitter(len(inside), 0.2), inside, s=12, **look(model), **white)
-    if len(outside):
-        text, below = format_db(np.median(outside), 0), high - 0.14 * (high - low)
-        arrow = dict(arrowstyle="-|>", color=COLOURS[model])
-        ax.annotate(text, (x, high), (x, below), ha="center", fontsize=6.5, arrowprops=arrow)
-    if low < row["median"] < high:
-        marker = dict(marker=MARKERS[model], markerfacecolor=COLOURS[model], color=INK, zorder=3)
-        sizes = dict(markersize=5.5, markeredgewidth=0.9, elinewidth=1.3, capsize=2.5)
-        ax.errorbar(x + 0.27, row["median"], error_bars(row), **marker, **sizes)
+    for x, (model, values, row) in enumerate(groups):
+        shown = values[values.abs() < MAX_SCORE_DB]
+        places = x - 0.14 + jitter(len(shown), 0.2)
+        ax.scatter(places, shown, alpha=0.7, **look(model), **DOTS)
+        if (values >= MAX_SCORE_DB).any():
+            arrow = dict(arrowprops=dict(arrowstyle="-|>", color=COLOURS[model]))
+            arrow |= dict(xycoords=ax.get_xaxis_transform(), ha="center", fontsize=6.5)
+            ax.annotate(format_db(MAX_SCORE_DB, 0), (x, 1), (x, 0.86), **arrow)
+        if abs(row["median"]) < MAX_SCORE_DB:
+            marker = dict(marker=MARKERS[model], markerfacecolor=COLOURS[model], color=INK)
+            sizes = dict(markersize=5.5, markeredgewidth=0.9, elinewidth=1.3, zorder=3)
+            ax.errorbar(x + 0.27, row["median"], error_bars(row), **marker, **sizes)
+    category_axis(ax, labels)

@@ -109,7 +109,7 @@ def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     drawings["overview"] = figures.overview(scores)
     own = Run(name, runs[0].settings, results_folder() / name)
     for figure, axes in drawings.items():
-        figures.save_vector(axes, own, figure)
+        figures.save(axes, own, figure)
     return {figure: f"{target}, {RunData(run).music}" for figure, (run, target) in shown.items()}
 
 
