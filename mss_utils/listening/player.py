@@ -5,7 +5,6 @@ The HTML made here is self-contained: it plays in JupyterLab, in an exported not
 
 import base64
 import io
-import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -13,15 +12,13 @@ from string import Template
 
 import numpy as np
 import soundfile
-import torch
-import torchaudio
 from IPython.display import HTML
+from scipy.signal import resample_poly
 
 from mss_utils.figures import COLOURS, LABELS, format_db
 
 PEAK_DB = -1.0
 MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
-SOUND = "data:audio/mpeg;base64,"  # prefix of the audio data in a page
 WEB = Path(__file__).parent / "web"
 VENDOR = [f"vendor/{name}.min.js" for name in ("wavesurfer", "regions", "spectrogram")]
 Versions = Mapping[str, np.ndarray]  # version -> (channels, samples)
@@ -33,11 +30,10 @@ def common_gain(versions: Versions) -> float:
 
     A factor for each version would compare models at different levels, and louder sounds better.
     """
-    signals = list(versions.values())
-    if "mixture" in versions:
-        signals += [versions["mixture"] - audio for audio in versions.values()]
+    mixture = versions.get("mixture", 0)
+    signals = [*versions.values(), *(mixture - audio for audio in versions.values())]
     peak = max(float(np.abs(audio).max(initial=0)) for audio in signals)
-    return 10 ** (PEAK_DB / 20) / peak if peak > 0 else 1.0
+    return 10 ** (PEAK_DB / 20) / (peak or 1.0)
 
 
 def mp3_rate(sample_rate: int) -> int:
@@ -45,33 +41,17 @@ def mp3_rate(sample_rate: int) -> int:
     return sample_rate if sample_rate in MP3_RATES else MP3_RATES[-1]
 
 
-def encode_mp3(audio: np.ndarray, sample_rate: int, compression: float = 0.1) -> bytes:
-    """Encode `(channels, samples)` as mp3, by default as 6 kB/s (mono, 16 kHz) to 26 kB/s.
-
-    `compression` is from 0 (largest, best) to 1. More than two channels become their mean.
-    """
+def encode_mp3(audio: np.ndarray, sample_rate: int) -> bytes:
+    """Encode `(channels, samples)` as mp3; more than two channels become their mean."""
     if len(audio) > 2:
         audio = audio.mean(axis=0, keepdims=True)
     rate = mp3_rate(sample_rate)
-    if rate != sample_rate:
-        signal = torch.from_numpy(np.ascontiguousarray(audio))
-        audio = torchaudio.functional.resample(signal, sample_rate, rate).numpy()
+    audio = resample_poly(audio, rate, sample_rate, axis=1)
     # A variable bit rate has constant quality, and it alone of LAME's modes keeps the level.
-    options = dict(format="MP3", bitrate_mode="VARIABLE", compression_level=compression)
+    options = dict(format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
     buffer = io.BytesIO()
     soundfile.write(buffer, np.clip(audio.T, -1, 1), rate, **options)
     return buffer.getvalue()
-
-
-def reencode(page: str, compression: float) -> str:
-    """Encode the sounds of a page again, smaller; levels and lengths stay."""
-
-    def smaller(match: re.Match) -> str:
-        mp3 = io.BytesIO(base64.b64decode(match[1]))
-        audio, rate = soundfile.read(mp3, dtype="float32", always_2d=True)
-        return SOUND + base64.b64encode(encode_mp3(audio.T, rate, compression)).decode()
-
-    return re.sub(re.escape(SOUND) + "([A-Za-z0-9+/=]+)", smaller, page)
 
 
 def players(
@@ -106,8 +86,8 @@ def player_html(
 
 def audio_html(audio: np.ndarray, sample_rate: int, label: str) -> str:
     """Return an audio element with the audio inside, at its own level."""
-    source = SOUND + base64.b64encode(encode_mp3(audio, sample_rate)).decode()
-    return f'<audio controls preload="none" aria-label="{escape(label)}" src="{source}"></audio>'
+    mp3 = base64.b64encode(encode_mp3(audio, sample_rate)).decode()
+    return fill("audio.html", label=escape(label), mp3=mp3)
 
 
 def fill(template: str, **values: object) -> str:
@@ -125,7 +105,4 @@ def document(body: str, title: str, blind_test: bool = False) -> str:
 
 def frame(page: str, title: str, height: int = 480) -> HTML:
     """Return a page in an iframe for a notebook; its script sets the height to fit."""
-    return HTML(
-        f'<div><iframe srcdoc="{escape(page)}" title="{escape(title)}" '
-        f'style="width:100%;height:{height}px;border:0" allow="autoplay"></iframe></div>'
-    )
+    return HTML(fill("frame.html", page=escape(page), title=escape(title), height=height))

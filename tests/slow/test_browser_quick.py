@@ -70,12 +70,12 @@ def make_listening_page(versions, seconds=2.0):
     """A listening page with two excerpts, without pair and demonstrations, which need a run."""
     short = {name: audio[:, : round(seconds * RATE)] for name, audio in versions.items()}
     rules = (("best", "one"), ("worst", HOSTILE))
-    excerpts = {rule: cut_excerpt(short, track, "piano", RATE, seconds) for rule, track in rules}
+    excerpts = {rule: cut_excerpt(short, track, RATE, seconds) for rule, track in rules}
     store = SimpleNamespace(sample_rate=RATE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "_pair", lambda *_: "")
         patch.setattr(page, "_demonstrations", lambda *_: dict(phase="", repeat="", attack=""))
-        return page.listening_page(None, store, None, {"piano": excerpts}, "tones", "abc")
+        return page.listening_page(None, store, None, {"piano": excerpts}, "tones")
 
 
 def test_listening_page_switches_versions(open_page):

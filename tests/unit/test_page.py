@@ -8,8 +8,7 @@ import torch
 
 from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS
-from mss_utils.listening import demonstrations, excerpts, write_page
-from mss_utils.listening.excerpts import VERSIONS
+from mss_utils.listening import excerpts, listening_page, page
 from mss_utils.separation.estimates import ESTIMATED, estimate_paths
 
 
@@ -35,7 +34,7 @@ def table(small_run, store, monkeypatch):
 
 
 def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
-    used, separate = [], demonstrations.separate
+    used, separate = [], page.separate
 
     def load(run, target, name):
         model = torch.nn.Identity()
@@ -46,22 +45,23 @@ def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, ta
         used.append(model.name)
         return separate(model, *arguments)
 
-    monkeypatch.setattr(demonstrations, "trained_model", load)
-    monkeypatch.setattr(demonstrations, "separate", run_model)
-    found = excerpts(small_run, store, "piano", table)
-    page = write_page(small_run, store, table[table["condition"] == "repeat"], {"piano": found})
-    assert (small_run.folder / "listening.html").read_text(encoding="utf-8") == page
+    monkeypatch.setattr(page, "trained_model", load)
+    monkeypatch.setattr(page, "separate", run_model)
+    found = {"piano": excerpts(small_run, store, "piano", table)}
+    tracks = table[table["condition"] == "repeat"]
+    html = listening_page(small_run, store, tracks, found, "</script>")
     assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
-    figures = page.split("<script>")[0].split("<figure")
+    figures = html.split("<script>")[0].split("<figure")
     assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
-    assert "</script" not in page.split('id="test">')[1].split("}]")[0]
-    assert {path.stem for path in small_run.folder.rglob("*.mp3")} == set(VERSIONS)
+    assert "</script" not in html.split('id="test">')[1].split("}]")[0]
+    names = {path.stem for path in small_run.folder.rglob("*.mp3")}
+    assert names == {"mixture", "reference", *MODELS, "irm"}
 
 
 def test_page_says_what_was_not_measured(small_run, store, table):
-    found = excerpts(small_run, store, "piano", table)
+    found = {"piano": excerpts(small_run, store, "piano", table)}
     for name in ("phase", "attack", "repetition"):
         table.iloc[:0].to_csv(small_run.table(name), index=False)
-    page = write_page(small_run, store, table.assign(seed=1), {"piano": found})
+    html = listening_page(small_run, store, table.assign(seed=1), found, "run")
     for text in ("no estimate to improve", "Not askable", "No isolated onset", "No two models"):
-        assert text in page
+        assert text in html

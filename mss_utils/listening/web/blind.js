@@ -14,7 +14,7 @@ function shuffle(items) {
 }
 
 class BlindTest {
-  // `test` is {run, models, names, letters, pages: [{figure, track, target, versions}]}; `figure` is an element's id.
+  // `test` is {run, names, letters, pages: [{figure, track, target, versions}]}; `figure` is an element's id.
   constructor(section, test) {
     Object.assign(this, { section, test, pages: shuffle(test.pages), answers: [], number: 0 });
     this.stage = section.querySelector(".stage");
@@ -125,8 +125,8 @@ class BlindTest {
   finish() {
     clearInterval(this.clock);
     const listener = this.name.value.trim() || `listener-${crypto.getRandomValues(new Uint32Array(1))[0].toString(36)}`;
-    const { run, models } = this.test;
-    const result = { format: "mss-answers-1", run, models, listener, started: this.started, finished: new Date().toISOString(), pages: this.answers };
+    const { run } = this.test;
+    const result = { format: "mss-answers-1", run, listener, started: this.started, finished: new Date().toISOString(), pages: this.answers };
     const file = URL.createObjectURL(new Blob([JSON.stringify(result, null, 1)], { type: "application/json" }));
     const download = `answers-${run}-${listener}.json`.replace(/[^\p{L}\p{N}._-]+/gu, "_");
     const link = element("a", { className: "button download", href: file, download, textContent: "Download your answers", onclick: () => { this.done = true; } });
