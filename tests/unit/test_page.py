@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import torch
 
 from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS
@@ -34,19 +33,9 @@ def table(small_run, store, monkeypatch):
 
 
 def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
-    used, separate = [], page.separate
-
-    def load(run, target, name):
-        model = torch.nn.Identity()
-        model.segment_s, model.name = 0.5, name
-        return model
-
-    def run_model(model, *arguments):
-        used.append(model.name)
-        return separate(model, *arguments)
-
-    monkeypatch.setattr(page, "trained_model", load)
-    monkeypatch.setattr(page, "separate", run_model)
+    used = []
+    monkeypatch.setattr(page, "trained_model", lambda run, target, name: name)
+    monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
     found = {"piano": excerpts(small_run, store, "piano", table)}
     tracks = table[table["condition"] == "repeat"]
     html = listening_page(small_run, store, tracks, found, "</script>")

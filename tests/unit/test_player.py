@@ -92,13 +92,13 @@ def test_versions_of_a_player_share_one_gain():
     assert np.isfinite(common_gain({"mixture": np.zeros((1, 10))}))
 
 
-@pytest.mark.parametrize("rate, channels", [(16000, 1), (44100, 2), (96000, 6)])
+@pytest.mark.parametrize("rate, channels", [(44100, 2), (96000, 6)])
 def test_any_rate_and_channels_become_small_mp3(rate, channels):
     noise = 0.2 * np.random.default_rng(0).standard_normal((channels, 10 * rate))
     mp3 = encode_mp3(noise, rate)
     audio, new_rate = soundfile.read(io.BytesIO(mp3), always_2d=True)
     assert len(mp3) <= 300_000 and new_rate == mp3_rate(rate)
-    assert audio.shape == (10 * new_rate, 1 if channels in (1, 6) else 2)
+    assert audio.shape == (10 * new_rate, 1 if channels == 6 else 2)
 
 
 def test_player_escapes_names_and_loads_nothing():
