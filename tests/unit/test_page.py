@@ -32,25 +32,23 @@ def table(small_run, store, monkeypatch):
     return table
 
 
-def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
+def test_page_runs_models_on_loops_only_and_says_what_is_missing(
+    small_run, store, table, monkeypatch
+):
     used = []
     monkeypatch.setattr(page, "trained_model", lambda run, target, name: name)
     monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
     found = {"piano": excerpts(small_run, store, "piano", table)}
+    names = {path.stem for path in small_run.folder.rglob("*.mp3")}
+    assert names == {"mixture", "reference", *MODELS, "irm"}
     tracks = table[table["condition"] == "repeat"]
     html = listening_page(small_run, store, tracks, found, "</script>")
     assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
     figures = html.split("<script>")[0].split("<figure")
     assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
     assert "</script" not in html.split('id="test">')[1].split("}]")[0]
-    names = {path.stem for path in small_run.folder.rglob("*.mp3")}
-    assert names == {"mixture", "reference", *MODELS, "irm"}
-
-
-def test_page_says_what_was_not_measured(small_run, store, table):
-    found = {"piano": excerpts(small_run, store, "piano", table)}
     for name in ("phase", "attack", "repetition"):
         table.iloc[:0].to_csv(small_run.table(name), index=False)
-    html = listening_page(small_run, store, table.assign(seed=1), found, "run")
+    html = listening_page(small_run, store, tracks.assign(seed=1), found, "run")
     for text in ("no estimate to improve", "Not askable", "No isolated onset", "No two models"):
         assert text in html
