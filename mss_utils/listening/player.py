@@ -13,9 +13,8 @@ from string import Template
 
 import numpy as np
 import soundfile
-import torch
-import torchaudio
 from IPython.display import HTML
+from scipy.signal import resample_poly
 
 from mss_utils.figures import COLOURS, LABELS, format_db
 
@@ -33,11 +32,10 @@ def common_gain(versions: Versions) -> float:
 
     A factor for each version would compare models at different levels, and louder sounds better.
     """
-    signals = list(versions.values())
-    if "mixture" in versions:
-        signals += [versions["mixture"] - audio for audio in versions.values()]
+    mixture = versions.get("mixture", 0)
+    signals = [*versions.values(), *(mixture - audio for audio in versions.values())]
     peak = max(float(np.abs(audio).max(initial=0)) for audio in signals)
-    return 10 ** (PEAK_DB / 20) / peak if peak > 0 else 1.0
+    return 10 ** (PEAK_DB / 20) / (peak or 1.0)
 
 
 def mp3_rate(sample_rate: int) -> int:
@@ -46,16 +44,14 @@ def mp3_rate(sample_rate: int) -> int:
 
 
 def encode_mp3(audio: np.ndarray, sample_rate: int, compression: float = 0.1) -> bytes:
-    """Encode `(channels, samples)` as mp3, by default as 6 kB/s (mono, 16 kHz) to 26 kB/s.
+    """Encode `(channels, samples)` as mp3; more than two channels become their mean.
 
-    `compression` is from 0 (largest, best) to 1. More than two channels become their mean.
+    `compression` is from 0 (largest, best) to 1.
     """
     if len(audio) > 2:
         audio = audio.mean(axis=0, keepdims=True)
     rate = mp3_rate(sample_rate)
-    if rate != sample_rate:
-        signal = torch.from_numpy(np.ascontiguousarray(audio))
-        audio = torchaudio.functional.resample(signal, sample_rate, rate).numpy()
+    audio = resample_poly(audio, rate, sample_rate, axis=1)
     # A variable bit rate has constant quality, and it alone of LAME's modes keeps the level.
     options = dict(format="MP3", bitrate_mode="VARIABLE", compression_level=compression)
     buffer = io.BytesIO()
@@ -106,8 +102,8 @@ def player_html(
 
 def audio_html(audio: np.ndarray, sample_rate: int, label: str) -> str:
     """Return an audio element with the audio inside, at its own level."""
-    source = SOUND + base64.b64encode(encode_mp3(audio, sample_rate)).decode()
-    return f'<audio controls preload="none" aria-label="{escape(label)}" src="{source}"></audio>'
+    mp3 = base64.b64encode(encode_mp3(audio, sample_rate)).decode()
+    return fill("audio.html", label=escape(label), mp3=mp3)
 
 
 def fill(template: str, **values: object) -> str:
@@ -125,7 +121,4 @@ def document(body: str, title: str, blind_test: bool = False) -> str:
 
 def frame(page: str, title: str, height: int = 480) -> HTML:
     """Return a page in an iframe for a notebook; its script sets the height to fit."""
-    return HTML(
-        f'<div><iframe srcdoc="{escape(page)}" title="{escape(title)}" '
-        f'style="width:100%;height:{height}px;border:0" allow="autoplay"></iframe></div>'
-    )
+    return HTML(fill("frame.html", page=escape(page), title=escape(title), height=height))

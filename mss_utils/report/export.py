@@ -32,7 +32,6 @@ from mss_utils.training.checkpoints import write_tensors
 TEXT_FILES = ["settings.json", "environment.json"]
 TEXT_FILES += ["models/*/*/seed*/model.json", "models/*/*/seed*/history.csv"]
 MAX_TABLE = 60_000  # characters; a longer table is packed
-COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
 NUMBER_FORMAT = "%.6g"  # in exported tables
 
 
@@ -137,8 +136,7 @@ def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
         for target in evaluated_targets(run)
         if not listen or target in listen
     }
-    page = listening.listening_page(run, store, tracks, excerpts, name, None)
-    return listening.reencode(page, COMPRESSION)
+    return listening.listening_page(run, store, tracks, excerpts, name)
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

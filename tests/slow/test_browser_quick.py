@@ -12,7 +12,6 @@ from mss_utils.listening import cut_excerpt, page, players
 RATE = 16000
 NAMES = ("mixture", "reference", *MODELS, "irm")
 PITCHES = dict(zip(NAMES, (400, 900, 1400, 1900, 2400, 2900), strict=True))
-LEVELS_DB = dict(zip(NAMES, (-6, -9, -12, -18, -24, -10), strict=True))
 HOSTILE = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed=1'>"
 FIRST = "document.querySelector('figure.player').player"
 
@@ -54,28 +53,28 @@ def open_page(browser, tmp_path):
     assert events == []
 
 
-def band(pitch, level_db):
+def band(pitch):
     """Two seconds of noise within 100 Hz of a pitch; mp3 keeps its level, unlike that of a tone."""
     spectrum = np.fft.rfft(np.random.default_rng(0).standard_normal(2 * RATE))
     spectrum[np.abs(np.fft.rfftfreq(2 * RATE, 1 / RATE) - pitch) > 100] = 0
     noise = np.fft.irfft(spectrum)
-    return (noise / noise.std() * 10 ** (level_db / 20))[None].astype(np.float32)
+    return (0.2 * noise / noise.std())[None].astype(np.float32)
 
 
 def make_versions():
-    return {name: band(pitch, LEVELS_DB[name]) for name, pitch in PITCHES.items()}
+    return {name: band(pitch) for name, pitch in PITCHES.items()}
 
 
 def make_listening_page(versions, seconds=2.0):
     """A listening page with two excerpts, without pair and demonstrations, which need a run."""
     short = {name: audio[:, : round(seconds * RATE)] for name, audio in versions.items()}
     rules = (("best", "one"), ("worst", HOSTILE))
-    excerpts = {rule: cut_excerpt(short, track, "piano", RATE, seconds) for rule, track in rules}
+    excerpts = {rule: cut_excerpt(short, track, RATE, seconds) for rule, track in rules}
     store = SimpleNamespace(sample_rate=RATE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "_pair", lambda *_: "")
         patch.setattr(page, "_demonstrations", lambda *_: dict(phase="", repeat="", attack=""))
-        return page.listening_page(None, store, None, {"piano": excerpts}, "tones", "abc")
+        return page.listening_page(None, store, None, {"piano": excerpts}, "tones")
 
 
 def test_listening_page_switches_versions(open_page):
@@ -93,7 +92,7 @@ def test_listening_page_switches_versions(open_page):
 
 def test_notebook_player_opens_and_names_are_escaped(open_page):
     scores = {HOSTILE: {HOSTILE: {HOSTILE: 1.0}}}
-    versions = {HOSTILE: band(900, -12), "unet": band(1400, -12)}
+    versions = {HOSTILE: band(900), "unet": band(1400)}
     tab = open_page(players({HOSTILE: versions}, RATE, scores).data)
     frame = next(frame for frame in tab.frames if frame.parent_frame)
     frame.wait_for_selector("figure.player[data-ready]")

@@ -4,12 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-import torch
 
 from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS
-from mss_utils.listening import demonstrations, excerpts, write_page
-from mss_utils.listening.excerpts import VERSIONS
+from mss_utils.listening import excerpts, listening_page, page
 from mss_utils.separation import ESTIMATED, estimate_paths
 
 
@@ -34,34 +32,23 @@ def table(small_run, store, monkeypatch):
     return table
 
 
-def test_page_reads_estimates_and_runs_models_on_loops_only(small_run, store, table, monkeypatch):
-    used, separate = [], demonstrations.separate
-
-    def load(folder):
-        model = torch.nn.Identity()
-        model.segment_s, model.name = 0.5, folder.parent.name
-        return model
-
-    def run_model(model, *arguments):
-        used.append(model.name)
-        return separate(model, *arguments)
-
-    monkeypatch.setattr(demonstrations, "load_model", load)
-    monkeypatch.setattr(demonstrations, "separate", run_model)
-    found = excerpts(small_run, store, "piano", table)
-    page = write_page(small_run, store, table[table["condition"] == "repeat"], {"piano": found})
-    assert (small_run.folder / "listening.html").read_text(encoding="utf-8") == page
+def test_page_runs_models_on_loops_only_and_says_what_is_missing(
+    small_run, store, table, monkeypatch
+):
+    used = []
+    monkeypatch.setattr(page, "load_model", lambda folder: folder.parent.name)
+    monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
+    found = {"piano": excerpts(small_run, store, "piano", table)}
+    names = {path.stem for path in small_run.folder.rglob("*.mp3")}
+    assert names == {"mixture", "reference", *MODELS, "irm"}
+    tracks = table[table["condition"] == "repeat"]
+    html = listening_page(small_run, store, tracks, found, "</script>")
     assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
-    figures = page.split("<script>")[0].split("<figure")
+    figures = html.split("<script>")[0].split("<figure")
     assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
-    assert "</script" not in page.split('id="test">')[1].split("}]")[0]
-    assert {path.stem for path in small_run.folder.rglob("*.mp3")} == set(VERSIONS)
-
-
-def test_page_says_what_was_not_measured(small_run, store, table):
-    found = excerpts(small_run, store, "piano", table)
+    assert "</script" not in html.split('id="test">')[1].split("}]")[0]
     for name in ("phase", "attack", "repetition"):
         table.iloc[:0].to_csv(small_run.table(name), index=False)
-    page = write_page(small_run, store, table.assign(seed=1), {"piano": found})
+    html = listening_page(small_run, store, tracks.assign(seed=1), found, "run")
     for text in ("no estimate to improve", "Not askable", "No isolated onset", "No two models"):
-        assert text in page
+        assert text in html
