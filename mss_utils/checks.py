@@ -22,7 +22,7 @@ from mss_utils.data import (
     find_tracks,
     is_built_in,
     is_decoded,
-    needs_ffmpeg,
+    is_store,
     read_store,
 )
 from mss_utils.data.sources import SourceTrack
@@ -155,7 +155,7 @@ def _ffmpeg(settings: Settings) -> Finding:
 def _must_decode(settings: Settings) -> bool:
     if is_built_in(settings) or is_decoded(settings):
         return False
-    return any(needs_ffmpeg(source) for source in find_tracks(dataset_root(settings)))
+    return any(source.is_stem_file for source in find_tracks(dataset_root(settings)))
 
 
 def _dataset(settings: Settings) -> Finding:
@@ -180,4 +180,4 @@ def _will_download(settings: Settings) -> bool:
 
 def _tracks(settings: Settings) -> Sequence[Track | SourceTrack]:
     root = dataset_root(settings)
-    return read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
+    return read_store(root).tracks if is_store(root) else find_tracks(root)

@@ -92,7 +92,8 @@ def long_store(hours, folder):
         active=((1,) * 5,) * 5,
         n_windows=1,
     )
-    return Store(folder, "", 16000, 1, stems, (track,))
+    values = dict(folder=folder, source="", sample_rate=16000, channels=1)
+    return Store(stems=stems, tracks=(track,), **values)
 
 
 def test_loader_memory_does_not_grow_with_music_read(tmp_path):
