@@ -208,7 +208,7 @@ def measure_decoding(root: Path, count: int, folder: Path) -> pd.DataFrame:
     """
     subset = link_tracks(root, count, folder / root.name)
     sources = find_tracks(subset)
-    import musdb  # a plain import, before the store imports musdb and caches ffmpeg.probe
+    import musdb
 
     def decode_with_musdb() -> None:
         for source in sources:

@@ -188,7 +188,7 @@ def _check_dataset(settings: config.Settings, as_json: bool) -> dict[str, Any]:
         dataset=store.source,
         source_rates=sorted(set(table["source_rate"].tolist())),
         store=str(store.folder),
-        store_mb=round(store.n_bytes / 1e6),
+        store_mb=round(sum(store.raw(track).nbytes for track in store.tracks) / 1e6),
         sample_rate=store.sample_rate,
         channels=store.channels,
         stems=store.stems,

@@ -20,7 +20,7 @@ from mss_utils.data import (
     find_tracks,
     is_built_in,
     is_decoded,
-    needs_ffmpeg,
+    is_store,
     read_store,
 )
 from mss_utils.environment import check_device
@@ -121,7 +121,7 @@ def _ffmpeg(settings: Settings) -> Finding:
     try:
         needed = settings.scorer == "museval" or _will_download(settings)
         if not (needed or is_built_in(settings) or is_decoded(settings)):
-            needed = any(needs_ffmpeg(source) for source in find_tracks(dataset_root(settings)))
+            needed = any(track.is_stem_file for track in find_tracks(dataset_root(settings)))
     except (ValueError, OSError):  # reported as the dataset's own finding
         needed = False
     remedy = "apt-get install ffmpeg (for MUSDB18, museval and compressed formats)"
@@ -141,7 +141,7 @@ def _dataset(settings: Settings) -> Finding:
         return Finding("dataset", "MUSDB18 7-second excerpts, downloaded by the run (140 MB)")
     try:
         root = dataset_root(settings)
-        tracks = read_store(root).tracks if (root / "index.json").exists() else find_tracks(root)
+        tracks = read_store(root).tracks if is_store(root) else find_tracks(root)
     except (ValueError, OSError) as error:
         return Finding("dataset", str(error), STOP, "pass --data DIR, or set MUSDB_PATH")
     splits = [track.split for track in tracks]

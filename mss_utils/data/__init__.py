@@ -9,13 +9,14 @@ Taught in notebook 01.
 
 from mss_utils.data.auditing import audit, audit_warnings, co_activity
 from mss_utils.data.levels import SILENCE_DB, level_db, loudest_start, rms, window_levels_db
-from mss_utils.data.sources import MIXTURE, dataset_root, find_tracks, is_built_in, needs_ffmpeg
+from mss_utils.data.sources import MIXTURE, dataset_root, find_tracks, is_built_in
 from mss_utils.data.store import (
     Store,
     Track,
     build_store,
     check_target_exists,
     is_decoded,
+    is_store,
     open_store,
     read_store,
 )
@@ -34,9 +35,9 @@ __all__ = [
     "find_tracks",
     "is_built_in",
     "is_decoded",
+    "is_store",
     "level_db",
     "loudest_start",
-    "needs_ffmpeg",
     "open_store",
     "read_store",
     "rms",

@@ -48,9 +48,8 @@ def audit(store: Store) -> pd.DataFrame:
 def co_activity(store: Store) -> pd.DataFrame:
     """Return the share of half seconds with the row's stem that also have the column's stem."""
     counts = np.sum([np.array(track.active)[1:, 1:] for track in store.tracks], axis=0)
-    with np.errstate(invalid="ignore"):
-        share = counts / np.diag(counts)[:, None]
-    return pd.DataFrame(share, index=list(store.stems), columns=list(store.stems))
+    table = pd.DataFrame(counts, index=list(store.stems), columns=list(store.stems))
+    return table.div(np.diag(counts), axis=0)
 
 
 def audit_warnings(store: Store, segment_s: float = 0.0) -> list[str]:
@@ -65,13 +64,11 @@ def audit_warnings(store: Store, segment_s: float = 0.0) -> list[str]:
     short = mixtures[(mixtures["split"] == "test") & (mixtures["duration_s"] < FRAME_S)]
     unused = mixtures[(mixtures["split"] == "train") & (mixtures["duration_s"] < segment_s)]
     silent = stems[(stems["silent_share"] == 1) | (stems["level_db"] == -np.inf)]
-    uneven, mixed_rates = [], []
+    uneven = []
     for track in store.tracks:
         spread_s = (track.source_samples[-1] - track.source_samples[0]) / store.sample_rate
         if spread_s > MAX_UNEVEN_S:
             uneven.append(f"{track.name} (by {spread_s:.2f} s)")
-        if len(track.source_rates) > 1:
-            mixed_rates.append(f"{track.name} ({', '.join(map(str, track.source_rates))} Hz)")
     problems = {
         "track whose stems do not add up to the mixture": [
             f"{row.track} (off by {row.residual_db:.0f} dB)" for row in wrong_sum.itertuples()
@@ -81,7 +78,6 @@ def audit_warnings(store: Store, segment_s: float = 0.0) -> list[str]:
             _with_durations(unused)
         ),
         "track with files of different lengths, the shorter ones end in silence": uneven,
-        "track with files of different sample rates, all resampled": mixed_rates,
         "stem silent throughout": [f"{row.stem} of {row.track}" for row in silent.itertuples()],
         "recording more than once": _copies(store.tracks),
         "artist in both test and train or valid": _shared_artists(store.tracks),

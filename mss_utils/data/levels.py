@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 SILENCE_DB = -60.0
-WINDOW_S = 0.5
 FLOOR_DB = -120.0
 
 
@@ -24,7 +23,7 @@ def to_db(amplitude: float) -> float:
     return 20 * np.log10(amplitude) if amplitude > 0 else -np.inf
 
 
-def window_levels_db(audio: np.ndarray, sample_rate: int, window_s: float = WINDOW_S) -> np.ndarray:
+def window_levels_db(audio: np.ndarray, sample_rate: int, window_s: float = 0.5) -> np.ndarray:
     """Return the RMS level in dB, at least -120 dB, of successive windows.
 
     `(..., channels, samples)` -> `(..., windows)`.
@@ -34,11 +33,6 @@ def window_levels_db(audio: np.ndarray, sample_rate: int, window_s: float = WIND
     frames = audio[..., :n_samples].reshape(*audio.shape[:-1], -1, window)
     power = np.mean(np.square(frames, dtype=np.float64), axis=(-3, -1))
     return 10 * np.log10(power + 10 ** (FLOOR_DB / 10))
-
-
-def active_windows(audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Return which half seconds of `(..., channels, samples)` are above -60 dB."""
-    return window_levels_db(audio, sample_rate) > SILENCE_DB
 
 
 def loudest_start(target: np.ndarray, length: int) -> int:

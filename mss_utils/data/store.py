@@ -9,25 +9,24 @@ notebook 01.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torchaudio
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from tqdm.auto import tqdm
 
 from mss_utils import songs
-from mss_utils.config import SPLITS, Settings, cache_folder, is_valid_stem_name
-from mss_utils.data.levels import active_windows, rms
+from mss_utils.config import Settings, cache_folder, is_valid_stem_name
+from mss_utils.data.levels import SILENCE_DB, rms, window_levels_db
 from mss_utils.data.sources import (
     MIXTURE,
     Groups,
@@ -52,22 +51,8 @@ from mss_utils.files import (
 )
 
 FULL_SCALE = 32767
-FORMAT = 2
-MAX_PEAK = 1000.0  # times full scale; beyond it 16 bits would keep nothing else of a track
-MAX_RATIO = 1000  # of two sample rates; 44.1 kHz to 16 kHz is 441 to 160
+MAX_RATIO = 1000  # of two sample rates; the exact filter of odd ones could take gigabytes
 MAX_READERS = 8  # a four-minute track of MUSDB18 takes up to 1.3 GB while it is decoded
-
-
-def _check_file_name(name: str) -> str:
-    if not is_safe_file_name(name):
-        raise ValueError(f"{name[:100]!r} is no file name")
-    return name
-
-
-def _check_stem_name(name: str) -> str:
-    if not is_valid_stem_name(name):
-        raise ValueError(f"{name[:100]!r} is no stem name")
-    return name
 
 
 @dataclass(frozen=True)
@@ -76,7 +61,7 @@ class Track:
 
     name: str
     split: Literal["train", "valid", "test"]
-    file: Annotated[str, AfterValidator(_check_file_name)]
+    file: str
     source: str
     fingerprint: str
     sha: str
@@ -91,37 +76,32 @@ class Track:
     n_windows: int  # half seconds of the track
 
 
-class Index(BaseModel):
-    """The content of index.json: dataset and tracks decoded so far."""
+class Store(BaseModel, frozen=True):
+    """Decoded tracks of one dataset; arrays are `(1 + stems, channels, samples)`, mixture first.
 
-    format: Literal[2]  # raised when the content of a store changes
+    index.json in the folder of the store has all its other values.
+    """
+
+    folder: Path = Field(Path(), exclude=True)
+    format: Literal[2] = 2  # raised when the content of a store changes
     source: str
     sample_rate: int = Field(ge=1)
     channels: int = Field(ge=1)
-    stems: tuple[Annotated[str, AfterValidator(_check_stem_name)], ...] = Field(min_length=2)
-    tracks: tuple[Track, ...]
-    complete: bool = False
+    stems: tuple[str, ...] = Field(min_length=2)
+    tracks: tuple[Track, ...] = ()
+    complete: bool = False  # no track of the dataset is missing
 
     @model_validator(mode="after")
-    def _check_rows(self) -> Index:
+    def _check_names_and_rows(self) -> Store:
+        """Refuse names that lead out of a folder, and rows that are not those of the stems."""
         n_rows = 1 + len(self.stems)
+        if not all(map(is_valid_stem_name, self.stems)):
+            raise ValueError("a stem has no valid name")
         for track in self.tracks:
-            lengths = {len(track.rms), len(track.peak), len(track.active), *map(len, track.active)}
-            if lengths != {n_rows}:
-                raise ValueError(f"track {track.name!r} has not one value per stem")
+            rows = (track.rms, track.peak, track.active, *track.active)
+            if not is_safe_file_name(track.file) or {len(row) for row in rows} != {n_rows}:
+                raise ValueError(f"track {track.name[:100]!r} has a wrong file name or rows")
         return self
-
-
-@dataclass(frozen=True)
-class Store:
-    """Decoded tracks of one dataset; arrays are `(1 + stems, channels, samples)`, mixture first."""
-
-    folder: Path
-    source: str
-    sample_rate: int
-    channels: int
-    stems: tuple[str, ...]
-    tracks: tuple[Track, ...]
 
     def split(self, name: str) -> list[Track]:
         """Return the tracks of 'train', 'valid' or 'test'."""
@@ -129,7 +109,16 @@ class Store:
 
     def raw(self, track: Track) -> np.ndarray:
         """Return the memory-mapped int16 samples `(1 + stems, channels, samples)` of a track."""
-        return np.load(self.folder / track.file, mmap_mode="r")
+        return np.lib.format.open_memmap(self.folder / track.file, mode="r")
+
+    def has(self, track: Track) -> bool:
+        """Whether the file of a track is there with all its samples."""
+        try:
+            samples = self.raw(track)
+        except (OSError, ValueError):
+            return False
+        shape = (1 + len(self.stems), self.channels, track.samples)
+        return samples.shape == shape and samples.dtype == np.int16
 
     def load(
         self, track: Track, start: int = 0, length: int | None = None
@@ -154,16 +143,8 @@ class Store:
 
     def targets(self, target: str) -> tuple[str, ...]:
         """Return the stems of the setting `target`: all, or those separated by commas."""
-        if target == "all":
-            return self.stems
-        names = dict.fromkeys(target.split(","))
+        names = self.stems if target == "all" else dict.fromkeys(target.split(","))
         return tuple(self.stems[self.stem_index(name)] for name in names)
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of all samples on disk."""
-        n_samples = sum(track.samples for track in self.tracks)
-        return 2 * (1 + len(self.stems)) * self.channels * n_samples
 
     @property
     def sha(self) -> str:
@@ -177,20 +158,15 @@ def open_store(settings: Settings) -> Store:
     A dataset folder may be a store itself, made on another machine; ValueError if it does not fit.
     """
     root = dataset_root(settings)
-    if not (root / "index.json").exists():
-        return build_store(root, settings.sample_rate, settings.channels, settings.groups)
+    if not is_store(root):
+        return build_store(root, *_shape(settings))
     store = read_store(root)
-    for name in ("sample_rate", "channels"):
-        own, wanted = getattr(store, name), getattr(settings, name)
-        if own != wanted:
-            raise ValueError(
-                f"The stem store {root} has {name}={own}, the run asks for {wanted}: set "
-                f"{name}={own}, or give the dataset itself."
-            )
-    if settings.groups:
+    is_same = (store.sample_rate, store.channels) == (settings.sample_rate, settings.channels)
+    if not is_same or settings.groups:
         raise ValueError(
-            f"The stem store {root} has the stems {', '.join(store.stems)}: leave groups out, or "
-            "give the dataset itself."
+            f"The stem store {root} has sample_rate={store.sample_rate}, channels={store.channels} "
+            f"and the stems {', '.join(store.stems)}: set these and no groups, or give the "
+            "dataset itself."
         )
     return store
 
@@ -198,34 +174,37 @@ def open_store(settings: Settings) -> Store:
 def check_target_exists(settings: Settings) -> None:
     """Raise ValueError if the dataset lacks a target; nothing is rendered or decoded."""
     if is_built_in(settings):
-        source = "the built-in songs"
         stems = tuple(dict.fromkeys(group_of(stem, settings.groups) for stem in songs.STEMS))
+        store = Store.model_construct(source="the built-in songs", stems=stems)
     else:
-        source = dataset_root(settings)
-        if (source / "index.json").exists():
-            stems = read_store(source).stems
-        else:
-            stems = common_stems(find_tracks(source), source, settings.groups)
-    for target in settings.target.split(","):
-        if target not in (*stems, "all"):
-            known = ", ".join(stems)
-            raise ValueError(f"No stem {target!r} in {source}; there are: {known} (or 'all').")
+        root = dataset_root(settings)
+        store = read_store(root) if is_store(root) else _plan(root, *_shape(settings))[0]
+    store.targets(settings.target)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a dataset folder is a stem store."""
+    return (folder / "index.json").exists()
 
 
 def read_store(folder: Path) -> Store:
     """Return the finished store in `folder`; ValueError if it is damaged or unfinished."""
     remedy = "copy the whole folder, or build it again from the dataset"
     try:
-        index = Index.model_validate_json((folder / "index.json").read_bytes())
+        store = _read_index(folder)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder / 'index.json'} is damaged ({reason}): {remedy}.") from None
-    if not index.complete or {track.split for track in index.tracks} != set(SPLITS):
-        raise ValueError(f"The stem store {folder} is not finished: {remedy}.")
-    missing = [track.file for track in index.tracks if not _is_whole(folder, track, index)]
-    if missing:
-        raise ValueError(f"The stem store {folder} lacks {join_names(missing)}: {remedy}.")
-    return Store(folder, index.source, index.sample_rate, index.channels, index.stems, index.tracks)
+    missing = [track.file for track in store.tracks if not store.has(track)]
+    if missing or not store.complete:
+        problem = f"lacks {join_names(missing)}" if missing else "is not finished"
+        raise ValueError(f"The stem store {folder} {problem}: {remedy}.")
+    return store
+
+
+def _read_index(folder: Path) -> Store:
+    store = Store.model_validate_json((folder / "index.json").read_bytes())
+    return store.model_copy(update=dict(folder=folder))
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -245,172 +224,136 @@ def build_store(
 
     Raises
     ------
-    ValueError, FileNotFoundError, PermissionError
+    ValueError, OSError
         As `find_tracks` and `read_track`; one error names all unreadable tracks.
     """
-    folder, wanted, head = _plan(root, sample_rate, channels, groups)
-    if not _is_current(folder, wanted, head):
-        with file_lock(folder):
-            tracks = _current_tracks(folder, _load_index(folder), wanted, head)
+    head, wanted = _plan(root, sample_rate, channels, groups)
+    store = _find_store(head, wanted)
+    if not store.complete:
+        with file_lock(head.folder):
             n_jobs = n_jobs or min(os.cpu_count() or 1, MAX_READERS)
-            _decode_missing(folder, wanted, tracks, head, groups, n_jobs)
-            _write_index(folder, wanted, tracks, head.model_copy(update=dict(complete=True)))
-            for path in folder.iterdir():  # tracks that left the dataset, parts of killed builds
-                if path.is_file() and path.name not in (*wanted, "index.json", ".lock"):
+            store = _decode_missing(_find_store(head, wanted), wanted, groups, n_jobs)
+            # Remove tracks that left the dataset, and parts of killed builds.
+            for path in head.folder.iterdir():
+                if path.name not in (*wanted, "index.json", ".lock"):
                     path.unlink()
-    return read_store(folder)
+    return store
 
 
 def is_decoded(settings: Settings) -> bool:
     """Whether the store of a dataset is complete; nothing is decoded to find out."""
     root = dataset_root(settings)
-    if (root / "index.json").exists():
-        return True
-    plan = _plan(root, settings.sample_rate, settings.channels, settings.groups)
-    return _is_current(*plan)
+    return is_store(root) or _find_store(*_plan(root, *_shape(settings))).complete
+
+
+def _shape(settings: Settings) -> tuple[int, int, Groups]:
+    return settings.sample_rate, settings.channels, settings.groups
 
 
 def _plan(
     root: Path, sample_rate: int, channels: int, groups: Groups
-) -> tuple[Path, dict[str, SourceTrack], Index]:
-    """Return the folder of a store, the file of each track, and an index without tracks."""
+) -> tuple[Store, dict[str, SourceTrack]]:
+    """Return a store without tracks, and the tracks of the dataset by the file they go to."""
     sources = find_tracks(root)
-    head = Index(
-        format=FORMAT,
+    sorted_groups = sorted((name, sorted(members)) for name, members in groups.items())
+    key = sha((str(root.resolve()), sample_rate, channels, sorted_groups))[:8]
+    name = safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{key}")
+    head = Store(
+        folder=cache_folder() / "stores" / name,
         source=printable_name(root),
         sample_rate=sample_rate,
         channels=channels,
         stems=common_stems(sources, root, groups),
-        tracks=(),
     )
-    sorted_groups = sorted((name, sorted(members)) for name, members in groups.items())
-    key = sha((str(root.resolve()), sample_rate, channels, sorted_groups))[:8]
-    name = safe_name(f"{root.resolve().name}-{sample_rate}-{channels}ch-{key}")
     wanted = {
         f"{source.split}-{safe_name(source.name)}-{sha(source.name)[:6]}.npy": source
         for source in sources
     }
-    return cache_folder() / "stores" / name, wanted, head
+    return head, wanted
 
 
-def _is_current(folder: Path, wanted: dict[str, SourceTrack], head: Index) -> bool:
-    """Whether the store is finished and has exactly the tracks of the dataset."""
-    index = _load_index(folder)
-    if index is None or not index.complete or len(index.tracks) != len(wanted):
-        return False
-    return len(_current_tracks(folder, index, wanted, head)) == len(wanted)
-
-
-def _current_tracks(
-    folder: Path, index: Index | None, wanted: dict[str, SourceTrack], head: Index
-) -> dict[str, Track]:
-    """Return the tracks that are complete and whose source has not changed, by file."""
-    if index is None or index.stems != head.stems:
-        return {}
-    if (index.sample_rate, index.channels) != (head.sample_rate, head.channels):
-        return {}
-    return {
-        track.file: track
+def _find_store(head: Store, wanted: dict[str, SourceTrack]) -> Store:
+    """Return the store with the tracks that are decoded and whose source has not changed."""
+    try:
+        index = _read_index(head.folder)
+    except (FileNotFoundError, ValueError):
+        return head
+    tracks = [
+        track
         for track in index.tracks
         if track.file in wanted
         and wanted[track.file].fingerprint == track.fingerprint
-        and _is_whole(folder, track, index)
-    }
-
-
-def _is_whole(folder: Path, track: Track, index: Index) -> bool:
-    """Whether the file of a track has all its samples."""
-    path, shape = folder / track.file, (1 + len(index.stems), index.channels, track.samples)
-    header = _npy_header(shape)
-    if not path.is_file() or path.stat().st_size != len(header) + 2 * math.prod(shape):
-        return False
-    with path.open("rb") as file:
-        return file.read(len(header)) == header
+        and head.has(track)
+    ]
+    is_complete = index.complete and len(tracks) == len(index.tracks) == len(wanted)
+    return head.model_copy(update=dict(tracks=tuple(tracks), complete=is_complete))
 
 
 def _decode_missing(
-    folder: Path,
-    wanted: dict[str, SourceTrack],
-    tracks: dict[str, Track],
-    head: Index,
-    groups: Groups,
-    n_jobs: int,
-) -> None:
-    """Decode what `tracks` lacks; one error names all tracks that failed."""
+    store: Store, wanted: dict[str, SourceTrack], groups: Groups, n_jobs: int
+) -> Store:
+    """Decode the tracks that `store` lacks; one error names all tracks that failed."""
+    tracks, lock = {track.file: track for track in store.tracks}, Lock()
     errors: list[Exception] = []
+
+    def decode(file: str) -> None:
+        track = _decode_track(wanted[file], store, groups, store.folder / file)
+        with lock:
+            tracks[file] = track
+            _write_index(store, wanted, tracks)
+
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tracks are resampled in parallel
     pool = ThreadPoolExecutor(n_jobs)
-    jobs = {
-        pool.submit(_decode_track, source, head, groups, folder / file): file
-        for file, source in wanted.items()
-        if file not in tracks
-    }
+    jobs = [pool.submit(decode, file) for file in wanted if file not in tracks]
     try:
-        bar = tqdm(total=len(jobs), desc="Stem store", unit="track", disable=not jobs)
-        for job in as_completed(jobs):
+        done = as_completed(jobs)
+        for job in tqdm(done, "Stem store", len(jobs), unit="track", disable=not jobs):
             try:
-                tracks[jobs[job]] = job.result()
+                job.result()
             except (ValueError, PermissionError) as error:
                 errors.append(error)
-            _write_index(folder, wanted, tracks, head)
-            bar.update()
-        bar.close()
     finally:  # if interrupted, the tracks in progress are finished and kept
         pool.shutdown(cancel_futures=True)
-        for job, file in jobs.items():
-            if not job.cancelled() and not job.exception():
-                tracks[file] = job.result()
         torch.set_num_threads(torch_threads)
-        _write_index(folder, wanted, tracks, head)
     if len(errors) == 1:
         raise errors[0]
     if errors:
         messages = join_names(sorted(map(str, errors)), "\n")
         raise ValueError(f"{len(errors)} of {len(wanted)} tracks cannot be used:\n{messages}")
+    return _write_index(store, wanted, tracks)
 
 
-def _load_index(folder: Path) -> Index | None:
-    """Return the index of a store in the cache, or None if it has to be built."""
-    try:
-        return Index.model_validate_json((folder / "index.json").read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _write_index(
-    folder: Path, wanted: dict[str, SourceTrack], tracks: dict[str, Track], head: Index
-) -> None:
-    """Write the index with the tracks in the order of the dataset."""
+def _write_index(store: Store, wanted: dict[str, SourceTrack], tracks: dict[str, Track]) -> Store:
+    """Write the index with the tracks in the order of the dataset; return the store."""
     ordered = tuple(tracks[file] for file in wanted if file in tracks)
-    index = head.model_copy(update=dict(tracks=ordered))
-    write_text(folder / "index.json", index.model_dump_json())
+    store = store.model_copy(update=dict(tracks=ordered, complete=len(tracks) == len(wanted)))
+    write_text(store.folder / "index.json", store.model_dump_json())
+    return store
 
 
-def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) -> Track:
-    """Write one track as int16 `(1 + stems, channels, samples)`.
-
-    A scale per track keeps samples beyond full scale. Shorter files end in silence.
-    """
+def _decode_track(source: SourceTrack, head: Store, groups: Groups, path: Path) -> Track:
+    """Write one track as int16 `(1 + stems, channels, samples)`, scaled to keep loud samples."""
     recordings = read_track(source)
-    rates = sorted({rate for _, rate in recordings.values()})
     parts = {
         name: _conform(recording, head.sample_rate, head.channels)
         for name, recording in recordings.items()
     }
     lengths = sorted({part.shape[-1] for part in parts.values()})
-    audio = _stack(parts, head.stems, groups, lengths[-1])  # (1 + stems, channels, samples)
+    audio = np.zeros((1 + len(head.stems), head.channels, lengths[-1]), np.float32)
+    for name, part in parts.items():
+        row = 0 if name == MIXTURE else 1 + head.stem_index(group_of(name, groups))
+        audio[row, :, : part.shape[-1]] += part
+    if MIXTURE not in parts:
+        audio[0] = audio[1:].sum(axis=0)
     peak = np.abs(audio).max(axis=(1, 2))
-    if not peak.max() < MAX_PEAK:  # also true for NaN
-        raise ValueError(
-            f"{source.path} reaches {peak.max():.3g} times full scale: fix its files or remove it."
-        )
     scale = max(1.0, float(peak.max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
-    with atomic_write(path) as part, part.open("wb") as file:
-        file.write(_npy_header(samples.shape))
+    with atomic_write(path) as part, part.open("wb") as file:  # numpy.save hides a full disk
+        header = np.lib.format.header_data_from_array_1_0(samples)
+        np.lib.format.write_array_header_1_0(file, header)
         file.write(samples.data)
-    active = active_windows(audio, head.sample_rate).astype(np.int64)  # (1 + stems, windows)
+    active = (window_levels_db(audio, head.sample_rate) > SILENCE_DB).astype(np.int64)
     return Track(
         name=source.name,
         split=source.split,  # type: ignore[arg-type]
@@ -420,7 +363,7 @@ def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) 
         sha=hashlib.sha256(samples.tobytes()).hexdigest(),
         samples=lengths[-1],
         scale=scale,
-        source_rates=tuple(rates),
+        source_rates=tuple(sorted({rate for _, rate in recordings.values()})),
         source_samples=tuple(lengths),
         rms=tuple(map(rms, audio)),
         peak=tuple(peak.tolist()),
@@ -433,8 +376,7 @@ def _decode_track(source: SourceTrack, head: Index, groups: Groups, path: Path) 
 def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarray:
     """Convert `(samples, any channels)` to `(channels, samples)` at the working rate, float32.
 
-    Mono is the mean of all channels; stereo is the first two, or a single one twice. Odd sample
-    rates are resampled by a near ratio: the exact filter could take gigabytes.
+    Mono is the mean of all channels; stereo is the first two, or a single one twice.
     """
     audio, rate = recording[0].T, recording[1]
     if channels == 1:
@@ -443,26 +385,4 @@ def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarra
         audio = np.resize(audio[:channels], (channels, audio.shape[1]))
     ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)
     tensor = torch.from_numpy(np.ascontiguousarray(audio))
-    resample = torchaudio.functional.resample
-    return resample(tensor, ratio.numerator, ratio.denominator).numpy()
-
-
-def _stack(
-    parts: dict[str, np.ndarray], stems: tuple[str, ...], groups: Groups, length: int
-) -> np.ndarray:
-    """Stack mixture and stems; without a mixture file the mixture is the sum of the stems."""
-    channels = next(iter(parts.values())).shape[0]
-    audio = np.zeros((1 + len(stems), channels, length), np.float32)
-    for name, part in parts.items():
-        row = 0 if name == MIXTURE else 1 + stems.index(group_of(name, groups))
-        audio[row, :, : part.shape[-1]] += part
-    if MIXTURE not in parts:
-        audio[0] = audio[1:].sum(axis=0)
-    return audio
-
-
-def _npy_header(shape: tuple[int, ...]) -> bytes:
-    header = io.BytesIO()
-    description = dict(descr="<i2", fortran_order=False, shape=shape)
-    np.lib.format.write_array_header_1_0(header, description)
-    return header.getvalue()
+    return torchaudio.functional.resample(tensor, ratio.numerator, ratio.denominator).numpy()

@@ -22,6 +22,7 @@ from mss_utils.data import Store, Track, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
+from mss_utils.listening.player import reencode
 from mss_utils.report.facts import RunData
 from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
 from mss_utils.report.tables import TABLES, evaluated_targets, read_model_json, read_table
@@ -32,6 +33,7 @@ from mss_utils.training.checkpoints import write_tensors
 TEXT_FILES = ["settings.json", "environment.json"]
 TEXT_FILES += ["models/*/*/seed*/model.json", "models/*/*/seed*/history.csv"]
 MAX_TABLE = 60_000  # characters; a longer table is packed
+COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
 NUMBER_FORMAT = "%.6g"  # in exported tables
 
 
@@ -136,7 +138,8 @@ def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
         for target in evaluated_targets(run)
         if not listen or target in listen
     }
-    return listening.listening_page(run, store, tracks, excerpts, name)
+    page = listening.listening_page(run, store, tracks, excerpts, name)
+    return reencode(page, COMPRESSION)
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
