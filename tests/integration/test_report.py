@@ -126,7 +126,7 @@ def test_export_refuses_wrong_names(full):
     with pytest.raises(ValueError, match="no collection"):
         (full / "other").mkdir()
         export("full", "other")
-    with pytest.raises(ValueError, match="the collection itself"):
+    with pytest.raises(ValueError, match="the source"):
         export("full", "full")
     with pytest.raises(ValueError, match="target 'guitar'; there are: piano"):
         export("full", "copy", complete=["guitar"])
