@@ -33,7 +33,7 @@ TEXT_FILES = ["settings.json", "environment.json"]
 TEXT_FILES += ["models/*/*/seed*/model.json", "models/*/*/seed*/history.csv"]
 MAX_TABLE = 60_000  # characters; a longer table is packed
 MAX_OUTPUT = 20_000  # characters of an output in a notebook; longer ones are removed
-HEAVY_OUTPUTS = ('"name": "stderr"', '"image/', "-widget-", "data:audio")  # in their JSON
+HEAVY_OUTPUTS = ('"name": "stderr"', '"image/', "widget-view", "data:audio")  # in their JSON
 COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
 NUMBER_FORMAT = "%.6g"  # in exported tables
 
@@ -63,17 +63,15 @@ def export(
         raise ValueError(f"{folder} is the source or no collection: export to another name.")
     known = sorted({target for run in runs for target in tables.evaluated_targets(run)})
     if unknown := {*complete, *listen}.difference(known):
-        names = ", ".join(known)
-        raise ValueError(f"{source!r} has no target {min(unknown)!r}; there are: {names}.")
+        raise ValueError(f"{source!r} has no target {min(unknown)!r}; use {', '.join(known)}.")
     with file_lock(folder.parent), temporary_folder(folder.parent) as part:
         new = part / "new"
         for run in runs:
-            copy = new / run.folder.name
+            copy, answers = new / run.folder.name, folder / run.folder.name / "answers"
             _export_run(run, copy)
             if is_built_in(run.settings) and not tables.is_study(run):
                 page = _listening_page(run, f"{name}/{run.folder.name}", listen)
                 write_text(copy / "listening.html", page)
-            answers = folder / run.folder.name / "answers"
             if answers.is_dir():
                 shutil.copytree(answers, copy / "answers")
         for run, path in kept_weights(runs, complete):
@@ -149,9 +147,6 @@ def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
     }
     page = listening.listening_page(run, store, tracks, excerpts, name, None)
     return listening.reencode(page, COMPRESSION)
-
-
-# --- score again ----------------------------------------------------------------------------------
 
 
 def rescore(name: str, data: str) -> pd.DataFrame:

@@ -65,11 +65,6 @@ class Part:
         rows = hypothesis_rows(tables.read_table(self.run, "hypotheses"), self.target, prefix)
         return rows.dropna(subset="effect").to_dict("records")
 
-    @property
-    def best(self) -> str:
-        """Trained model with the highest median SDR."""
-        return max(MODELS, key=lambda model: np.nan_to_num(self.median(model), nan=-np.inf))
-
 
 def reported_parts(runs: list[Run]) -> list[Part]:
     """Return the parts of the runs that are no studies; of all runs if there are only studies."""
@@ -120,9 +115,6 @@ def collect_facts(runs: list[Run], name: str, is_collection: bool) -> dict[str, 
         listening=_listening_facts(shown, parts),
         reproduce=_reproduce_facts(runs, name, is_collection),
     )
-
-
-# --- data and method ------------------------------------------------------------------------------
 
 
 def _same_or_each(runs: list[Run], texts: Iterable[str]) -> str:
@@ -206,9 +198,6 @@ def _training_facts(parts: list[Part]) -> dict[str, Any]:
     return dict(rows=rows, n_at_end=n_at_end, at_end=join(at_end), early=join(early))
 
 
-# --- scores ---------------------------------------------------------------------------------------
-
-
 def _outcome(row: Mapping[str, Any]) -> str:
     """Return where an interval is: above or below zero, open (around zero) or unknown."""
     if np.isnan([row["ci_low"], row["ci_high"]]).any():
@@ -264,7 +253,8 @@ def _score_table(part: Part) -> dict[str, Any]:
         rows.append(dict(model=model, label=LABELS[model], cells=[*cells, [mean, ""]]))
     n_tracks = quantity(int(summary["tracks"].max()), "track", spelled=False)
     names = dict(target=part.target, music=music(part.run), tracks=n_tracks)
-    return names | dict(best=part.best, letter=MODEL_LETTERS[part.best], rows=rows)
+    best = max(MODELS, key=lambda model: np.nan_to_num(part.median(model), nan=-np.inf))
+    return names | dict(best=best, letter=MODEL_LETTERS[best], rows=rows)
 
 
 def _paired_rows(part: Part) -> list[list[str]]:
@@ -288,9 +278,6 @@ def _cross_check(runs: list[Run]) -> dict[str, str]:
     largest = checked["largest_difference_db"].max()
     bound = f"below 1e{int(np.floor(np.log10(largest))) + 1} dB" if largest > 0 else "zero"
     return dict(scores=f"{int(checked['scores'].sum()):,}", bound=bound)
-
-
-# --- the three questions --------------------------------------------------------------------------
 
 
 def _question_facts(parts: list[Part]) -> dict[str, Any]:
@@ -380,9 +367,6 @@ def _hypothesis_rows(parts: list[Part]) -> list[dict[str, Any]]:
         measure = f"{first['measure']}, {first['unit']}"
         rows.append(dict(hypothesis=first["hypothesis"], measure=measure, cells=cells))
     return rows
-
-
-# --- studies, listening, reproduction -------------------------------------------------------------
 
 
 def _study_facts(runs: list[Run]) -> dict[str, Any]:
