@@ -75,9 +75,7 @@ def export(
             if answers.is_dir():
                 shutil.copytree(answers, copy / "answers")
         for run, path in kept_weights(runs, complete):
-            weights = load_file(path).items()
-            halves = {key: x.half() if x.is_floating_point() else x for key, x in weights}
-            write_tensors(new / run.folder.name / path.relative_to(run.folder), halves)
+            _export_weights(path, new / run.folder.name / path.relative_to(run.folder))
         for file in COLLECTION_FILES:
             if (results_folder() / source / file).exists():
                 shutil.copy(results_folder() / source / file, new / file)
@@ -135,6 +133,12 @@ def strip_heavy_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNod
     for key in ("papermill", "widgets"):  # times, and folders of this machine
         notebook.metadata.pop(key, None)
     return notebook
+
+
+def _export_weights(path: Path, copy: Path) -> None:
+    """Write a copy in half precision."""
+    weights = load_file(path).items()
+    write_tensors(copy, {key: x.half() if x.is_floating_point() else x for key, x in weights})
 
 
 def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
