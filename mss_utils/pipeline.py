@@ -20,8 +20,7 @@ from mss_utils.config import ROOT, Run
 from mss_utils.data import open_store
 from mss_utils.files import atomic_write, file_lock
 from mss_utils.report import build_report
-from mss_utils.report.notebooks import read_notebook
-from mss_utils.report.tables import TABLES
+from mss_utils.report.tables import TABLES, read_notebook
 from mss_utils.separation import write_estimates
 
 NOTEBOOKS = ROOT / "notebooks"

@@ -6,9 +6,10 @@ results/full/<run>/ --export--> results/reference/<run>/ --rescore--> results/re
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import nbformat
@@ -21,18 +22,19 @@ from mss_utils.config import MODELS, Run, collection_runs, expand_path, results_
 from mss_utils.data import Store, Track, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
-from mss_utils.files import atomic_write, file_lock, safe_name, temporary_folder, write_text
+from mss_utils.files import file_lock, temporary_folder, write_text
 from mss_utils.listening.player import reencode
-from mss_utils.report.facts import RunData
-from mss_utils.report.notebooks import read_notebook, strip_heavy_outputs
-from mss_utils.report.tables import TABLES, evaluated_targets, read_model_json, read_table
-from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
+from mss_utils.report import tables
+from mss_utils.report.facts import reported_parts
+from mss_utils.report.typesetting import COLLECTION_FILES, find_collection, write_bytes
 from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training.checkpoints import write_tensors
 
 TEXT_FILES = ["settings.json", "environment.json"]
 TEXT_FILES += ["models/*/*/seed*/model.json", "models/*/*/seed*/history.csv"]
 MAX_TABLE = 60_000  # characters; a longer table is packed
+MAX_OUTPUT = 20_000  # characters of an output in a notebook; longer ones are removed
+HEAVY_OUTPUTS = ('"name": "stderr"', '"image/', "widget-view", "data:audio")  # in their JSON
 COMPRESSION = 0.5  # of the audio in an exported listening page, see `encode_mp3`
 NUMBER_FORMAT = "%.6g"  # in exported tables
 
@@ -58,100 +60,98 @@ def export(
         No collection, an unknown target, or a folder that is no export.
     """
     runs, folder = find_collection(source), results_folder() / name
-    _check_arguments(source, name, runs, {*complete, *listen})
+    if not collection_runs(name) and folder.exists() or name == source:
+        raise ValueError(f"{folder} is the source or no collection: export to another name.")
+    known = sorted({target for run in runs for target in tables.evaluated_targets(run)})
+    if unknown := {*complete, *listen}.difference(known):
+        raise ValueError(f"{source!r} has no target {min(unknown)!r}; use {', '.join(known)}.")
     with file_lock(folder.parent), temporary_folder(folder.parent) as part:
-        weights = kept_weights(runs, complete)
+        new = part / "new"
         for run in runs:
-            copy = part / "new" / run.folder.name
-            _export_run(run, copy, [item[1:] for item in weights if item[0] == run])
-            if is_built_in(run.settings) and not RunData(run).is_study:
+            copy, answers = new / run.folder.name, folder / run.folder.name / "answers"
+            _export_run(run, copy)
+            if is_built_in(run.settings) and not tables.is_study(run):
                 page = _listening_page(run, f"{name}/{run.folder.name}", listen)
                 write_text(copy / "listening.html", page)
-            answers = folder / run.folder.name / "answers"
             if answers.is_dir():
                 shutil.copytree(answers, copy / "answers")
+        for run, path in kept_weights(runs, complete):
+            _export_weights(path, new / run.folder.name / path.relative_to(run.folder))
         for file in COLLECTION_FILES:
             if (results_folder() / source / file).exists():
-                shutil.copy(results_folder() / source / file, part / "new" / file)
+                shutil.copy(results_folder() / source / file, new / file)
         if folder.exists():
             os.replace(folder, part / "old")
-        os.replace(part / "new", folder)
+        os.replace(new, folder)
     return folder
 
 
-def _check_arguments(source: str, name: str, runs: list[Run], targets: set[str]) -> None:
-    """Refuse unknown targets, and to replace a folder that is not an older export."""
-    folder = results_folder() / name
-    if safe_name(name) != name:
-        raise ValueError(f"A collection name has letters, digits, '.', '_', '-', not {name!r}.")
-    if folder.resolve() == (results_folder() / source).resolve():
-        raise ValueError(f"{folder} is the collection itself: export to another name.")
-    if folder.exists() and not collection_runs(name):
-        raise ValueError(f"{folder} exists and is no collection: export to another name.")
-    known = {target for run in runs for target in evaluated_targets(run)}
-    if unknown := targets - known:
-        names = ", ".join(sorted(known))
-        raise ValueError(f"{source!r} has no target {min(unknown)!r}; there are: {names}.")
-
-
-def kept_weights(runs: Iterable[Run], complete: Collection[str] = ()) -> list[tuple[Run, str, str]]:
-    """Return run, target and model of the weights that an export keeps (first seeds).
+def kept_weights(runs: list[Run], complete: Collection[str] = ()) -> list[tuple[Run, Path]]:
+    """Return run and path of the weights that an export keeps (first seeds).
 
     Each target is kept once, from the first run that has it: all models of the targets in
     `complete`, else the best on validation.
     """
-    kept: list[tuple[Run, str, str]] = []
-    for run in [run for run in runs if not RunData(run).is_study]:
-        for target in evaluated_targets(run):
-            if target in [item[1] for item in kept]:
-                continue
-            scores = {name: read_model_json(run, target, name)["valid_sdr"] for name in MODELS}
-            models = MODELS if target in complete else [max(MODELS, key=scores.__getitem__)]
-            kept += [(run, target, model) for model in models]
+    kept = []
+    first_parts = {part.target: part for part in reversed(reported_parts(runs))}
+    for target, part in first_parts.items():
+        contents = {model: tables.read_model_json(part.run, target, model) for model in MODELS}
+        scores = {model: content["valid_sdr"] for model, content in contents.items()}
+        models = MODELS if target in complete else [max(scores, key=scores.__getitem__)]
+        for model in models:
+            kept.append((part.run, part.run.model_folder(target, model) / "model.safetensors"))
     return kept
 
 
-def _export_run(run: Run, folder: Path, weights: list[tuple[str, str]]) -> None:
+def _export_run(run: Run, folder: Path) -> None:
+    """Copy settings, tables, histories and notebooks."""
     for pattern in TEXT_FILES:
         for path in run.folder.glob(pattern):
             write_text(folder / path.relative_to(run.folder), path.read_text(encoding="utf-8"))
-    for name in TABLES:
-        _write_table(read_table(run, name), folder / "tables" / f"{name}.csv")
+    for name in tables.TABLES:
+        text = tables.read_table(run, name).to_csv(index=False, float_format=NUMBER_FORMAT)
+        path = folder / "tables" / f"{name}.csv"
+        if len(text) < MAX_TABLE:
+            write_text(path, text)
+        else:
+            write_bytes(path.with_suffix(".csv.gz"), gzip.compress(text.encode(), mtime=0))
     for path in sorted(run.folder.glob("notebooks/*.ipynb")):
-        light = strip_heavy_outputs(read_notebook(path))
+        light = strip_heavy_outputs(tables.read_notebook(path))
         write_text(folder / "notebooks" / path.name, nbformat.writes(light))
-    for target, model in weights:
-        path = run.model_folder(target, model) / "model.safetensors"
-        tensors = load_file(path)
-        for key, tensor in tensors.items():
-            tensors[key] = tensor.half() if tensor.is_floating_point() else tensor
-            if not tensors[key].isfinite().all():
-                raise ValueError(f"{path}: {key} does not fit into half precision.")
-        write_tensors(folder / path.relative_to(run.folder), tensors)
+
+
+def strip_heavy_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Remove audio, images, progress bars and other long outputs from a notebook."""
+    for cell in notebook.cells:
+        cell.metadata.pop("papermill", None)
+        if cell.cell_type == "code":
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if len(text := json.dumps(output)) <= MAX_OUTPUT
+                and not any(heavy in text for heavy in HEAVY_OUTPUTS)
+            ]
+    for key in ("papermill", "widgets"):  # times, and folders of this machine
+        notebook.metadata.pop(key, None)
+    return notebook
+
+
+def _export_weights(path: Path, copy: Path) -> None:
+    """Write a copy in half precision."""
+    weights = load_file(path).items()
+    write_tensors(copy, {key: x.half() if x.is_floating_point() else x for key, x in weights})
 
 
 def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:
     """Return the listening page of an export; answers to it are about `name`."""
-    store, tracks = open_store(run.settings), read_table(run, "tracks")
+    store, tracks = open_store(run.settings), tables.read_table(run, "tracks")
     excerpts = {
         target: listening.excerpts(run, store, target, tracks)
-        for target in evaluated_targets(run)
+        for target in tables.evaluated_targets(run)
         if not listen or target in listen
     }
     page = listening.listening_page(run, store, tracks, excerpts, name)
     return reencode(page, COMPRESSION)
-
-
-def _write_table(table: pd.DataFrame, path: Path) -> None:
-    text = table.to_csv(index=False, float_format=NUMBER_FORMAT)
-    if len(text) < MAX_TABLE:
-        write_text(path, text)
-    else:
-        with atomic_write(path.with_suffix(".csv.gz")) as part:
-            part.write_bytes(gzip.compress(text.encode(), mtime=0))
-
-
-# --- score again ----------------------------------------------------------------------------------
 
 
 def rescore(name: str, data: str) -> pd.DataFrame:
@@ -170,34 +170,27 @@ def rescore(name: str, data: str) -> pd.DataFrame:
     ValueError
         The collection has no weights, or the data are not those of the run.
     """
-    runs = [run for run in find_collection(name) if _models_with_weights(run)]
-    if not runs:
+    parts = [
+        (run, target) for run in find_collection(name) for target in tables.evaluated_targets(run)
+    ]
+    parts = [part for part in parts if _models_with_weights(*part)]
+    if not parts:
         raise ValueError(f"No weights in {results_folder() / name}: nothing can be scored again.")
-    stores = [_test_store(run, data) for run in runs]  # wrong data is reported before separating
-    output = results_folder() / f"{name}-rescored"
-    rows = []
-    for run, store in zip(runs, stores, strict=True):
-        scores = []
-        for target, models in _models_with_weights(run).items():
-            settings = run.settings.model_copy(update=dict(target=target, seeds=1))
-            own = Run(f"{name}-rescored", settings, output / run.folder.name)
-            scores.append(score_again(own, run, store, models))
-        tracks = pd.concat(scores, ignore_index=True)
-        write_text(output / run.folder.name / "tables" / "tracks.csv", tracks.to_csv(index=False))
-        rows += _differences(run, read_table(run, "tracks"), tracks)
-    table = pd.DataFrame(rows)
+    stores = [_test_store(run, data) for run, _ in parts]  # wrong data is reported first
+    output, differences = results_folder() / f"{name}-rescored", []
+    for store, (run, target) in zip(stores, parts, strict=True):
+        tracks = _score_again(run, target, store, output / run.folder.name)
+        path = output / run.folder.name / "tables" / f"tracks-{target}.csv"
+        write_text(path, tracks.to_csv(index=False))
+        differences.append(_differences(run, tracks))
+    table = pd.concat(differences)
     write_text(output / "differences.csv", table.to_csv(index=False))
     return table
 
 
-def _models_with_weights(run: Run) -> dict[str, list[str]]:
-    """Return target -> models whose weights the run has."""
-    models: dict[str, list[str]] = {}
-    for target in evaluated_targets(run):
-        for model in MODELS:
-            if (run.model_folder(target, model) / "model.safetensors").exists():
-                models.setdefault(target, []).append(model)
-    return models
+def _models_with_weights(run: Run, target: str) -> list[str]:
+    weights = {model: run.model_folder(target, model) / "model.safetensors" for model in MODELS}
+    return [model for model, path in weights.items() if path.exists()]
 
 
 def _test_store(run: Run, data: str) -> Store:
@@ -206,45 +199,42 @@ def _test_store(run: Run, data: str) -> Store:
     if not is_built_in(run.settings):
         changes = dict(data=str(expand_path(data)))
     store = open_store(run.settings.model_copy(update=changes))
-    scored = set(read_table(run, "tracks")[["track", "frames"]].itertuples(index=False, name=None))
+    scored = tables.read_table(run, "tracks").groupby("track")["frames"].max().to_dict()
     rate, test = store.sample_rate, store.split("test")
-    lengths = {(track.name, max(1, track.samples // rate)) for track in test}
-    if scored != lengths:
-        track, length_s = min(scored ^ lengths)
+    if scored != {track.name: max(1, track.samples // rate) for track in test}:
         raise ValueError(
-            f"{store.source} does not have the test tracks of run {run.name!r} ({track!r}, "
-            f"{length_s} s, is in one of the two only): give its own dataset."
+            f"{store.source} does not have the test tracks of run {run.name!r}, or not in their "
+            "full length: give its own dataset."
         )
     return store
 
 
-def score_again(own: Run, trained: Run, store: Store, models: list[str]) -> pd.DataFrame:
-    """Separate and score the test tracks with the models of `trained`; estimates go to `own`."""
-    write_estimates(own, store, models, trained=trained)
-    target = own.settings.target
+def _score_again(run: Run, target: str, store: Store, folder: Path) -> pd.DataFrame:
+    """Separate and score the test tracks with the models of a run; estimates go to `folder`."""
+    settings = run.settings.model_copy(update=dict(target=target, seeds=1))
+    own, models = Run(run.name, settings, folder), _models_with_weights(run, target)
+    write_estimates(own, store, models, trained=run)
 
     def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
         return {(name, 0): read_estimate(own, store, track, target, name)[None] for name in models}
 
-    return score(own.settings, store, estimates_of)["tracks"]
+    return score(settings, store, estimates_of)["tracks"]
 
 
-def _differences(run: Run, committed: pd.DataFrame, again: pd.DataFrame) -> Iterator[dict]:
-    """Return how far the scores of each model moved, first seeds."""
-    metrics = list(TRACK_METRICS)
-    for (target, model), rows in again.groupby(["target", "model"], sort=False):
-        old = committed.query("seed == 0 and target == @target and model == @model")
-        before = old.set_index("track")[metrics]
-        after = rows.set_index("track")[metrics].reindex(before.index)
-        lost = (before.isna() != after.isna()).any(axis=1)
-        if lost.any():
-            raise ValueError(f"{lost.idxmax()!r} has a score of {model} in one table only.")
-        medians = [table.clip(upper=MAX_SCORE_DB).median() for table in (before, after)]
-        yield dict(
-            run=run.folder.name,
-            target=target,
-            model=model,
-            tracks=len(rows),
-            largest_track_db=(before - after).abs().max().max(),
-            largest_median_db=(medians[0] - medians[1]).abs().max(),
-        )
+def _differences(run: Run, again: pd.DataFrame) -> pd.DataFrame:
+    """Return how far the scores of each model moved."""
+    key, metrics = ["target", "model"], list(TRACK_METRICS)
+    committed = tables.read_table(run, "tracks").query("seed == 0")
+    after = again.set_index([*key, "track"])[metrics]
+    before = committed.set_index([*key, "track"])[metrics].reindex(after.index)
+    if not before.isna().equals(after.isna()):
+        raise ValueError(f"Some tracks of run {run.name!r} have a score in one table only.")
+    moved = (before - after).abs().max(axis=1).groupby(key, sort=False)
+    medians = [
+        table.clip(upper=MAX_SCORE_DB).groupby(key, sort=False).median()
+        for table in (before, after)
+    ]
+    table = pd.DataFrame(dict(tracks=moved.size(), largest_track_db=moved.max())).reset_index()
+    table["largest_median_db"] = (medians[0] - medians[1]).abs().max(axis=1).to_numpy()
+    table.insert(0, "run", run.folder.name)
+    return table

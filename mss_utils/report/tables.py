@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 
 from mss_utils import analysis, evaluation, listening
@@ -36,17 +37,19 @@ def evaluated_targets(run: Run) -> list[str]:
     return read_table(run, "summary")["target"].unique().tolist()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file; ValueError if it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): run again.") from None
+def read_environment(run: Run) -> dict[str, Any]:
+    """Read environment.json of a run."""
+    return json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
 
 
 def read_model_json(run: Run, target: str, model: str) -> dict[str, Any]:
     """Read model.json of the first seed of a model."""
-    return read_json(run.model_folder(target, model) / "model.json")
+    return json.loads((run.model_folder(target, model) / "model.json").read_text(encoding="utf-8"))
+
+
+def is_study(run: Run) -> bool:
+    """Whether a run was made for ablations or the amount of data: not part of the results."""
+    return bool(run.settings.ablations) or run.settings.data_study
 
 
 def check_finished(run: Run) -> None:
@@ -57,3 +60,12 @@ def check_finished(run: Run) -> None:
                 f"The report of run {run.name!r} needs {path}: finish the run first "
                 f"(make report PROFILE={run.settings.profile} RUN={run.name})."
             )
+
+
+def read_notebook(path: Path) -> nbformat.NotebookNode:
+    """Read a notebook; ValueError if the file is none."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"Cannot read notebook {path} ({reason}): restore or delete it.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,8 +14,8 @@ from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.data import is_built_in
 from mss_utils.files import atomic_write, write_text
-from mss_utils.report.facts import RunData, collect_facts, dump_facts
-from mss_utils.report.tables import check_finished, evaluated_targets, read_table
+from mss_utils.report.facts import collect_facts, music, reported_parts
+from mss_utils.report.tables import check_finished
 from mss_utils.training import load_history
 
 REPORT = ROOT / "report"
@@ -30,12 +31,8 @@ def build_report(run: Run) -> Path:
     """
     check_finished(run)
     listening.write_ratings(run)  # answers may have arrived since the notebooks ran
-    facts = collect_facts([run], run.name, is_collection=False)
-    write_text(run.folder / "facts.json", dump_facts(facts))
-    pdf = run.folder / "report.pdf"
-    with atomic_write(pdf) as part:
-        part.write_bytes(typeset(facts, run.folder))
-    return pdf
+    write_facts(run.folder, collect_facts([run], run.name, is_collection=False))
+    return write_bytes(run.folder / "report.pdf", typeset(run.folder))
 
 
 def write_report(name: str) -> tuple[Path, Path]:
@@ -48,15 +45,11 @@ def write_report(name: str) -> tuple[Path, Path]:
         listening.write_ratings(run)
     folder = results_folder() / name
     facts = collect_facts(runs, name, is_collection=True)
-    facts["figures"] = draw_figures(name, runs)
-    write_text(folder / "facts.json", dump_facts(facts))
+    write_facts(folder, facts | dict(figures=draw_figures(name, runs)))
     target = REPORT if name == REFERENCE else folder
-    pdf, page = target / "report.pdf", target / "report.html"
-    with atomic_write(pdf) as part:
-        part.write_bytes(typeset(facts, folder))
-    with atomic_write(page) as part:
-        part.write_bytes(_add_players(typeset(facts, folder, "html"), runs))
-    return pdf, page
+    page = _add_players(typeset(folder, "html"), runs)
+    pdf = write_bytes(target / "report.pdf", typeset(folder))
+    return pdf, write_bytes(target / "report.html", page)
 
 
 def find_collection(name: str) -> list[Run]:
@@ -72,17 +65,29 @@ def find_collection(name: str) -> list[Run]:
     return runs
 
 
-def typeset(facts: dict[str, Any], folder: Path, kind: Literal["pdf", "html"] = "pdf") -> bytes:
-    """Compile the report with the figures in `folder`; ValueError with Typst's message on failure.
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Write facts.json."""
+    write_text(folder / "facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file atomically; return its path."""
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+    return path
+
+
+def typeset(folder: Path, kind: Literal["pdf", "html"] = "pdf") -> bytes:
+    """Compile the report on the facts and figures in `folder`.
 
     Typst reads only below one root, so sources, facts and figures are copied to one folder.
+    ValueError with Typst's message if it fails.
     """
     with tempfile.TemporaryDirectory() as temporary:
         root, ignore = Path(temporary), shutil.ignore_patterns
         shutil.copytree(REPORT, root / "report", ignore=ignore("*.pdf", "*.html"))
         shutil.copytree(folder / "figures", root / "figures", ignore=ignore("*.png"))
-        write_text(root / "facts.json", dump_facts(facts))
-        for name in COLLECTION_FILES:
+        for name in ("facts.json", *COLLECTION_FILES):
             (root / name).touch()
             if (folder / name).exists():
                 shutil.copy(folder / name, root / name)
@@ -96,44 +101,40 @@ def typeset(facts: dict[str, Any], folder: Path, kind: Literal["pdf", "html"] = 
 
 def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     """Draw the figures of a collection from its tables; return what each shows."""
-    runs = [run for run in runs if not RunData(run).is_study] or runs
-    parts = [(run, target) for run in runs for target in evaluated_targets(run)]
-    longest = max(parts, key=lambda part: part[0].settings.segment_s)
-    piano = next((part for part in parts if part[1] == "piano"), parts[-1])
-    shown = dict(training=parts[0], phase=parts[0], repetition=longest, attack=piano)
-    drawings = {figure: _draw(figure, run, target) for figure, (run, target) in shown.items()}
-    scores = {
-        (RunData(run).music, target): (read_table(run, "tracks"), read_table(run, "summary"))
-        for run, target in parts
+    parts = reported_parts(runs)
+    first = parts[0]
+    longest = max(parts, key=lambda part: part.run.settings.segment_s)
+    piano = next((part for part in parts if part.target == "piano"), parts[-1])
+    folders = {model: first.run.model_folder(first.target, model).parent for model in MODELS}
+    histories = {
+        model: [load_history(seed) for seed in sorted(folder.glob("seed*"))]
+        for model, folder in folders.items()
     }
-    drawings["overview"] = figures.overview(scores)
-    own = Run(name, runs[0].settings, results_folder() / name)
+    scores = {
+        (music(part.run), part.target): (part.rows("tracks"), part.rows("summary"))
+        for part in parts
+    }
+    drawings = dict(
+        overview=figures.overview(scores),
+        training=figures.training_curves(histories),
+        phase=figures.phase(first.rows("phase"), first.target),
+        repetition=figures.damaged_repeat(longest.rows("repetition"), longest.target),
+        attack=figures.attack(piano.rows("envelopes"), piano.rows("attack"), piano.target),
+    )
+    own = Run(name, first.run.settings, results_folder() / name)
     for figure, axes in drawings.items():
         figures.save(axes, own, figure)
-    return {figure: f"{target}, {RunData(run).music}" for figure, (run, target) in shown.items()}
-
-
-def _draw(figure: str, run: Run, target: str) -> Any:
-    if figure == "training":
-        histories = {}
-        for model in MODELS:
-            seeds = sorted((run.folder / "models" / target / model).glob("seed*"))
-            histories[model] = [load_history(seed) for seed in seeds]
-        return figures.training_curves(histories)
-    if figure == "phase":
-        return figures.phase(read_table(run, "phase"), target)
-    if figure == "repetition":
-        return figures.damaged_repeat(read_table(run, "repetition"), target)
-    return figures.attack(read_table(run, "envelopes"), read_table(run, "attack"), target)
+    shown = dict(training=first, phase=first, repetition=longest, attack=piano)
+    return {figure: f"{part.target}, {music(part.run)}" for figure, part in shown.items()}
 
 
 def _add_players(page: bytes, runs: list[Run]) -> bytes:
     """Put the listening pages of the runs into the HTML report."""
-    frames = []
-    for run in runs:
-        path = run.folder / "listening.html"
-        if path.exists():
-            text = path.read_text(encoding="utf-8")
-            frames.append(listening.frame(text, f"players: {run.folder.name}", height=900).data)
+    paths = [run.folder / "listening.html" for run in runs]
+    frames = [
+        str(listening.frame(path.read_text("utf-8"), f"players: {path.parent.name}", 900).data)
+        for path in paths
+        if path.exists()
+    ]
     content = "".join(frames) or "<p>This collection has no listening page.</p>"
     return page.replace(PLAYERS_MARK, content.encode())

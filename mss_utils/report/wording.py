@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mss_utils.figures import format_number
 
@@ -34,20 +35,24 @@ def plain(value: Any) -> str:
     """Return a setting as text: no trailing zeros, no Python brackets."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{'+'.join(stems)}→{group}" for group, stems in value.items()) or "–"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or "–"
     if isinstance(value, (int, float)):
         return f"{value:.10g}"
-    return str(value) if value else "–"
+    return argument(value, ", ") or "–"
 
 
-def interval(low: float, high: float, digits: int = 2, sign: str = "") -> str:
-    """Return `[0.10, 0.20]`; empty for NaN."""
-    if np.isnan([low, high]).any():
+def argument(value: Any, separator: str = ",") -> str:
+    """Return a setting as the command line takes it."""
+    if isinstance(value, dict):
+        value = [f"{'+'.join(stems)}->{group}" for group, stems in value.items()]
+    return separator.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def interval(row: Mapping[str, Any] | pd.Series, digits: int = 2, sign: str = "") -> str:
+    """Return `[0.10, 0.20]` for ci_low and ci_high of a row; empty for NaN."""
+    bounds = [row["ci_low"], row["ci_high"]]
+    if np.isnan(bounds).any():
         return ""
-    return f"[{format_number(low, digits, sign)}, {format_number(high, digits, sign)}]"
+    return f"[{', '.join(format_number(bound, digits, sign) for bound in bounds)}]"
 
 
 def seconds(value: float) -> str:
