@@ -83,9 +83,6 @@ def _cpu_name() -> str:
     return name[1].strip() if name else platform.processor()
 
 
-# --- devices and memory ---------------------------------------------------------------------------
-
-
 def check_device(settings: Settings) -> None:
     """Raise ValueError if this machine lacks the device, or enough devices, of the settings."""
     counts = dict(

@@ -65,10 +65,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> Path:
+    """Write a file atomically and return its path; a full disk is an OSError."""
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+    return path
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 @contextmanager

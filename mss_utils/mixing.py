@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 
@@ -39,19 +39,9 @@ class RawBatch:
     gains: torch.Tensor  # float32: int16 to full scale, gain and polarity
     semitones: torch.Tensor  # int64: how much higher and faster
 
-    def share(self, index: int, count: int) -> RawBatch:
-        """Return every `count`-th example from `index` on, for one of several processes."""
-        parts = {name: value[index::count].contiguous() for name, value in vars(self).items()}
-        return replace(self, **parts)
-
-    def pin_memory(self) -> RawBatch:
-        """Return a copy in page-locked memory, which a GPU can read while it computes."""
-        return replace(self, **{name: value.pin_memory() for name, value in vars(self).items()})
-
-    def to(self, device: torch.device | str) -> RawBatch:
-        """Return a copy on `device`."""
-        parts = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
-        return replace(self, **parts)
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> RawBatch:
+        """Return a batch with `function` of each tensor."""
+        return RawBatch(*map(function, vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -103,10 +93,11 @@ class Mixer:
         self, first: int, last: int, pin_memory: bool = False, share: tuple[int, int] = (0, 1)
     ) -> Iterator[RawBatch]:
         """Yield the raw batches of steps `first` to `last` - 1; threads read ahead."""
+        index, count = share
 
         def read(step: int) -> RawBatch:
-            raw = self.draw(step).share(*share)
-            return raw.pin_memory() if pin_memory else raw
+            raw = self.draw(step).map(lambda tensor: tensor[index::count].contiguous())
+            return raw.map(torch.Tensor.pin_memory) if pin_memory else raw  # for GPUs: faster copy
 
         steps, n_threads = iter(range(first, last)), self.settings.loader_workers
         with ThreadPoolExecutor(n_threads) as pool:
@@ -121,8 +112,6 @@ class Mixer:
         if not self.settings.curriculum:
             return 3
         return 1 + (step >= self.settings.stage2_step) + (step >= self.settings.stage3_step)
-
-    # --- random choices of a step -----------------------------------------------------------------
 
     def draw(self, step: int) -> RawBatch:
         """Draw tracks, positions and augmentation of a step, and read the segments."""
@@ -180,15 +169,14 @@ class Mixer:
         """Read `(channels, samples)` int16 of one stem; row 0 of the store is the mixture."""
         return self._audio[track][1 + stem, :, start : start + self.samples]
 
-    # --- on the device ----------------------------------------------------------------------------
-
     def assemble(self, raw: RawBatch, device: torch.device | str = "cpu") -> Batch:
         """Augment the stems (gain, polarity, speed) and add them to the mixture, on `device`.
 
         Speed changes pitch and tempo together and keeps attacks sharp. Source: T. Ko et al., "Audio
         augmentation for speech recognition", Interspeech 2015.
         """
-        semitones, raw = raw.semitones, raw.to(device)  # reading semitones must not wait for a GPU
+        semitones = raw.semitones  # on the CPU: reading them must not wait for a GPU
+        raw = raw.map(lambda tensor: tensor.to(device, non_blocking=True))
         stems = raw.segments.float().mul_(raw.gains[..., None, None])
         long, stems = stems, stems[..., : self.settings.segment]
         for n in semitones.unique().tolist() if self.settings.speed_semitones else []:

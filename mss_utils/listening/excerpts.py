@@ -10,7 +10,7 @@ from mss_utils.config import MODELS, Run
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation.bsseval import score_track, utterance_sdr
 from mss_utils.figures import SHOWN_METRICS
-from mss_utils.files import atomic_write, safe_name
+from mss_utils.files import safe_name, write_bytes
 from mss_utils.listening.player import Scores, Versions, common_gain, encode_mp3
 from mss_utils.separation import read_estimate, separate
 
@@ -117,8 +117,7 @@ def excerpts(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> dict[
         by_track[name] = excerpt = track_excerpt(run, store, target, name)
         folder = run.folder / "audio" / safe_name(name) / target
         for version, audio in excerpt.versions.items():
-            with atomic_write(folder / f"{version}.mp3") as part:
-                part.write_bytes(encode_mp3(audio, store.sample_rate))
+            write_bytes(folder / f"{version}.mp3", encode_mp3(audio, store.sample_rate))
     return {rule: by_track[name] for rule, name in chosen.items()}
 
 

@@ -11,7 +11,7 @@ from IPython.display import HTML, DisplayHandle, display
 from mss_utils.config import MODELS, Run, expand_path
 from mss_utils.data import Store, loudest_start
 from mss_utils.figures import LABELS
-from mss_utils.files import atomic_write, safe_name
+from mss_utils.files import safe_name, write_bytes
 from mss_utils.listening.blind_test import import_responses, write_ratings
 from mss_utils.listening.excerpts import track_excerpt
 from mss_utils.listening.player import players
@@ -83,10 +83,7 @@ def _store_song(run: Run, value: dict | tuple) -> Path:
     if not value:
         raise FileNotFoundError("No song: upload a file or enter its path.")
     [(name, content)] = _uploaded(value)
-    song = run.folder / "songs" / safe_name(name)
-    with atomic_write(song) as part:
-        part.write_bytes(content)
-    return song
+    return write_bytes(run.folder / "songs" / safe_name(name), content)
 
 
 def song_player(run: Run, song: Path, target: str, model: str) -> HTML:

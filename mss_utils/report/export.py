@@ -22,11 +22,11 @@ from mss_utils.config import MODELS, Run, collection_runs, expand_path, results_
 from mss_utils.data import Store, Track, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
-from mss_utils.files import file_lock, temporary_folder, write_text
+from mss_utils.files import file_lock, temporary_folder, write_bytes, write_text
 from mss_utils.listening.player import reencode
 from mss_utils.report import tables
 from mss_utils.report.facts import reported_parts
-from mss_utils.report.typesetting import COLLECTION_FILES, find_collection, write_bytes
+from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
 from mss_utils.separation import read_estimate, write_estimates
 from mss_utils.training.checkpoints import write_tensors
 

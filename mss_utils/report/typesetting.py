@@ -13,7 +13,7 @@ import typst
 from mss_utils import figures, listening
 from mss_utils.config import MODELS, ROOT, Run, collection_runs, results_folder
 from mss_utils.data import is_built_in
-from mss_utils.files import atomic_write, write_text
+from mss_utils.files import write_bytes, write_text
 from mss_utils.report.facts import collect_facts, music, reported_parts
 from mss_utils.report.tables import check_finished
 from mss_utils.training import load_history
@@ -68,13 +68,6 @@ def find_collection(name: str) -> list[Run]:
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     """Write facts.json."""
     write_text(folder / "facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file atomically; return its path."""
-    with atomic_write(path) as part:
-        part.write_bytes(content)
-    return path
 
 
 def typeset(folder: Path, kind: Literal["pdf", "html"] = "pdf") -> bytes:

@@ -142,9 +142,8 @@ def _write_song(job: tuple) -> float:
     stems["mixture"] = total.astype(np.int16)
     with temporary_folder(Path(root)) as work:
         for name, sound in stems.items():
-            (work / f"{name}.flac").write_bytes(
-                _flac(sound)
-            )  # libsndfile itself would not say that the disk is full
+            path = work / f"{name}.flac"
+            path.write_bytes(_flac(sound))  # libsndfile itself raises no OSError on a full disk
         (work / "onsets.json").write_text(json.dumps(song.onsets()))
         (work / "song.json").write_text(json.dumps(song.metadata, indent=1))
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 
 from mss_utils.config import Settings
-from mss_utils.files import atomic_write, write_text
+from mss_utils.files import write_bytes, write_text
 
 # Settings that do not change the trained weights: other values need no new training.
 NO_EFFECT_ON_WEIGHTS = {
@@ -54,8 +54,7 @@ def keep_best(folder: Path, networks: dict[str, torch.nn.Module], state: dict) -
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file atomically."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    with atomic_write(path) as part:
-        part.write_bytes(data)  # safetensors itself raises no OSError on a full disk
+    write_bytes(path, data)  # safetensors itself raises no OSError on a full disk
 
 
 def save_checkpoint(folder: Path, parts: dict, state: dict, identity: dict) -> None:
@@ -65,8 +64,7 @@ def save_checkpoint(folder: Path, parts: dict, state: dict, identity: dict) -> N
     tensors = {name: part.state_dict() for name, part in parts.items()}
     buffer = io.BytesIO()
     torch.save(dict(identity=_fingerprint(identity), state=state, parts=tensors), buffer)
-    with atomic_write(folder / "last.ckpt") as path:
-        path.write_bytes(buffer.getbuffer())  # torch itself raises no OSError on a full disk
+    write_bytes(folder / "last.ckpt", buffer.getbuffer())  # torch itself raises no OSError
 
 
 def resume(folder: Path, parts: dict, identity: dict) -> dict:

@@ -50,11 +50,10 @@ def build_recipe(model_name: str, settings: Settings, seed: int = 0) -> Recipe:
     """Return the recipe of `unet`, `demucs_lstm` or `demucs_attention`."""
     network = build_model(model_name, settings, seed)
     lr = settings.unet_lr if model_name == "unet" else settings.demucs_lr
-    return Recipe(network, separation_loss, lr, settings.weight_decay, settings.grad_clip)
+    return Recipe(network, _snr_objective, lr, settings.weight_decay, settings.grad_clip)
 
 
-def separation_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the training loss of a batch: `snr_loss` of the estimated target."""
+def _snr_objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return snr_loss(model(batch.mixture), batch.target, batch.mixture)
 
 
@@ -162,8 +161,8 @@ def load_pretrained_weights(
     network: torch.nn.Module, settings: Settings, target: str, model_name: str, seed: int
 ) -> None:
     """Copy the weights of the same model in the run `start_from` into `network`."""
-    source = Run(settings.start_from, settings, results_folder() / settings.start_from)
-    folder = source.model_folder(target, model_name, seed)
+    run = Run(settings.start_from, settings, results_folder() / settings.start_from)
+    folder = run.model_folder(target, model_name, seed)
     pretrained = load_model(folder)
     try:
         if pretrained.sample_rate != settings.sample_rate:
