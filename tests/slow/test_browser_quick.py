@@ -74,7 +74,8 @@ def make_listening_page(versions, seconds=2.0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "_pair", lambda *_: "")
         patch.setattr(page, "_demonstrations", lambda *_: dict(phase="", repeat="", attack=""))
-        return page.listening_page(None, store, None, {"piano": excerpts}, "tones")
+        run = SimpleNamespace(name="run")
+        return page.listening_page(run, store, None, {"piano": excerpts}, "tones")
 
 
 def test_listening_page_switches_versions(open_page):
