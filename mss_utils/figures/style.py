@@ -55,11 +55,9 @@ def show(axes: Axes | np.ndarray, run: Run, name: str, alt: str) -> None:
         Description of the figure: caption, and text for screen readers.
     """
     save(axes, run, name, ("svg", "png"))
-    png, width = (
-        run.folder / "figures" / f"{safe_name(name)}.png",
-        round(figure_of(axes).get_figwidth() * 120),
-    )
-    image = Image(filename=str(png), width=width, alt=alt)
+    path = run.folder / "figures" / f"{safe_name(name)}.png"
+    width = round(figure_of(axes).get_figwidth() * 120)
+    image = Image(filename=str(path), width=width, alt=alt)
     display(image, HTML(f"<small>{html.escape(alt)}</small>"))
 
 
