@@ -114,12 +114,13 @@ class Mixer:
         return 1 + (step >= self.settings.stage2_step) + (step >= self.settings.stage3_step)
 
     def draw(self, step: int) -> RawBatch:
-        """Draw tracks, positions and augmentation of a step, and read the segments."""
+        """Draw tracks, positions and augmentation of a step; read segments, and swap channels."""
         rng, settings = np.random.default_rng([self.seed, step]), self.settings
         shape = settings.batch_size, len(self.store.stems)
         segments = np.zeros((*shape, self.store.channels, self.samples), np.int16)
         gains, semitones = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
         for i in range(settings.batch_size):
+            # Coherent stems are of one track, all others are mixed at random (random mixing).
             coherent = not settings.random_mix or rng.random() < settings.coherent_share
             common_semitones = self._draw_semitones(rng)
             for stem, (track, start) in self._draw_positions(rng, step, coherent).items():

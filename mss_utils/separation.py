@@ -98,14 +98,13 @@ def separated_blocks(
     chunk_s: float | None = None,
     progress: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Yield the estimate in blocks `(channels, any)`, `samples` long in all, in constant memory.
+    """Yield the overlap-add of the estimates in blocks `(channels, any)`, in constant memory.
 
-    `read(start, stop)` returns a part of the mixture, `(channels, stop - start)` float32, at any
-    rate and with any number of channels. The model is applied to windows: a chunk with context on
-    both sides. All are equally long; the first begins and the last ends with the audio.
+    `read(start, stop)` returns a part of the mixture of `samples`, `(channels, stop - start)`
+    float32, at any rate and with any number of channels. The model is applied to windows: a chunk
+    with context on both sides. All are equally long; the first begins and the last ends with the
+    audio.
     """
-    if chunk_s is not None and not chunk_s > 0:
-        raise ValueError(f"chunk_s is {chunk_s}; expected seconds above 0.")
     segment_s = max(getattr(model, "segment_s", 0.0), 4 * CONTEXT_S)  # the chunk is at least half
     window_s = chunk_s + 2 * CONTEXT_S if chunk_s else segment_s
     context = round(CONTEXT_S * sample_rate)

@@ -148,7 +148,7 @@ class Store(BaseModel, frozen=True):
 
     @property
     def sha(self) -> str:
-        """Hash of the samples of every track: runs with the same hash saw the same data."""
+        """Hash of names, splits and samples (without their scale) of all tracks."""
         return sha([(track.name, track.split, track.sha) for track in self.tracks])
 
 
@@ -241,7 +241,7 @@ def build_store(
 
 
 def is_decoded(settings: Settings) -> bool:
-    """Whether the store of a dataset is complete; nothing is decoded to find out."""
+    """Whether the dataset is a store, or its store is complete; nothing is decoded."""
     root = dataset_root(settings)
     return is_store(root) or _find_store(*_plan(root, *_shape(settings))).complete
 
@@ -349,8 +349,8 @@ def _decode_track(source: SourceTrack, head: Store, groups: Groups, path: Path) 
     peak = np.abs(audio).max(axis=(1, 2))
     scale = max(1.0, float(peak.max())) / FULL_SCALE
     samples = np.round(audio / scale).astype(np.int16)
-    with atomic_write(path) as part, part.open("wb") as file:  # numpy.save hides a full disk
-        header = np.lib.format.header_data_from_array_1_0(samples)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(samples)  # numpy.save hides a full disk
         np.lib.format.write_array_header_1_0(file, header)
         file.write(samples.data)
     active = (window_levels_db(audio, head.sample_rate) > SILENCE_DB).astype(np.int64)

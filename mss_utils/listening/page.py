@@ -45,9 +45,10 @@ Players = Iterator[tuple[str, str, Versions]]  # heading, lead, versions; none w
 def listening_page(
     run: Run, store: Store, tracks: pd.DataFrame, excerpts: Excerpts, name: str
 ) -> str:
-    """Return the text of `listening.html`; responses to its blind test are about the run `name`.
+    """Return the text of `listening.html`.
 
-    `tracks` is the table of that name. Estimates are read; models run on loops only.
+    `tracks` is the table tracks.csv. `name` is the run that answers to the blind test name; an
+    export has another name than `run`. Estimates are read; models run on loops only.
     """
     rate, sections, tested = store.sample_rate, "", []
     for target, by_rule in excerpts.items():

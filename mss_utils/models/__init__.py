@@ -83,8 +83,7 @@ def load_model(folder: Path | str) -> torch.nn.Module:
             f"{path} is damaged or does not fit model.json ({reason}): delete both and train again."
         ) from None
     attributes = settings.model_dump(include={"sample_rate", "channels", "segment_s"})
-    for name, value in (attributes | {"target": target}).items():
-        setattr(model, name, value)
+    vars(model).update(attributes, target=target)
     return model.eval()
 
 

@@ -71,7 +71,7 @@ def resume(folder: Path, parts: dict, identity: dict) -> dict:
     """Load last.ckpt into `parts` and return the state of the training.
 
     A checkpoint that cannot be used causes a warning. Then, and without a checkpoint, `parts` stay
-    as they are and the state is that of step 0.
+    as they are, the state is that of step 0, and results of another training are deleted.
     """
     path = folder / "last.ckpt"
     if path.exists():

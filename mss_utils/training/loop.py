@@ -1,6 +1,6 @@
 """The training loop of all models; Lightning Fabric handles device, precision and processes.
 
-Recipe + Mixer --fit--> model.safetensors, history.csv, last.ckpt --train--> model.json. Taught in
+Recipe + Mixer --fit--> model.safetensors, history.csv, last.ckpt; at the end model.json. Taught in
 notebooks 02 to 04.
 """
 
@@ -37,7 +37,7 @@ from mss_utils.training.monitor import TrainingMonitor
 
 @dataclass(frozen=True)
 class Recipe:
-    """Per-model training settings: network, loss, optimiser hyperparameters."""
+    """What is trained and how: network, loss, hyperparameters of the optimizer."""
 
     network: torch.nn.Module  # mixture (batch, channels, samples) -> estimate of the same shape
     objective: Callable[[torch.nn.Module, Batch], torch.Tensor]  # loss of the network on a batch
@@ -141,10 +141,13 @@ def train_in_this_process(
         reset_peak_memory(settings)
         state = fit(settings, store, identity, folder, recipe, on_validation)
         results = {key: state[key] for key in ("best_step", "best_weights", "train_s")}
-        results |= dict(steps=state["step"], valid_sdr=state["best"])
-        results |= dict(processes=int(os.environ.get("WORLD_SIZE", 1)))
-        results |= dict(parameters=count_parameters(recipe.network))
-        results |= dict(peak_memory_mb=peak_memory_mb(settings))
+        results |= dict(
+            steps=state["step"],
+            valid_sdr=state["best"],
+            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            parameters=count_parameters(recipe.network),
+            peak_memory_mb=peak_memory_mb(settings),
+        )
         if os.environ.get("RANK", "0") == "0":  # one process writes
             write_text(folder / "model.json", json.dumps(identity | results, indent=2) + "\n")
 

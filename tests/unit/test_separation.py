@@ -107,7 +107,6 @@ def test_channels_keep_their_order(model_channels, channels, shape):
         (np.zeros((2, 100)), RATE, None, "channels 2, the model 1"),
         (np.zeros((1, 100)), 44100, None, "sample_rate 44100, the model 16000"),
         (np.full((1, 100), np.nan), RATE, None, "NaN"),
-        (np.zeros((1, 100)), RATE, 0, "chunk_s is 0"),
     ],
 )
 def test_wrong_mixture_is_an_error(mixture, rate, chunk_s, words):
