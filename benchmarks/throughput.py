@@ -594,15 +594,13 @@ def plot_memory(table: pd.DataFrame, path: Path) -> None:
     """Plot GB against the segment in s: one panel per model, one line per sample rate."""
     import matplotlib.pyplot as plt  # here: the measuring processes do not need it
 
-    from mss_utils import figures
+    from mss_utils.figures import style
 
-    fig, axes = plt.subplots(1, 2, figsize=(figures.WIDTH, 2.6), layout="constrained", sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 2.6), layout="constrained", sharey=True)
     for ax, (model, rows) in zip(axes, table.dropna().groupby("model", sort=False), strict=False):
         for rate, line in rows.groupby("sample_rate"):
             gb = line["mb"].to_numpy() / 1024
-            ax.plot(
-                line["segment_s"], gb, color=figures.COLOURS[model], marker=figures.MARKERS[model]
-            )
+            ax.plot(line["segment_s"], gb, **style.look(model))
             end = line["segment_s"].iloc[-1], gb[-1]
             ax.annotate(
                 f"{rate / 1000:g} kHz",
@@ -613,7 +611,7 @@ def plot_memory(table: pd.DataFrame, path: Path) -> None:
                 fontsize=7.5,
             )
         ax.set(
-            title=figures.LABELS[model],
+            title=style.LABELS[model],
             xlabel="training segment (s)",
             xticks=sorted(table["segment_s"].unique()),
         )

@@ -48,7 +48,8 @@ def _parse_groups(value: Any) -> Any:
         members, _, group = (part.strip() for part in text.partition("->"))
         stems = tuple(stem.strip() for stem in members.split("+"))
         if not (all(stems) and is_valid_stem_name(group)):
-            raise ValueError(f"a group is written stem+stem->name, a valid name, not {text!r}")
+            names = ", ".join(RESERVED_NAMES)
+            raise ValueError(f"a group is written stem+stem->name (not {names}), not {text!r}")
         groups[group] = stems
     return groups
 
@@ -276,7 +277,8 @@ def load_run(name: str) -> Run:
     path = _run_folder(name) / "settings.json"
     if not path.is_file():
         root = results_folder()
-        names = ", ".join(sorted(other.name for other in root.glob("[!.]*/"))) or "none"
+        paths = [*root.glob("*/settings.json"), *root.glob("*/*/settings.json")]
+        names = ", ".join(sorted({found.relative_to(root).parts[0] for found in paths})) or "none"
         raise FileNotFoundError(f"No run {name!r} under {root}; there are: {names}.")
     settings = _validate(Settings.model_validate_json, path.read_bytes(), str(path))
     return Run(name, settings, path.parent)
@@ -333,4 +335,6 @@ def _validate(validate: Callable[[Any], Settings], values: Any, source: str) -> 
             text = f"Setting {name[0]!r:.80} of {source} is {first['input']!r:.80}: {message}"
         if first["type"] == "extra_forbidden":
             text = f"Unknown setting {name[0]!r:.80}; there are: {', '.join(Settings.model_fields)}"
+        if first["type"] in ("json_invalid", "model_type"):
+            text = f"{source} is damaged ({message}): fix it, or choose another run name"
         raise ValueError(f"{text}.") from None

@@ -1,5 +1,3 @@
 """Former place of `mss_utils.evaluation.bsseval`, kept for code outside the project."""
 
 from mss_utils.evaluation.bsseval import bss_eval
-
-__all__ = ["bss_eval"]

@@ -91,7 +91,10 @@ def is_finished(run: Run, name: str) -> bool:
     patterns = (f"notebooks/{name}.ipynb", *STAGES[name][1])
     if not all(any(run.folder.glob(pattern)) for pattern in patterns):
         return False
-    executed = read_notebook(run.folder / "notebooks" / f"{name}.ipynb")
+    try:
+        executed = read_notebook(run.folder / "notebooks" / f"{name}.ipynb")
+    except ValueError:  # damaged, as by a power failure
+        return False
     return executed.metadata.get("mss_key") == stage_key(run, name)
 
 

@@ -6,7 +6,3 @@ from mss_utils.analysis.measurements import TABLES, analyse
 from mss_utils.analysis.phase import combine_magnitude_phase, whole_band_rows
 from mss_utils.analysis.repetition import CONDITIONS, find_loops
 from mss_utils.analysis.studies import run_ablations
-
-__all__ = ["CONDITIONS", "TABLES", "analyse", "combine_magnitude_phase", "find_loops"]
-__all__ += ["find_onsets", "format_hypothesis", "isolated_onsets", "repetition_gains"]
-__all__ += ["run_ablations", "whole_band_rows"]

@@ -20,26 +20,3 @@ from mss_utils.data.store import (
     open_store,
     read_store,
 )
-
-__all__ = [
-    "MIXTURE",
-    "SILENCE_DB",
-    "Store",
-    "Track",
-    "audit",
-    "audit_warnings",
-    "build_store",
-    "check_target_exists",
-    "co_activity",
-    "dataset_root",
-    "find_tracks",
-    "is_built_in",
-    "is_decoded",
-    "is_store",
-    "level_db",
-    "loudest_start",
-    "open_store",
-    "read_store",
-    "rms",
-    "window_levels_db",
-]

@@ -81,7 +81,7 @@ def audit_warnings(store: Store, segment_s: float = 0.0) -> list[str]:
         "stem silent throughout": [f"{row.stem} of {row.track}" for row in silent.itertuples()],
         "recording more than once": _copies(store.tracks),
         "artist in both test and train or valid": _shared_artists(store.tracks),
-        "folder without readable audio, ignored": ignored_entries(Path(store.source)),
+        "item without readable audio, ignored": ignored_entries(Path(store.source)),
     }
     return [_count(text, names) for text, names in problems.items() if names]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
+from tokenize import TokenError
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -115,7 +116,7 @@ class Store(BaseModel, frozen=True):
         """Whether the file of a track is there with all its samples."""
         try:
             samples = self.raw(track)
-        except (OSError, ValueError):
+        except (OSError, ValueError, OverflowError, TokenError):  # a damaged header
             return False
         shape = (1 + len(self.stems), self.channels, track.samples)
         return samples.shape == shape and samples.dtype == np.int16
@@ -235,7 +236,7 @@ def build_store(
             store = _decode_missing(_find_store(head, wanted), wanted, groups, n_jobs)
             # Remove tracks that left the dataset, and parts of killed builds.
             for path in head.folder.iterdir():
-                if path.name not in (*wanted, "index.json", ".lock"):
+                if path.is_file() and path.name not in (*wanted, "index.json", ".lock"):
                     path.unlink()
     return store
 

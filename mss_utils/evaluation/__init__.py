@@ -1,5 +1,3 @@
 """Scores of the estimates: BSSEval (bsseval.py), tables (scores.py), statistics (statistics.py)."""
 
 from mss_utils.evaluation.scores import TABLES, evaluate, score
-
-__all__ = ["TABLES", "evaluate", "score"]

@@ -83,7 +83,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
         return np.nan, np.nan
     values = np.reshape(values, (len(values), -1))
     n_tracks, n_seeds = values.shape
-    means, tail = np.nanmean(values, axis=1), (1 - 0.95) / 2
+    means, tail = np.nanmean(values, axis=1), 0.025
     drawn = np.random.default_rng(0).integers(n_tracks, size=(N_BOOTSTRAP, n_tracks))
     low, high = np.quantile(np.median(means[drawn], axis=1), [tail, 1 - tail])
     if n_seeds >= MIN_SEEDS:

@@ -30,10 +30,3 @@ from mss_utils.figures.style import (
     show_diagram,
     show_source,
 )
-
-__all__ = ["COLOURS", "LABELS", "SHORT_LABELS", "SHOWN_METRICS", "ablation_table", "attack"]
-__all__ += ["co_activity", "cost", "damaged_repeat", "data_amount", "data_levels"]
-__all__ += ["format_db", "format_number", "hypothesis_table", "live_curves", "mixing", "opinion"]
-__all__ += ["overview", "paired", "phase", "reconstruction", "save", "score_table"]
-__all__ += ["scores", "show", "show_diagram", "show_source", "spectrograms", "track_lines"]
-__all__ += ["trade_off", "training_curves"]

@@ -108,10 +108,13 @@ def spectrograms(
         ax.remove()
     shown = axes.flat[: len(signals)]
     _draw_spectrograms(shown, list(signals.values()), sample_rate, start_s)
-    for ax, name in zip(shown, signals, strict=True):
+    for i, (ax, name) in enumerate(zip(shown, signals, strict=True)):
         score = f"\nSDR {format_db(scores[name])}" if name in (scores or {}) else ""
         ax.set_title(LABELS.get(name, name) + score)
         ax.label_outer()
+        if i + columns >= len(signals):  # no axes below
+            ax.set_xlabel("time (s)")
+            ax.tick_params(labelbottom=True)
     return axes
 
 

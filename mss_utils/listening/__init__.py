@@ -5,7 +5,3 @@ from mss_utils.listening.excerpts import cut_excerpt, excerpts, validation_excer
 from mss_utils.listening.page import listening_page
 from mss_utils.listening.player import frame, players
 from mss_utils.listening.widgets import answers_upload, song_upload, track_menu
-
-__all__ = ["TABLES", "answers_upload", "cut_excerpt", "excerpts", "frame"]
-__all__ += ["listening_page", "players", "song_upload", "track_menu", "validation_excerpt"]
-__all__ += ["write_ratings"]

@@ -5,6 +5,7 @@ answers/*.json (one response per listener, from listening.html) -> tables/rating
 
 import hashlib
 import itertools
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from scipy import signal, stats
 
 from mss_utils.config import MODELS, Run
-from mss_utils.files import safe_name, write_text
+from mss_utils.files import safe_name, write_bytes, write_text
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
@@ -72,11 +73,17 @@ class Response(BaseModel):
     listener: str = Field(min_length=1, max_length=200)
     pages: tuple[RatedExcerpt, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len({(page.target, page.track) for page in self.pages}) < len(self.pages):
+            raise ValueError("an excerpt is rated twice")
+        return self
+
 
 def read_response(content: bytes, name: str) -> Response:
     """Parse one response; ValueError for any other file, with `name` in the message."""
     try:
-        return Response.model_validate_json(content)
+        return Response.model_validate_json(content.removeprefix(BOM_UTF8))
     except ValidationError as error:
         first = error.errors()[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"]])
@@ -87,13 +94,16 @@ def read_response(content: bytes, name: str) -> Response:
 def import_responses(run: Run, files: list[tuple[str, bytes]]) -> None:
     """Copy responses, file names and contents, into `answers/` of a run, once all are checked.
 
-    ValueError for a file that is not a response.
+    ValueError for a file that is not a response or rates another run.
     """
-    listeners = [read_response(content, name).listener for name, content in files]
-    for listener, (_, content) in zip(listeners, files, strict=True):
+    responses = [read_response(content, name) for name, content in files]
+    for response, (name, _) in zip(responses, files, strict=True):
+        if response.run != run.name:
+            raise ValueError(f"{name} rates run {response.run!r}, not {run.name!r}: open that run.")
+    for response, (_, content) in zip(responses, files, strict=True):
         digest = hashlib.sha256(content).hexdigest()[:16]
-        name = f"{safe_name(listener)}-{digest}.json"
-        write_text(run.folder / "answers" / name, content.decode())
+        path = run.folder / "answers" / f"{safe_name(response.listener)}-{digest}.json"
+        write_bytes(path, content)
 
 
 def write_ratings(run: Run) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -79,7 +79,8 @@ def excerpt_scores(versions: Versions, sample_rate: int) -> dict[str, dict[str, 
     signals = {name: np.stack(pair).swapaxes(1, 2) for name, pair in stems.items()}
     for name, scores in score_track(signals.pop("reference"), signals, sample_rate).items():
         frames = pd.DataFrame({metric: scores[metric][0] for metric in SHOWN_METRICS})
-        medians[name] = frames.dropna().median().to_dict()
+        if len(frames := frames.dropna()):  # none of a silent excerpt
+            medians[name] = frames.median().to_dict()
     return medians
 
 

@@ -4,5 +4,3 @@ tables of the runs --facts.py--> facts.json --typesetting.py, report/report.typ-
 """
 
 from mss_utils.report.typesetting import build_report, write_report
-
-__all__ = ["build_report", "write_report"]

@@ -139,7 +139,11 @@ def strip_heavy_outputs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNod
 def _export_weights(path: Path, copy: Path) -> None:
     """Write a copy in half precision."""
     weights = load_file(path).items()
-    write_tensors(copy, {key: x.half() if x.is_floating_point() else x for key, x in weights})
+    half = {key: x.half() if x.is_floating_point() else x for key, x in weights}
+    for key, tensor in half.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} does not fit into half precision.")
+    write_tensors(copy, half)
 
 
 def _listening_page(run: Run, name: str, listen: Collection[str]) -> str:

@@ -39,12 +39,19 @@ def evaluated_targets(run: Run) -> list[str]:
 
 def read_environment(run: Run) -> dict[str, Any]:
     """Read environment.json of a run."""
-    return json.loads((run.folder / "environment.json").read_text(encoding="utf-8"))
+    return _read_json(run.folder / "environment.json")
 
 
 def read_model_json(run: Run, target: str, model: str) -> dict[str, Any]:
     """Read model.json of the first seed of a model."""
-    return json.loads((run.model_folder(target, model) / "model.json").read_text(encoding="utf-8"))
+    return _read_json(run.model_folder(target, model) / "model.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): make the run again.") from None
 
 
 def is_study(run: Run) -> bool:

@@ -37,7 +37,7 @@ def plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (int, float)):
         return f"{value:.10g}"
-    return argument(value, ", ") or "–"
+    return argument(value or "", ", ") or "–"
 
 
 def argument(value: Any, separator: str = ",") -> str:

@@ -27,8 +27,6 @@ from mss_utils.files import file_lock, temporary_folder, write_text
 from mss_utils.songs.composing import SPLITS, STEMS, Song, compose
 from mss_utils.songs.rendering import SAMPLE_RATE, render
 
-__all__ = ["SAMPLE_RATE", "SPLITS", "STEMS", "Song", "compose", "render", "render_songs"]
-
 RECIPE = 1  # raise it if the same seed gives other songs; older folders are then refused
 
 

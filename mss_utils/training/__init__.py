@@ -1,5 +1,3 @@
 """Training: the loop, checkpoints, the monitor and the launcher of several processes."""
 
 from mss_utils.training.loop import load_history, reconstruction_check, train, train_in_this_process
-
-__all__ = ["load_history", "reconstruction_check", "train", "train_in_this_process"]

@@ -83,6 +83,9 @@ def test_stage_runs_again_if_its_inputs_change(run):
     assert ran_once(run)
     write_notebook(pipeline.NOTEBOOKS / "one.ipynb", "3 + 3")
     assert not is_finished(run, "one") and not is_finished(run, "two")
+    pipeline.run_pipeline(run)
+    (run.folder / "notebooks" / "two.ipynb").write_text("")  # damaged
+    assert is_finished(run, "one") and not is_finished(run, "two")
 
 
 @pytest.mark.parametrize("name", ["room.py", "web/page.html"])

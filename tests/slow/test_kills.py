@@ -19,6 +19,7 @@ from conftest import SMALL, command, start
 
 from mss_utils.config import Run, create_or_load_run
 from mss_utils.data import open_store
+from mss_utils.files import atomic_write
 from mss_utils.training import checkpoints, monitor, train
 
 TIMING_COLUMNS = ["train_s", "audio_s_per_s", "inference_rtf", "peak_memory_mb"]
@@ -61,15 +62,15 @@ def test_killed_run_ends_as_an_undisturbed_run(smoke_run, tmp_path):
 
 def train_until_killed(count, arguments):
     """Train, and send SIGKILL to this process in the middle of a write of its checkpoint."""
-    atomic_write, calls = checkpoints.atomic_write, itertools.count(1)
+    write_bytes, calls = checkpoints.write_bytes, itertools.count(1)
 
-    def deadly(path):
+    def deadly(path, content):
         if next(calls) == count:
             atomic_write(path).__enter__().write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
-        return atomic_write(path)
+        return write_bytes(path, content)
 
-    checkpoints.atomic_write = deadly
+    checkpoints.write_bytes = deadly
     monitor.LOG_INTERVAL_S = monitor.SAVE_INTERVAL_S = 0.0  # save after every step
     run = create_or_load_run(*arguments)
     train(run, open_store(run.settings), "piano", "unet")

@@ -30,13 +30,14 @@ def test_warnings_about_tracks(tmp_path):
     root = write_dataset(tmp_path, 3, 1, 1, seconds=1.2)
     shutil.copytree(root / "train" / "train song 0", root / "test" / "a copy")
     (root / "train" / "lost").mkdir()
+    (root / "train" / "loose.mp3").touch()
     (root / "train" / "train song 1").rename(root / "train" / "Ada - One")
     (root / "valid" / "valid song 0").rename(root / "valid" / "Bob feat. Ada - Two")
     (root / "test" / "test song 0").rename(root / "test" / "Ada feat. Bob - Three")
     assert audit_warnings(build_store(root, 16000, 1)) == [
         "1 recording more than once: train/train song 0, test/a copy",
         "1 artist in both test and train or valid: Ada",
-        "1 folder without readable audio, ignored: train/lost",
+        "2 items without readable audio, ignored: train/loose.mp3, train/lost",
     ]
 
 

@@ -1,4 +1,5 @@
 import json
+from codecs import BOM_UTF8
 
 import numpy as np
 import pandas as pd
@@ -6,6 +7,7 @@ import pytest
 from scipy import stats
 
 from mss_utils.config import Run, Settings
+from mss_utils.files import write_bytes
 from mss_utils.listening import answers_upload, widgets, write_ratings
 from mss_utils.listening.blind_test import RATED, import_responses, low_anchor, weights_digest
 
@@ -33,7 +35,11 @@ def tables(run, *files):
 
 def test_other_runs_and_missed_references_do_not_count(run):
     missed = [response_of("a", n=7, missed=1), response_of("b", n=6, missed=1)]  # 14 % and 17 %
-    ratings, opinions = tables(run, *missed, response_of("c", run="other"))
+    other = response_of("c", run="other")
+    with pytest.raises(ValueError, match="file rates run 'other', not 'r'"):
+        tables(run, other)
+    write_bytes(run.folder / "answers" / "copied.json", other)
+    ratings, opinions = tables(run, *missed)
     reasons = ratings.groupby("listener")["reason"].first().tolist()
     assert reasons == ["", "hidden reference under 90 on 1 of 6 excerpts", "about run other"]
     assert set(opinions["ratings"]) == {7}
@@ -62,7 +68,8 @@ def test_mean_opinion_is_over_listeners(run):
 
 def test_answers_become_tables_once_and_stay_inside(run, tmp_path):
     assert all(table.empty for table in write_ratings(run))
-    tables(run, response_of("../../x"), response_of("../../x"))
+    content = BOM_UTF8 + response_of("../../x")
+    tables(run, content, content)
     [path] = tmp_path.rglob("*.json")
     assert path.parent == run.folder / "answers"
     (path.parent / "copy (1).json").write_bytes(path.read_bytes())
@@ -71,10 +78,12 @@ def test_answers_become_tables_once_and_stay_inside(run, tmp_path):
     assert len(pd.read_csv(run.table("ratings"))) == 4 * 5
 
 
+TWICE = response_of().replace(b'"t1"', b'"t0"')
 BAD_FILES = {
     b"\xff\xfe": "no answers of the blind test",
     b"{}": "Field required",
     response_of(order=["unet"] * 5): "expected each of reference, anchor",
+    TWICE: "an excerpt is rated twice",
     response_of(unet=float("nan")): "equal to|finite",
 }
 

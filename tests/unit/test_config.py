@@ -58,7 +58,11 @@ def test_stored_settings_take_precedence(results):
 def test_old_and_damaged_settings_files(results):
     write_text(results / "old" / "settings.json", '{"profile": "smoke", "referee_tracks": 5}')
     assert load_run("old").settings.cross_check_tracks == 5
-    for content, words in (('{"gone": 1}', "Unknown setting 'gone'"), ("[1", "json do not fit")):
+    for content, words in (
+        ('{"gone": 1}', "Unknown setting 'gone'"),
+        ("[1", "json is damaged"),
+        ("[]", "is damaged"),
+    ):
         write_text(results / "old" / "settings.json", content)
         with pytest.raises(ValueError, match=words):
             load_run("old")

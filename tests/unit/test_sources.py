@@ -212,11 +212,17 @@ def write_bass(samples):
             ValueError,
             "two files for stem 'bass'",
         ),
+        (
+            lambda root: (root / "train" / "train song 0.stem.mp4").touch(),
+            ValueError,
+            "Track 'train song 0' exists twice in train",
+        ),
+        (lambda root: (root / "mus.yaml").write_text("a: ["), ValueError, "no list validation_tra"),
     ],
 )
 def test_broken_dataset(tmp_path, monkeypatch, damage, error, words):
     monkeypatch.setenv("MSS_CACHE", str(tmp_path / "cache"))
-    root = write_dataset(tmp_path / "data", 2, 1, 1, seconds=0.1)
+    root = write_dataset(tmp_path / "data", 2, 0, 1, seconds=0.1)
     damage(root)
     with pytest.raises(error, match=words) as raised:
         build_store(root, 16000, 1)

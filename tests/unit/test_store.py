@@ -76,6 +76,9 @@ def test_only_changed_songs_are_decoded_again(tmp_path, decoded):
     assert [track.name for track in second.split("train")] == ["train song 0", "train song 2"]
     files = {path.name for path in second.folder.iterdir()}
     assert files == {"index.json", ".lock", *(track.file for track in second.tracks)}
+    damaged = second.folder / second.tracks[0].file
+    damaged.write_bytes(damaged.read_bytes().replace(b"}", b"(", 1))  # in the header
+    assert build_store(root, 16000, 1).sha == second.sha and len(decoded) == 7
 
 
 # --- interrupted, several at once
