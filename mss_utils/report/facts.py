@@ -337,21 +337,18 @@ def _medians(rows: pd.DataFrame, **units: str) -> dict[str, str]:
     return texts
 
 
-def _repetition_facts(parts: list[Part]) -> dict[str, str] | None:
+def _repetition_facts(parts: list[Part]) -> dict[str, int] | None:
     gains = [row for part in parts for row in part.hypotheses("repetition_gain_b2_")]
     own = [row for row in gains if "minus" not in row["id"]]
     more = [row for row in gains if "minus" in row["id"]]
     if not own:
         return None
-    above = sum(row["ci_low"] > 0 for row in own)
-    nothing = sum(row["verdict"] == "not supported" for row in own)
     return dict(
-        gains=quantity(len(own), "repetition gain"),
-        total=spell(len(own)),
-        above=spell(above),
-        not_supported=spell(nothing),
-        differences=quantity(len(more), "difference"),
-        ahead=spell(sum(row["ci_low"] > 0 for row in more)),
+        total=len(own),
+        above=sum(row["ci_low"] > 0 for row in own),
+        not_supported=sum(row["verdict"] == "not supported" for row in own),
+        differences=len(more),
+        ahead=sum(row["ci_low"] > 0 for row in more),
     )
 
 
