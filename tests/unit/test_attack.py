@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import soundfile
+from conftest import write_dataset
 
 from mss_utils.analysis import find_onsets, isolated_onsets
 from mss_utils.analysis.attack import ENVELOPE_S, attack_scores, mean_envelopes
@@ -64,16 +65,11 @@ def test_mean_envelopes_are_relative_to_the_reference():
 
 
 def test_onsets_are_detected_in_audio_or_read_from_the_score(tmp_path, songs_store):
-    rng = np.random.default_rng(0)
-    for split in ("train", "valid", "test"):
-        folder = tmp_path / split / "track"
-        folder.mkdir(parents=True)
-        piano = bursts()[0] + 0.003 * rng.standard_normal(10 * RATE)
-        soundfile.write(folder / "piano.wav", piano, RATE)
-        soundfile.write(folder / "rest.wav", 0.1 * rng.standard_normal(10 * RATE), RATE)
-    store = build_store(tmp_path, RATE, 1)
+    root = write_dataset(tmp_path, 1, 1, 1, seconds=10)
+    piano = bursts()[0] + 0.003 * np.random.default_rng(0).standard_normal(10 * RATE)
+    soundfile.write(root / "test" / "test song 0" / "piano.wav", piano, RATE)
+    store, songs = build_store(root, RATE, 1), songs_store[0]
     onsets_s = find_onsets(store, store.split("test")[0], "piano")
     assert len(onsets_s) == len(ONSETS) and np.abs(onsets_s - ONSETS_S).max() < 0.03
-    songs, _ = songs_store
     onsets_s = find_onsets(songs, songs.split("test")[0], "piano")
     assert len(onsets_s) > 5 and (np.diff(onsets_s) >= 0).all()

@@ -33,25 +33,22 @@ def tables(run, *files):
     return write_ratings(run)
 
 
-def test_other_runs_and_missed_references_do_not_count(run):
-    missed = [response_of("a", n=7, missed=1), response_of("b", n=6, missed=1)]  # 14 % and 17 %
-    other = response_of("c", run="other")
-    with pytest.raises(ValueError, match="file rates run 'other', not 'r'"):
-        tables(run, other)
-    write_bytes(run.folder / "answers" / "copied.json", other)
-    ratings, opinions = tables(run, *missed)
-    reasons = ratings.groupby("listener")["reason"].first().tolist()
-    assert reasons == ["", "hidden reference under 90 on 1 of 6 excerpts", "about run other"]
-    assert set(opinions["ratings"]) == {7}
-
-
-def test_answers_about_other_weights_do_not_count(run):
+def test_answers_that_do_not_count(run):
     path = run.model_folder("piano", "unet") / "model.safetensors"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"new")
-    files = [response_of("a", models="old"), response_of("b", models=weights_digest(run))]
-    ratings, _ = tables(run, *files, response_of("c"))
-    assert ratings.groupby("listener")["kept"].first().tolist() == [False, True, True]
+    missed = [response_of("a", n=7, missed=1), response_of("b", n=6, missed=1)]  # 14 % and 17 %
+    weights = [response_of("c", models="old"), response_of("d", models=weights_digest(run))]
+    other = response_of("e", run="other")
+    with pytest.raises(ValueError, match="file rates run 'other', not 'r'"):
+        tables(run, other)
+    write_bytes(run.folder / "answers" / "copied.json", other)
+    ratings, opinions = tables(run, *missed, *weights)
+    first = ratings.groupby("listener")[["kept", "reason"]].first()
+    assert first["kept"].tolist() == [True, False, False, True, False]
+    assert first.loc["b", "reason"] == "hidden reference under 90 on 1 of 6 excerpts"
+    assert first.loc["e", "reason"] == "about run other"
+    assert set(opinions["ratings"]) == {7 + 4}
 
 
 def test_mean_opinion_is_over_listeners(run):
@@ -78,12 +75,11 @@ def test_answers_become_tables_once_and_stay_inside(run, tmp_path):
     assert len(pd.read_csv(run.table("ratings"))) == 4 * 5
 
 
-TWICE = response_of().replace(b'"t1"', b'"t0"')
 BAD_FILES = {
     b"\xff\xfe": "no answers of the blind test",
     b"{}": "Field required",
     response_of(order=["unet"] * 5): "expected each of reference, anchor",
-    TWICE: "an excerpt is rated twice",
+    response_of().replace(b'"t1"', b'"t0"'): "an excerpt is rated twice",
     response_of(unet=float("nan")): "equal to|finite",
 }
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from mss_utils import checks
-from mss_utils.__main__ import main
 from mss_utils.checks import FINE, STOP, WARNING, requirements
 from mss_utils.config import resolve_settings
 
@@ -30,17 +29,13 @@ def test_missing_package_stops_and_old_one_warns(need, state, monkeypatch):
 
 
 def test_little_memory_and_disk_warn(monkeypatch):
-    memory = SimpleNamespace(available=2**30)
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    little = SimpleNamespace(available=2**30, free=2**30)
+    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: little)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: little)
+    monkeypatch.setenv("MSS_RESULTS", "/proc/nowhere")
     assert find("memory").state == WARNING
     assert "MSS_CACHE" in find("disk for songs and stems").remedy
-
-
-def test_read_only_folder_stops(monkeypatch):
-    monkeypatch.setenv("MSS_RESULTS", "/proc/nowhere")
-    finding = find("disk for results")
-    assert finding.state == STOP and "MSS_RESULTS" in finding.remedy
+    assert find("disk for results").state == STOP
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -58,9 +53,3 @@ def test_ffmpeg_is_needed_for_stem_files_only(monkeypatch, tmp_path):
         (tmp_path / f"{name}.stem.mp4").touch()
     for data in (str(tmp_path), ""):
         assert find("ffmpeg", resolve_settings("musdb7", data=data)).state == STOP
-
-
-def test_check_command_stops_for_a_missing_dataset(capsys):
-    assert main(["check", "--data", "no/such/folder"]) == 1
-    output = capsys.readouterr()
-    assert "dataset: a run would stop" in output.err and "--data DIR" in output.out

@@ -16,6 +16,7 @@ RUN = ("run", "--profile", "smoke", "--run", "x")
         ([*RUN, "--data", "no/such/folder"], "no/such/folder"),
         (["run", "--profile", "musdb18", "--run", "x"], "MUSDB_PATH"),
         (["train", "--profile", "smoke", "--seed", "3"], "has seeds 0 to 0"),
+        (["check", "--data", "no/such/folder"], "dataset: a run would stop"),
         (["report", "--run", "nothing"], "No run 'nothing'"),
         (["export", "--run", "full", "--to", "../x"], "."),
         (["separate", "no.wav", "--model", "nowhere"], "No model.json in nowhere.*seed0"),

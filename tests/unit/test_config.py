@@ -21,12 +21,10 @@ def test_profile_resolves(profile):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        ("stepz=3", "Unknown setting 'stepz'; there are: .*batch_size"),
         ("steps=many", "'steps' of profile demo is 'many'"),
         ("steps", "key=value, not 'steps'"),
         ("sample_rate=48000", "sample_rate.*16000"),
         ("segment_s=nan", "finite"),
-        ("groups=synth+fx", "a group is written"),
         ("groups=synth+fx->../out", "a group is written"),
         ("demucs_strides=4,3", "multiple of 2"),
         ("attention_heads=3", "does not divide 256"),
@@ -58,27 +56,18 @@ def test_stored_settings_take_precedence(results):
 def test_old_and_damaged_settings_files(results):
     write_text(results / "old" / "settings.json", '{"profile": "smoke", "referee_tracks": 5}')
     assert load_run("old").settings.cross_check_tracks == 5
-    for content, words in (
-        ('{"gone": 1}', "Unknown setting 'gone'"),
-        ("[1", "json is damaged"),
-        ("[]", "is damaged"),
-    ):
+    for content, words in (('{"gone": 1}', "Unknown setting 'gone'"), ("[1", "json is damaged")):
         write_text(results / "old" / "settings.json", content)
         with pytest.raises(ValueError, match=words):
             load_run("old")
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "a/../../b"])
-def test_run_name_stays_in_the_results(name):
-    with pytest.raises(ValueError, match="run name"):
-        create_or_load_run("smoke", name)
-
-
-def test_collection_is_not_a_run():
+def test_run_name_stays_in_the_results_and_is_no_collection():
     create_or_load_run("smoke", "both/first").write_settings()
     assert [run.name for run in config.collection_runs("both")] == ["both/first"]
-    with pytest.raises(ValueError, match="is a collection"):
-        create_or_load_run("smoke", "both")
+    for name, words in (("../out", "run name"), ("a/../../b", "run name"), ("both", "collection")):
+        with pytest.raises(ValueError, match=words):
+            create_or_load_run("smoke", name)
 
 
 def test_paths_are_relative_to_the_repository(monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from mss_utils.config import ROOT, collection_runs
 from mss_utils.report.facts import collect_facts
-from mss_utils.report.wording import interval, join, plain, quantity, seconds
+from mss_utils.report.wording import interval, join, seconds
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +23,26 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def change(reference):
-    """Change rows of a table of the musdb7 run, for one test."""
-    paths = {}
+    """Facts of the musdb7 run after a change of rows of one of its tables."""
 
-    def apply(table, where, **values):
+    def facts_with(table, where, **values):
         path = reference["musdb7"].table(table)
-        rows = pd.read_csv(path)
-        paths.setdefault(path, path.read_bytes())
-        selected = np.logical_and.reduce([rows[key] == value for key, value in where.items()])
+        content, rows = path.read_bytes(), pd.read_csv(path)
+        selected = (rows[list(where)] == pd.Series(where)).all(axis=1)
         assert selected.any()
         rows.loc[selected, list(values)] = list(values.values())
         rows.to_csv(path, index=False)
-        return collect_facts([reference["musdb7"]], "musdb7", is_collection=False)
-
-    yield apply
-    for path, content in paths.items():
+        facts = collect_facts([reference["musdb7"]], "musdb7", is_collection=False)
         path.write_bytes(content)
+        return facts
+
+    return facts_with
 
 
 def test_wording():
-    assert join(["a", "b", "c"]) == "a, b and c" and join(["a"]) == "a" and join([]) == ""
-    assert quantity(1, "track") == "one track" and quantity(20, "track", False) == "20 tracks"
+    assert join(["a", "b", "c"]) == "a, b and c"
     assert interval(dict(ci_low=-0.5, ci_high=0.25), sign="+") == "[−0.50, +0.25]"
     assert interval(dict(ci_low=np.nan, ci_high=1)) == ""
-    assert plain({"other": ("a", "b")}) == "a+b->other" and plain(0.10) == "0.1"
     assert [seconds(value) for value in (59, 600, 9000)] == ["59 s", "10.0 min", "2.5 h"]
 
 

@@ -62,11 +62,8 @@ def test_show_saves_displays_and_closes(tmp_path, shown):
     first = files[1].read_bytes()
     figures.save(figures.spectrograms(signals, RATE), run, "six/images")
     assert files[1].read_bytes() == first and not plt.get_fignums()
-
-
-def test_diagram_is_displayed_with_caption(shown):
     figures.show_diagram("unet", "Model A")
-    assert "<svg" in shown[0].data and "Model A" in shown[1].data
+    assert "<svg" in shown[2].data and "Model A" in shown[3].data
 
 
 def test_live_curves_update_one_output(monkeypatch):
@@ -129,8 +126,7 @@ def test_score_figures_accept_one_track_and_no_intervals(tracks):
     axes = figures.opinion(rows.assign(ci_low=np.nan, ci_high=60), summary, "piano")
     x = axes[1].containers[0].lines[0].get_xdata()
     assert x == pytest.approx(one[one["model"] == "unet"]["SDR"].mean())
-    labels = figures.paired(one, differences, "piano")[0].get_xticklabels()
-    assert [label.get_text() for label in labels] == ["B1 − A", "B2 − A", "B2 − B1"]
+    assert "B2 − B1" in texts(figures.paired(one, differences, "piano"))
     assert len(figures.trade_off(one, summary, "piano")[0].collections) == 10  # no mixture
 
 
@@ -146,17 +142,13 @@ def test_tables_are_formatted_in_reading_order(tracks):
     assert list(effects) == ["+0.50 [−0.10, +1.00] dB", "–"]
 
 
-def test_phase_figure_shows_medians_over_tracks():
-    rows = table(MODELS, sdr=1, sdr_true_phase=2, sdr_true_magnitude=3)
+def test_phase_and_repetition_show_medians_over_tracks():
+    rows = table(MODELS, sdr=1, sdr_true_phase=2, sdr_true_magnitude=3, band_high_hz=8000)
     rows["phase_error_rad"] = 0.1 * rows["track"]
-    bands = [(0, 8000), (0, 500), (500, 8000)]
-    parts = [rows.assign(band_low_hz=low, band_high_hz=high) for low, high in bands]
-    axes = figures.phase(pd.concat(parts), "piano")
+    parts = [rows.assign(band_low_hz=0), rows.assign(band_low_hz=500)]
+    axes = figures.phase(pd.concat([*parts, parts[0].assign(band_high_hz=500)]), "piano")
     assert axes[0].lines[0].get_ydata() == pytest.approx([0.35, 0.35])
     assert axes[1].lines[0].get_ydata() == pytest.approx([1, 2, 3])
-
-
-def test_damaged_repeat_shows_medians_over_loops():
     rows = table(WAVEFORM_MODELS, start_s=0.0, lag_s=1.0)
     sdr = dict(silent=0.0, different=1.0, repeat=3.0)
     parts = [rows.assign(condition=name, sdr=sdr[name] + rows["track"]) for name in sdr]
