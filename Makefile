@@ -16,7 +16,7 @@ report: setup  ## train, score, listen, write results/<run>/report.pdf
 	$(VENV)/bin/python -m mss_utils run $(RUN_FLAGS)
 
 test: setup chromium  ## unit and integration tests, and a short browser check
-	$(VENV)/bin/python -m pytest tests/unit tests/integration tests/slow/test_browser_quick.py
+	$(VENV)/bin/python -m pytest tests/integration tests/unit tests/slow/test_browser_quick.py
 
 test-all: setup chromium  ## all tests: also kills, full disks, fuzzing, browser, an hour-long song
 	$(VENV)/bin/python -m pytest
