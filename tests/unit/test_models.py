@@ -23,24 +23,19 @@ def error_db(estimate, reference):
 
 
 @pytest.mark.parametrize("n_fft, hop", [(1024, 256), (2048, 512)])
-@pytest.mark.parametrize("samples", [1, 255, 16000, 48001])
+@pytest.mark.parametrize("samples", [1, 48001])
 def test_inverse_stft_returns_the_signal(n_fft, hop, samples):
     audio, stft = torch.randn(2, 2, samples), STFT(n_fft, hop)
     assert error_db(stft.inverse(stft(audio), samples), audio) < -90
 
 
-def test_mask_of_ones_returns_the_mixture(small_settings, monkeypatch):
-    model, audio = build_model("unet", small_settings), torch.randn(1, 1, 12345)
-    monkeypatch.setattr(model, "mask", torch.ones_like)
-    assert error_db(model(audio), audio) < -90
-
-
-def test_mask_is_soft_and_covers_every_bin(small_settings):
-    model = build_model("unet", small_settings).eval()
+def test_mask_is_soft_and_of_ones_returns_the_mixture(small_settings, monkeypatch):
+    model, audio = build_model("unet", small_settings).eval(), torch.randn(1, 1, 12345)
     magnitude = torch.rand(2, 1, small_settings.n_fft // 2 + 1, 37)
     mask = model.mask(magnitude)
-    assert mask.shape == magnitude.shape
-    assert mask.min() >= 0 and mask.max() <= 1
+    assert mask.shape == magnitude.shape and mask.min() >= 0 and mask.max() <= 1
+    monkeypatch.setattr(model, "mask", torch.ones_like)
+    assert error_db(model(audio), audio) < -90
 
 
 def test_baseline_has_2d_convolutions_only():
@@ -51,14 +46,13 @@ def test_baseline_has_2d_convolutions_only():
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("samples", [1, 777, 16000])
+@pytest.mark.parametrize("samples", [1, 16000])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_output_length_is_input_length(small_settings, name, samples, channels):
     model = build_model(name, small_settings.model_copy(update=dict(channels=channels))).eval()
     for audio in (torch.randn(2, channels, samples), torch.zeros(2, channels, samples)):
         estimate = model(audio)
-        assert estimate.shape == audio.shape
-        assert estimate.isfinite().all()
+        assert estimate.shape == audio.shape and estimate.isfinite().all()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -100,22 +94,14 @@ def test_attention_spans_the_segment_and_convolutions_do_not(small_settings):
     assert receptive_field_s(model, 16000) * 16000 < 16 * model.total_stride
 
 
-def depends_on(network, x, distance):
-    """Return whether the middle output depends on inputs more than `distance` away."""
-    middle, changed = x.shape[-1] // 2, x.clone()
-    changed[..., : middle - distance] *= -1
-    changed[..., middle + distance + 1 :] *= -1
-    with torch.no_grad():
-        return (network(x)[..., middle] - network(changed)[..., middle]).abs().max() > 1e-15
-
-
 def test_receptive_field_of_the_unet(small_settings):
     model = build_model("unet", small_settings).eval().double()
     samples = receptive_field_s(model, 16000) * 16000 - 2 * small_settings.n_fft
-    frames = round(samples / small_settings.hop) + 1
-    x = torch.randn(1, 1, small_settings.n_fft // 2, 2**model.depth * 32, dtype=torch.float64)
-    assert not depends_on(model.logits, x, frames)
-    assert depends_on(model.logits, x, frames // 8)
+    frames, middle = round(samples / small_settings.hop) + 1, 2**model.depth * 16
+    x = torch.randn(1, 1, small_settings.n_fft // 2, 2 * middle, dtype=torch.float64)
+    model.logits(x.requires_grad_())[..., middle].sum().backward()
+    first, last = x.grad.abs().sum(dim=(0, 1, 2)).nonzero()[[0, -1]].flatten() - middle
+    assert -frames <= first < -frames // 8 and frames // 8 < last <= frames
 
 
 def test_unknown_model_lists_the_models(small_settings):
@@ -123,39 +109,24 @@ def test_unknown_model_lists_the_models(small_settings):
         build_model("open_unmix", small_settings)
 
 
-def write_model(folder, settings, weights):
-    description = dict(model="unet", target="piano", settings=settings.model_dump(mode="json"))
-    (folder / "model.json").write_text(json.dumps(description))
-    write_tensors(folder / "model.safetensors", weights)
-
-
-def test_old_weights_load_under_new_names(tmp_path, small_settings):
-    weights = build_model("unet", small_settings, seed=3).state_dict()
-    old = {key.replace("full_band.", "tall."): tensor for key, tensor in weights.items()}
-    assert old.keys() != weights.keys()
-    write_model(tmp_path, small_settings, old)
-    loaded = load_model(tmp_path).state_dict()
-    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
-
-
 def test_committed_weights_load():
+    """Those of model A have the names of an older version."""
     folders = [path.parent for path in (ROOT / "results").rglob("model.safetensors")]
     assert len(folders) >= len(MODELS)
     for folder in folders:
         model = load_model(folder)
-        loaded, stored = model.state_dict(), load_file(folder / "model.safetensors")
-        assert loaded.keys() == upgrade_weights(stored).keys()
+        stored = upgrade_weights(load_file(folder / "model.safetensors"))
+        loaded = dict(model.state_dict())
+        torch.testing.assert_close(loaded, stored, rtol=0, atol=0, check_dtype=False)
         assert model.sample_rate > 0 and not model.training
-
-
-def test_missing_model_folder_is_explained(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model.json.*results/<run>/models"):
-        load_model(tmp_path)
 
 
 def test_unusable_weights_are_one_sentence(tmp_path, small_settings):
     other = build_model("demucs_lstm", small_settings).state_dict()
-    write_model(tmp_path, small_settings, other)
+    settings = small_settings.model_dump(mode="json")
+    description = dict(model="unet", target="piano", settings=settings)
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    write_tensors(tmp_path / "model.safetensors", other)
     for _ in range(2):  # of another model, then pickled
         with pytest.raises(ValueError, match="is damaged or does not fit model.json") as error:
             load_model(tmp_path)
@@ -163,7 +134,7 @@ def test_unusable_weights_are_one_sentence(tmp_path, small_settings):
         torch.save(other, tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("text", ["", "no json", '{"a": 1}', "[]", "[" * 100_000])
+@pytest.mark.parametrize("text", ["", '{"a": 1}', "[" * 100_000])
 def test_damaged_description_is_one_sentence(text, tmp_path):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "model.json").write_text(text)
