@@ -161,18 +161,6 @@ def test_undecodable_sounds_leave_plain_players(browser, player_page):
     tab.close()
 
 
-def test_distant_player_frees_memory(open_page, versions):
-    one = player_html("player", versions, RATE)
-    tab = open_page(document(f"{one}<div style='height:9000px'></div>{one}", ""))
-    tab.wait_for_selector(READY)
-    assert tab.evaluate("Player.all.map((player) => Boolean(player.transport))") == [True, False]
-    tab.keyboard.press("3")
-    tab.evaluate("scrollTo(0, 1e6)")
-    tab.wait_for_function("() => !Player.all[0].transport && Player.all[1].transport")
-    tab.evaluate("scrollTo(0, 0)")
-    tab.wait_for_function("() => Player.all[0].transport?.selected === 'unet'")
-
-
 def test_listening_page_of_a_run_fits_a_phone(open_page, smoke_run):
     tab = open_page((smoke_run[1] / "listening.html").read_text(encoding="utf-8"))
     tab.wait_for_selector(READY)

@@ -48,9 +48,6 @@ def error_db(estimate, expected):
     return 10 * np.log10(np.sum((estimate - expected) ** 2.0) / np.sum(expected**2.0) + 1e-30)
 
 
-# --- overlap-add ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("samples", [1, 7999, 8001, 30000])
 @pytest.mark.parametrize("chunk_s", [None, 0.001, 0.3, 3.0])
 def test_identity_returns_its_input(samples, chunk_s):
@@ -107,9 +104,6 @@ def test_wrong_mixture_is_an_error():
     ]:
         with pytest.raises(ValueError, match=words):
             separate(Gain(), mixture, rate)
-
-
-# --- song files -----------------------------------------------------------------------------------
 
 
 def write(path, audio, rate=RATE, subtype="FLOAT"):

@@ -65,9 +65,6 @@ def stem_files(tmp_path_factory):
     return root
 
 
-# --- every form
-
-
 FORMS = [(".wav", 48000, 16000), (".flac", 16000, 44100), (".WAV", 44100, 22050)]
 FORMS += [(".ogg", 44100, 44100), (".mp3", 44100, 44100)]
 
@@ -147,9 +144,6 @@ def test_names_with_unicode_and_quotes(tmp_path):
     assert [track.name for track in build_store(root, 16000, 2).tracks] == names
 
 
-# --- stem groups
-
-
 def groups(text):
     return resolve_settings("smoke", overrides=[f"groups={text}"]).groups
 
@@ -176,9 +170,6 @@ def test_groups_unite_different_stems(tmp_path):
     with pytest.raises(ValueError, match=words):
         build_store(root, 16000, 1)
     assert build_store(root, 16000, 1, groups("bass+synth->low")).stems == ("drums", "low")
-
-
-# --- broken input: what is wrong, what to do
 
 
 def write_samples(samples):

@@ -72,9 +72,6 @@ def test_analyse_without_studies_trains_nothing(small_run, store, trained, monke
     assert tables["data_amount"].empty and not trained
     assert all(run.table(name).exists() for name in TABLES)
     assert set(tables["phase"]["model"]) == set(LEVEL) == set(tables["attack"]["model"])
-    sdr = tables["phase"].query("model == 'unet'")["sdr"].iloc[0]  # whole band
-    assert sdr == pytest.approx(10 * np.log10(9 / 6.3), abs=0.1)  # stems at 1 to 4 times a level
     assert tables["repetition"]["reason"].str.startswith("not askable").all()  # segments of 0.5 s
-    assert tables["repetition"]["lag_s"].tolist() == [1, 2, 4]
     verdicts = tables["hypotheses"].set_index("id")["verdict"]
     assert verdicts["repetition_gain_b2_1s"] == "not askable" and "supported" not in set(verdicts)
