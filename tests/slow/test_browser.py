@@ -176,7 +176,7 @@ def test_exported_notebook_plays(browser, smoke_run, tmp_path):
     path.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
     with browser.new_context(offline=True) as context:
         tab = context.new_page()
-        tab.on("pageerror", errors.append)
+        tab.on("pageerror", lambda error: errors.append(error))
         tab.goto(path.as_uri())
         frames = [frame for frame in tab.frames if frame.parent_frame]
         assert len(frames) == 2  # the listening page, and the first track of the menu

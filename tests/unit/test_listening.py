@@ -13,17 +13,8 @@ import soundfile
 from mss_utils import analysis
 from mss_utils.config import MODELS, WAVEFORM_MODELS
 from mss_utils.data import level_db
-from mss_utils.listening import (
-    cut_excerpt,
-    excerpts,
-    listening_page,
-    page,
-    players,
-    track_menu,
-    widgets,
-)
-from mss_utils.listening.excerpts import choose_tracks, excerpt_scores
-from mss_utils.listening.page import equal_score_pair
+from mss_utils.listening import excerpts, page, players, widgets
+from mss_utils.listening.excerpts import choose_tracks, cut_excerpt, excerpt_scores
 from mss_utils.listening.player import common_gain, encode_mp3, mp3_rate, reencode
 from mss_utils.separation import ESTIMATED, estimate_paths
 from mss_utils.training import train
@@ -70,8 +61,8 @@ def test_pair_has_equal_sdr_and_different_errors():
     table = pd.DataFrame(rows, columns=["track", "model", "SDR", "SIR", "SAR"])
     table = table.assign(target="piano", seed=0)
     scores = {a: dict(SDR=5.0, SIR=12, SAR=6), b1: dict(SDR=5.1, SIR=6, SAR=12)}
-    assert equal_score_pair(table, "piano") == ("t", scores)
-    assert equal_score_pair(table.query("track == 't' and model != @b1"), "piano") == ("", {})
+    assert page.equal_score_pair(table, "piano") == ("t", scores)
+    assert page.equal_score_pair(table.query("track == 't' and model != @b1"), "piano") == ("", {})
 
 
 def test_excerpt_is_loudest_and_has_one_gain():
@@ -128,7 +119,7 @@ def test_menu_shows_the_chosen_track(small_run, store, monkeypatch):
     for name in ("display", "update"):
         monkeypatch.setattr(widgets.DisplayHandle, name, lambda _, item: shown.append(item.data))
     monkeypatch.setattr(widgets, "track_excerpt", lambda *arguments: excerpt)
-    track_menu(small_run, store, "piano")
+    widgets.track_menu(small_run, store, "piano")
     menu = shown[0]
     menu.value = menu.options[1]
     assert [menu.options[i] in shown[1 + i] for i in range(2)] == [True, True]
@@ -173,9 +164,7 @@ def table(small_run, store, monkeypatch):
     return table
 
 
-def test_page_runs_models_on_loops_only_and_says_what_is_missing(
-    small_run, store, table, monkeypatch
-):
+def test_page_separates_loops_only_and_names_gaps(small_run, store, table, monkeypatch):
     used = []
     monkeypatch.setattr(page, "load_model", lambda folder: folder.parent.name)
     monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
@@ -183,13 +172,13 @@ def test_page_runs_models_on_loops_only_and_says_what_is_missing(
     names = {path.stem for path in small_run.folder.rglob("*.mp3")}
     assert names == {"mixture", "reference", *MODELS, "irm"}
     tracks = table[table["condition"] == "repeat"]
-    html = listening_page(small_run, store, tracks, found, "</script>")
+    html = page.listening_page(small_run, store, tracks, found, "</script>")
     assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
     figures = html.split("<script>")[0].split("<figure")
     assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
     assert "</script" not in html.split('id="test">')[1].split("}]")[0]
     for name in ("phase", "attack", "repetition"):
         table.iloc[:0].to_csv(small_run.table(name), index=False)
-    html = listening_page(small_run, store, tracks.assign(seed=1), found, "run")
+    html = page.listening_page(small_run, store, tracks.assign(seed=1), found, "run")
     for text in ("no estimate to improve", "Not askable", "No isolated onset", "No two models"):
         assert text in html

@@ -153,5 +153,3 @@ def test_training_starts_from_another_run(small_run, store):
     with pytest.raises(ValueError, match="Cannot start from .*small.*sample_rate is 16000"):
         other = settings.model_copy(update=dict(sample_rate=22050))
         loop.load_pretrained_weights(torch.nn.Identity(), other, "piano", "unet", 0)
-    with pytest.raises(FileNotFoundError, match="No model.json in .*demucs_lstm"):
-        train(run, store, "piano", "demucs_lstm")
