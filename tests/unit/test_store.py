@@ -35,6 +35,7 @@ def test_content(dataset):
         expected, _ = soundfile.read(dataset / "test" / track.name / f"{name}.wav")
         np.testing.assert_allclose(audio[0], expected, atol=track.scale)
     np.testing.assert_allclose(stems.sum(axis=0), mixture, atol=3 * track.scale)
+    assert isinstance(store.raw(track), np.memmap) and store.raw(track).dtype == np.int16
     assert track.source == str(dataset / "test" / track.name) and track.source_rates == (16000,)
 
 

@@ -150,6 +150,6 @@ def test_training_starts_from_another_run(small_run, store):
     assert all(torch.allclose(before[key], after[key], atol=1e-6) for key in learned)
     with pytest.raises(ValueError, match="Cannot start from .*small.*size mismatch"):
         train(changed(run, unet_channels=8), store, "piano", "unet")
+    other = settings.model_copy(update=dict(sample_rate=22050))
     with pytest.raises(ValueError, match="Cannot start from .*small.*sample_rate is 16000"):
-        other = settings.model_copy(update=dict(sample_rate=22050))
         loop.load_pretrained_weights(torch.nn.Identity(), other, "piano", "unet", 0)
