@@ -13,6 +13,7 @@ from mss_utils.listening.blind_test import RATED, read_response
 from mss_utils.listening.player import common_gain, document, player_html
 
 TEST = "document.getElementById('blind').blindTest"
+READY = "figure.player[data-ready]"
 browser, open_page = quick.browser, quick.open_page  # fixtures
 
 
@@ -27,6 +28,19 @@ def player_page(versions):
 
 
 @pytest.fixture
+def tab(open_page, player_page):
+    """A page with one player, whose sounds are decoded."""
+    tab = open_page(player_page)
+    tab.wait_for_selector(READY)
+    return tab
+
+
+def player(tab, expression):
+    """Evaluate an expression on the first player."""
+    return tab.evaluate(f"{FIRST}.{expression}")
+
+
+@pytest.fixture
 def blind_tab(open_page, versions):
     """The blind test has begun; a version must be played for 0.6 s, not for two."""
     tab = open_page(quick.make_listening_page(versions, seconds=0.6))
@@ -34,12 +48,6 @@ def blind_tab(open_page, versions):
     tab.fill("#blind input[type=text]", "An <b>ear</b> 12")
     tab.click(".start")
     return tab
-
-
-def first_player(tab):
-    """Wait for the first player; return a function that evaluates an expression on it."""
-    tab.wait_for_selector("figure.player[data-ready]")
-    return lambda expression: tab.evaluate(f"{FIRST}.{expression}")
 
 
 def measure_output(tab):
@@ -58,23 +66,28 @@ def measure_output(tab):
     }""")
 
 
-def test_keys_switch_versions(open_page, player_page):
-    tab = open_page(player_page)
-    player = first_player(tab)
+def test_keys_switch_versions_and_residuals(tab, versions):
     tab.keyboard.press(" ")
     for key, (name, pitch) in enumerate(PITCHES.items(), 1):
         tab.keyboard.press(str(key))
-        assert player("transport.selected") == name
+        assert player(tab, "transport.selected") == name
         assert measure_output(tab)[0] == pytest.approx(pitch, abs=120)
+    tab.keyboard.press("3")
+    tab.keyboard.press("r")
+    assert player(tab, "transport.selected") == "unet residual"
+    samples = tab.evaluate(f"[...{FIRST}.transport.buffers['unet residual'].getChannelData(0)]")
+    expected = common_gain(versions) * (versions["mixture"] - versions["unet"])[0]
+    assert np.mean((samples - expected) ** 2) < 0.02 * np.mean(expected**2)
+    tab.keyboard.press("1")
+    assert player(tab, "transport.selected") == "mixture"  # it has no residual
 
 
 def test_position_is_what_sounds(open_page):
     at = np.arange(2 * RATE) / RATE  # a sweep from 500 to 3500 Hz: its pitch is the position
     sweep = 0.5 * np.sin(2 * np.pi * (500 * at + 750 * at**2))[None].astype(np.float32)
     tab = open_page(document(player_html("sweep", dict.fromkeys(PITCHES, sweep), RATE), ""))
-    player = first_player(tab)
-
-    player("loop([0.9, 1.9])")
+    tab.wait_for_selector(READY)
+    player(tab, "loop([0.9, 1.9])")
     tab.keyboard.press(" ")
     for key in 2 * "146":
         tab.keyboard.press(key)
@@ -83,16 +96,16 @@ def test_position_is_what_sounds(open_page):
         assert in_seam or (pitch - 500) / 1500 + 512 / RATE == pytest.approx(position, abs=0.04)
         assert 0.89 < position < 1.91
     tab.keyboard.press(" ")
-    held = player("transport.currentTime")
+    held = player(tab, "transport.currentTime")
     tab.keyboard.press("4")
-    assert [player("transport.currentTime"), player("transport.paused")] == [held, True]
+    assert player(tab, "transport.paused") and player(tab, "transport.currentTime") == held
 
 
 def test_switch_seek_loop_and_pause_do_not_click(open_page):
     tone = 0.5 * np.sin(2 * np.pi * 100 * np.arange(2 * RATE) / RATE)[None].astype(np.float32)
     tone_page = document(player_html("tone", {"reference": tone, "unet": 0.5 * tone}, RATE), "")
     tab = open_page(tone_page, ignore="ScriptProcessorNode")
-    first_player(tab)
+    tab.wait_for_selector(READY)
     tab.keyboard.press(" ")
     recordings = tab.evaluate("""async () => {
         const { player } = document.querySelector('figure.player');
@@ -117,42 +130,25 @@ def test_switch_seek_loop_and_pause_do_not_click(open_page):
     assert steps[0] > 0.01 and max(steps[1:]) < 2 * steps[0]  # no steeper than the tone itself
 
 
-def test_residual_is_mixture_minus_version(open_page, versions, player_page):
-    tab = open_page(player_page)
-    player = first_player(tab)
-    tab.keyboard.press("3")
-    tab.keyboard.press("r")
-    assert player("transport.selected") == "unet residual"
-    samples = tab.evaluate(f"[...{FIRST}.transport.buffers['unet residual'].getChannelData(0)]")
-    expected = common_gain(versions) * (versions["mixture"] - versions["unet"])[0]
-    assert np.mean((samples - expected) ** 2) < 0.02 * np.mean(expected**2)
-    tab.keyboard.press("1")
-    assert player("transport.selected") == "mixture"  # it has no residual
-
-
-def test_dragging_loops_and_escape_ends_the_loop(open_page, player_page):
-    tab = open_page(player_page)
-    player = first_player(tab)
+def test_dragging_loops_and_escape_ends_the_loop(tab):
     box = tab.query_selector(".wave").bounding_box()
     tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 20)
     tab.mouse.down()
     tab.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 20, steps=4)
     tab.mouse.up()
-    assert player("transport.region") == pytest.approx([1.0, 1.2], abs=0.03)
+    assert player(tab, "transport.region") == pytest.approx([1.0, 1.2], abs=0.03)
     tab.keyboard.press("Escape")
-    assert player("transport.region") is None
+    assert player(tab, "transport.region") is None
 
 
-def test_screen_reader_and_keyboard_reach_versions(open_page, player_page):
-    tab = open_page(player_page)
-    player = first_player(tab)
+def test_screen_reader_and_keyboard_reach_versions(tab):
     choices = tab.get_by_role("radiogroup").get_by_role("radio")
     assert tab.get_by_role("radio", checked=True).inner_text().endswith("mixture")
     choices.nth(0).focus()
     tab.keyboard.press("ArrowDown")
     assert choices.nth(1).evaluate("(node) => node === document.activeElement")
     tab.keyboard.press("ArrowRight")
-    assert player("transport.currentTime") == pytest.approx(1.0)
+    assert player(tab, "transport.currentTime") == pytest.approx(1.0)
     assert tab.get_by_role("status").inner_text() == "reference"
     assert tab.get_by_role("img").get_attribute("aria-label") == "spectrogram of reference"
 
@@ -165,21 +161,9 @@ def test_undecodable_sounds_leave_plain_players(browser, player_page):
     tab.close()
 
 
-def test_distant_player_frees_memory(open_page, versions):
-    player = player_html("player", versions, RATE)
-    tab = open_page(document(f"{player}<div style='height:9000px'></div>{player}", ""))
-    first_player(tab)
-    assert tab.evaluate("Player.all.map((player) => Boolean(player.transport))") == [True, False]
-    tab.keyboard.press("3")
-    tab.evaluate("scrollTo(0, 1e6)")
-    tab.wait_for_function("() => !Player.all[0].transport && Player.all[1].transport")
-    tab.evaluate("scrollTo(0, 0)")
-    tab.wait_for_function("() => Player.all[0].transport?.selected === 'unet'")
-
-
 def test_listening_page_of_a_run_fits_a_phone(open_page, smoke_run):
     tab = open_page((smoke_run[1] / "listening.html").read_text(encoding="utf-8"))
-    first_player(tab)
+    tab.wait_for_selector(READY)
     assert tab.locator("figure.player").count() >= 8
     assert tab.locator("#listen .scores").first.inner_text().startswith("SDR")
     tab.set_viewport_size(dict(width=360, height=740))
@@ -188,24 +172,23 @@ def test_listening_page_of_a_run_fits_a_phone(open_page, smoke_run):
 
 def test_exported_notebook_plays(browser, smoke_run, tmp_path):
     notebook = smoke_run[1] / "notebooks" / "06_listening.ipynb"
-    path = tmp_path / "06.html"
+    path, errors = tmp_path / "06.html", []
     path.write_text(HTMLExporter().from_filename(str(notebook))[0], encoding="utf-8")
     with browser.new_context(offline=True) as context:
         tab = context.new_page()
-        errors = []
-        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("pageerror", lambda error: errors.append(error))
         tab.goto(path.as_uri())
         frames = [frame for frame in tab.frames if frame.parent_frame]
         assert len(frames) == 2  # the listening page, and the first track of the menu
         for inner in frames:
             inner.frame_element().scroll_into_view_if_needed()
-            inner.wait_for_selector("figure.player[data-ready]")
+            inner.wait_for_selector(READY)
             inner.click("figure.player .play")
             inner.wait_for_function(f"() => !{FIRST}.transport.paused")
             heights = "document.documentElement.scrollHeight - window.innerHeight"
             assert inner.evaluate(heights) <= 1  # the frame fits its content
         frames[0].wait_for_function(f"() => {FIRST}.transport.paused")  # one plays at a time
-    assert errors == []
+    assert not errors
 
 
 def test_blind_test_requires_everything_and_gives_a_response(blind_tab):
@@ -213,8 +196,7 @@ def test_blind_test_requires_everything_and_gives_a_response(blind_tab):
     for number in (1, 2):
         assert tab.locator(".stage h2").inner_text() == f"Excerpt {number} of 2: piano"
         assert tab.is_disabled(".next") and "Still to play" in tab.inner_text(".stage .small")
-        shown = tab.locator(".stage").inner_html()
-        assert not re.search("U-Net|BiLSTM|attention<|low anchor", shown)
+        assert not re.search("U-Net|BiLSTM|attention<|low anchor", tab.inner_html(".stage"))
         tab.wait_for_function(f"() => {TEST}.player.transport")
         tab.keyboard.press(" ")
         for key in "123456":
@@ -233,10 +215,9 @@ def test_blind_test_requires_everything_and_gives_a_response(blind_tab):
     assert (response.run, response.listener) == ("tones", "An <b>ear</b> 12")
     assert {excerpt.track for excerpt in response.pages} == {"one", quick.HOSTILE}
     for number, excerpt in enumerate(response.pages, 1):
-        ratings = [excerpt.ratings[version] for version in excerpt.order]
-        assert ratings == [10 * place + number for place in range(5)]
+        expected = {version: 10 * place + number for place, version in enumerate(excerpt.order)}
+        assert excerpt.ratings == expected and excerpt.comment == "3 of them hiss"
         assert set(excerpt.heard_s) == {"open", *RATED} and min(excerpt.heard_s.values()) >= 0.6
-        assert excerpt.comment == "3 of them hiss"
     assert tab.evaluate("window.harmed") is None
 
 

@@ -2,6 +2,7 @@ import base64
 import io
 import re
 from html import unescape
+from itertools import product
 
 import ipywidgets
 import numpy as np
@@ -9,12 +10,13 @@ import pandas as pd
 import pytest
 import soundfile
 
-from mss_utils.config import MODELS
+from mss_utils import analysis
+from mss_utils.config import MODELS, WAVEFORM_MODELS
 from mss_utils.data import level_db
-from mss_utils.listening import cut_excerpt, players, track_menu, widgets
-from mss_utils.listening.excerpts import choose_tracks, excerpt_scores
-from mss_utils.listening.page import equal_score_pair
+from mss_utils.listening import excerpts, page, players, widgets
+from mss_utils.listening.excerpts import choose_tracks, cut_excerpt, excerpt_scores
 from mss_utils.listening.player import common_gain, encode_mp3, mp3_rate, reencode
+from mss_utils.separation import ESTIMATED, estimate_paths
 from mss_utils.training import train
 
 RATE = 16000
@@ -59,8 +61,8 @@ def test_pair_has_equal_sdr_and_different_errors():
     table = pd.DataFrame(rows, columns=["track", "model", "SDR", "SIR", "SAR"])
     table = table.assign(target="piano", seed=0)
     scores = {a: dict(SDR=5.0, SIR=12, SAR=6), b1: dict(SDR=5.1, SIR=6, SAR=12)}
-    assert equal_score_pair(table, "piano") == ("t", scores)
-    assert equal_score_pair(table.query("track == 't' and model != @b1"), "piano") == ("", {})
+    assert page.equal_score_pair(table, "piano") == ("t", scores)
+    assert page.equal_score_pair(table.query("track == 't' and model != @b1"), "piano") == ("", {})
 
 
 def test_excerpt_is_loudest_and_has_one_gain():
@@ -85,10 +87,10 @@ def test_scores_are_those_of_the_excerpt():
 
 def test_versions_of_a_player_share_one_gain():
     versions = make_versions()
-    page = players({"player": versions}, RATE).data
-    assert len(reencode(page, 0.5)) < 0.9 * len(page)
-    sounds = decode_sounds(reencode(page, 0.5))
-    pairs = zip(sounds, versions.values(), strict=True)
+    large = players({"player": versions}, RATE).data
+    smaller = reencode(large, 0.5)
+    assert len(smaller) < 0.9 * len(large)
+    pairs = zip(decode_sounds(smaller), versions.values(), strict=True)
     assert np.ptp([level_db(sound) - level_db(audio) for sound, audio in pairs]) < 0.2
     assert np.isfinite(common_gain({"mixture": np.zeros((1, 10))}))
 
@@ -105,10 +107,10 @@ def test_any_rate_and_channels_become_small_mp3(rate, channels):
 def test_player_escapes_names_and_loads_nothing():
     name = "<script>alert('x')</script> & \"y\""
     frame = players({name: {name: make_versions()["unet"]}}, RATE, {name: {name: {name: 1.0}}})
-    page = unescape(re.search('srcdoc="([^"]*)"', frame.data)[1])
-    assert "<script>alert" not in page and "&lt;script&gt;" in page
-    assert "default-src 'none'" in page
-    assert page.count('<audio controls preload="none"') == 1  # plays without scripts, too
+    text = unescape(re.search('srcdoc="([^"]*)"', frame.data)[1])
+    assert "<script>alert" not in text and "&lt;script&gt;" in text
+    assert "default-src 'none'" in text
+    assert text.count('<audio controls preload="none"') == 1  # plays without scripts, too
 
 
 def test_menu_shows_the_chosen_track(small_run, store, monkeypatch):
@@ -117,7 +119,7 @@ def test_menu_shows_the_chosen_track(small_run, store, monkeypatch):
     for name in ("display", "update"):
         monkeypatch.setattr(widgets.DisplayHandle, name, lambda _, item: shown.append(item.data))
     monkeypatch.setattr(widgets, "track_excerpt", lambda *arguments: excerpt)
-    track_menu(small_run, store, "piano")
+    widgets.track_menu(small_run, store, "piano")
     menu = shown[0]
     menu.value = menu.options[1]
     assert [menu.options[i] in shown[1 + i] for i in range(2)] == [True, True]
@@ -136,6 +138,47 @@ def test_own_song_is_separated_and_played(small_run, store, tmp_path, monkeypatc
     assert "No song: upload" in capsys.readouterr().out
     path.value = str(tmp_path / "my <song>.wav")
     button.click()
-    page = shown[1].data
-    assert "my <song>" not in page and "from 2 s" in page
-    assert decode_sounds(page)[0].shape == (44100, 2)
+    html = shown[1].data
+    assert "my <song>" not in html and "from 2 s" in html
+    assert decode_sounds(html)[0].shape == (44100, 2)
+
+
+@pytest.fixture
+def table(small_run, store, monkeypatch):
+    """Write estimates and one table that has the columns of all; no model is trained."""
+    tracks = store.split("test")
+    for track, model in product(tracks, ESTIMATED):
+        path = estimate_paths(small_run, track, "piano", model)[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, 0.5 * store.load(track)[0].T, RATE, "FLOAT")
+    rows = product([track.name for track in tracks], MODELS, analysis.CONDITIONS)
+    table = pd.DataFrame(rows, columns=["track", "model", "condition"])
+    table = table.assign(target="piano", seed=0, lag_s=0.25, band_low_hz=0, band_high_hz=8000)
+    names = ("sdr", "sdr_true_phase", "attack_sdr", "sustain_sdr", "n_onsets", "SIR", "SAR")
+    table[[*names]] = np.random.default_rng(0).random((len(table), len(names)))
+    table = table.assign(frames=3, SDR=1.0)
+    small_run.table("phase").parent.mkdir()
+    for name in ("phase", "attack", "repetition"):
+        table.to_csv(small_run.table(name), index=False)
+    monkeypatch.setattr(analysis, "find_onsets", lambda *_: np.array([0.5, 1.0, 2.0]))
+    return table
+
+
+def test_page_separates_loops_only_and_names_gaps(small_run, store, table, monkeypatch):
+    used = []
+    monkeypatch.setattr(page, "load_model", lambda folder: folder.parent.name)
+    monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
+    found = {"piano": excerpts(small_run, store, "piano", table)}
+    names = {path.stem for path in small_run.folder.rglob("*.mp3")}
+    assert names == {"mixture", "reference", *MODELS, "irm"}
+    tracks = table[table["condition"] == "repeat"]
+    html = page.listening_page(small_run, store, tracks, found, "</script>")
+    assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
+    figures = html.split("<script>")[0].split("<figure")
+    assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
+    assert "</script" not in html.split('id="test">')[1].split("}]")[0]
+    for name in ("phase", "attack", "repetition"):
+        table.iloc[:0].to_csv(small_run.table(name), index=False)
+    html = page.listening_page(small_run, store, tracks.assign(seed=1), found, "run")
+    for text in ("no estimate to improve", "Not askable", "No isolated onset", "No two models"):
+        assert text in html
