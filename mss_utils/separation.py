@@ -247,11 +247,17 @@ def read_estimate(
     return np.ascontiguousarray(audio.T)
 
 
-def read_all_estimates(run: Run, store: Store, track: Track) -> dict[tuple[str, int], np.ndarray]:
-    """Return estimates by (model, seed), each `(targets, channels, samples)` float32."""
+def read_all_estimates(
+    run: Run, store: Store, track: Track, keys: Iterable[tuple[str, int]] = ()
+) -> dict[tuple[str, int], np.ndarray]:
+    """Return estimates by (model, seed), each `(targets, channels, samples)` float32.
+
+    `keys` are the models and seeds, by default those of the score tables.
+    """
     targets = store.targets(run.settings.target)
-    keys = [(model, 0) for model in ROWS]
-    keys += [(model, seed) for seed in range(1, run.settings.seeds) for model in MODELS]
+    if not keys:
+        keys = [(model, 0) for model in ROWS]
+        keys += [(model, seed) for seed in range(1, run.settings.seeds) for model in MODELS]
     return {
         key: np.stack([read_estimate(run, store, track, target, *key) for target in targets])
         for key in keys

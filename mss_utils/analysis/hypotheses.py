@@ -57,14 +57,12 @@ def _effects(settings: Settings, tables: Mapping) -> Iterator[tuple[str, str, st
         if not askable:
             context_gain = gain = difference = "not askable"
         if lag_s == LAGS_S[0]:
-            labels = "context_gain_b1_1s", "B1 uses nearby context", "context gain of B1 at 1 s"
-            yield *labels, context_gain
+            measure = "context gain of B1 at 1 s"
+            yield "context_gain_b1_1s", "B1 uses nearby context", measure, context_gain
         measure = f"repetition gain of B2 at {lag_s:g} s"
         yield f"repetition_gain_b2_{lag_s:g}s", "B2 uses repetitions", measure, gain
-        id_, measure = (
-            f"repetition_gain_b2_minus_b1_{lag_s:g}s",
-            f"repetition gain at {lag_s:g} s, B2 − B1",
-        )
+        id_ = f"repetition_gain_b2_minus_b1_{lag_s:g}s"
+        measure = f"repetition gain at {lag_s:g} s, B2 − B1"
         yield id_, "B2 uses repetitions more than B1", measure, difference
     effect = _difference(tables["tracks"], "SDR", b2, b1)
     yield "sdr_b2_minus_b1", "B2 separates better than B1", "SDR, B2 − B1", effect

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 
 from mss_utils.config import WAVEFORM_MODELS, Run
-from mss_utils.data import Store, Track
+from mss_utils.data import Store
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.evaluation.scores import score
 from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.files import write_text
-from mss_utils.separation import read_estimate, write_estimates
+from mss_utils.separation import read_all_estimates, write_estimates
 from mss_utils.training import train
 
 ABLATIONS = ("random_mix", "curriculum")  # settings that are switched
@@ -79,9 +79,6 @@ def score_variant(variant: Run, store: Store, models: tuple[str, ...]) -> pd.Dat
     for target, model, seed in itertools.product(targets, models, seeds):
         train(variant, store, target, model, seed)
     write_estimates(variant, store, models)
-
-    def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
-        read, keys = partial(read_estimate, variant, store, track), itertools.product(models, seeds)
-        return {key: np.stack([read(target, *key) for target in targets]) for key in keys}
-
+    keys = list(itertools.product(models, seeds))
+    estimates_of = partial(read_all_estimates, variant, store, keys=keys)
     return score(variant.settings, store, estimates_of)["tracks"]

@@ -99,10 +99,15 @@ def read_versions(run: Run, store: Store, target: str, name: str) -> dict[str, n
     return versions
 
 
+def unscored_excerpt(run: Run, store: Store, target: str, name: str) -> Excerpt:
+    """Cut the excerpt of a test track."""
+    versions = read_versions(run, store, target, name)
+    return cut_excerpt(versions, name, store.sample_rate, run.settings.excerpt_s)
+
+
 def track_excerpt(run: Run, store: Store, target: str, name: str) -> Excerpt:
     """Cut the excerpt of a test track, with the scores of just these seconds."""
-    versions = read_versions(run, store, target, name)
-    excerpt = cut_excerpt(versions, name, store.sample_rate, run.settings.excerpt_s)
+    excerpt = unscored_excerpt(run, store, target, name)
     return replace(excerpt, scores=excerpt_scores(excerpt.versions, store.sample_rate))
 
 

@@ -20,7 +20,7 @@ from mss_utils.listening.blind_test import (
     low_anchor,
     weights_digest,
 )
-from mss_utils.listening.excerpts import Excerpt, find_track, read_versions, track_excerpt
+from mss_utils.listening.excerpts import Excerpt, find_track, read_versions, unscored_excerpt
 from mss_utils.listening.player import (
     WEB,
     Scores,
@@ -84,7 +84,7 @@ def _pair(run: Run, store: Store, target: str, tracks: pd.DataFrame) -> str:
     name, scores = equal_score_pair(tracks, target)
     if not scores:
         return f"<p>No two models are within {EQUAL_DB:g} dB of SDR on any test track.</p>"
-    versions = track_excerpt(run, store, target, name).versions
+    versions = unscored_excerpt(run, store, target, name).versions
     versions = {version: versions[version] for version in ("mixture", "reference", *scores)}
     first, second = (SHORT_LABELS[model] for model in scores)
     player = player_html(name, versions, store.sample_rate, scores)
@@ -138,7 +138,7 @@ def _phase_swap(run: Run, store: Store, target: str, phase: pd.DataFrame) -> Pla
     name = _best_track((rows["sdr_true_phase"] - rows["sdr"]).groupby(rows["track"]).mean())
     if not name:
         return
-    versions = track_excerpt(run, store, target, name).versions
+    versions = unscored_excerpt(run, store, target, name).versions
     reference, stft = versions["reference"], STFT(run.settings.n_fft, run.settings.hop)
     swap = analysis.combine_magnitude_phase
     for model in MODELS:

@@ -10,16 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
 from mss_utils import listening
 from mss_utils.config import MODELS, Run, collection_runs, expand_path, results_folder
-from mss_utils.data import Store, Track, is_built_in, open_store
+from mss_utils.data import Store, is_built_in, open_store
 from mss_utils.evaluation import score
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 from mss_utils.files import file_lock, temporary_folder, write_bytes, write_text
@@ -27,7 +27,7 @@ from mss_utils.listening.player import reencode
 from mss_utils.report import tables
 from mss_utils.report.facts import reported_parts
 from mss_utils.report.typesetting import COLLECTION_FILES, find_collection
-from mss_utils.separation import read_estimate, write_estimates
+from mss_utils.separation import read_all_estimates, write_estimates
 from mss_utils.training.checkpoints import write_tensors
 
 TEXT_FILES = ["settings.json", "environment.json"]
@@ -218,10 +218,7 @@ def _score_again(run: Run, target: str, store: Store, folder: Path) -> pd.DataFr
     settings = run.settings.model_copy(update=dict(target=target, seeds=1))
     own, models = Run(run.name, settings, folder), _models_with_weights(run, target)
     write_estimates(own, store, models, trained=run)
-
-    def estimates_of(track: Track) -> dict[tuple[str, int], np.ndarray]:
-        return {(name, 0): read_estimate(own, store, track, target, name)[None] for name in models}
-
+    estimates_of = partial(read_all_estimates, own, store, keys=[(name, 0) for name in models])
     return score(settings, store, estimates_of)["tracks"]
 
 

@@ -44,7 +44,7 @@ def test_warnings_about_tracks(tmp_path):
 def test_sound_dataset_has_no_warning(tmp_path):
     root = write_dataset(tmp_path, 3, 1, 1, seconds=1.2)
     song = root / "train" / "train song 0"
-    for folder in (root, root / "train", song):  # hidden files are nobody's tracks
+    for folder in (root, root / "train", song):  # hidden files are not tracks
         (folder / ".ipynb_checkpoints").mkdir()
         shutil.copy(song / "bass.wav", folder / ".ipynb_checkpoints" / "bass.wav")
     (song / "._bass.wav").write_bytes(b"what a Mac leaves")
