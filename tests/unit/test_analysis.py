@@ -152,7 +152,7 @@ def trained(monkeypatch):
     def read_estimate(variant, store, track, target, model, seed):
         return np.float32(0.5 * LEVEL[model]) * store.load(track)[0]
 
-    monkeypatch.setattr(studies, "read_estimate", read_estimate)
+    monkeypatch.setattr("mss_utils.separation.read_estimate", read_estimate)
     return runs
 
 
