@@ -6,7 +6,6 @@ A *profile* is a set of values on top of the defaults. A *run* is a folder `resu
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,14 +17,21 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from mss_utils.files import is_safe_file_name, safe_name, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_LETTERS = {"unet": "A", "demucs_lstm": "B1", "demucs_attention": "B2"}
+MODEL_LETTERS = {
+    "unet": "A",
+    "demucs_framewise": "B0",
+    "demucs_lstm": "B1",
+    "demucs_attention": "B2",
+}
 MODELS = tuple(MODEL_LETTERS)
-ModelName = Literal["unet", "demucs_lstm", "demucs_attention"]
-WAVEFORM_MODELS = MODELS[1:]
+ModelName = Literal["unet", "demucs_framewise", "demucs_lstm", "demucs_attention"]
+COMPARED_MODELS = tuple(model for model in MODELS if model != "demucs_framewise")  # B0 is a control
+SEQUENCE_MODELS = ("demucs_lstm", "demucs_attention")  # their bottlenecks connect frames
 SPLITS = ("train", "valid", "test")
 SAMPLE_RATES = (16000, 22050, 44100)
 RESERVED_NAMES = ("all", "mixture", "residual")  # not allowed as stem names
 RENAMED = {"referee_tracks": "cross_check_tracks", "unet_tall_channels": "unet_full_band_channels"}
+REMOVED = ("demucs_channels", "demucs_max_channels", "demucs_strides", "attention_heads")
 Changes = str | Iterable[str]  # key=value, separated by spaces in one string
 
 
@@ -54,7 +60,6 @@ def _parse_groups(value: Any) -> Any:
     return groups
 
 
-Stride = Annotated[int, Field(ge=2, le=1024, multiple_of=2)]
 CommaSeparated = BeforeValidator(_parse_list)
 
 
@@ -100,10 +105,10 @@ class Settings(BaseModel):
     unet_channels: int = Field(16, ge=1, le=1024)
     unet_depth: int = Field(5, ge=2, le=10)
     unet_full_band_channels: int = Field(256, ge=1, le=16_384)
-    demucs_channels: int = Field(256, ge=2, le=16_384)  # filters; doubles from layer to layer
-    demucs_max_channels: int = Field(256, ge=1, le=16_384)  # up to the width of the bottleneck
-    demucs_strides: Annotated[tuple[Stride, ...], CommaSeparated] = Field((64, 4, 4), min_length=1)
-    attention_heads: int = Field(8, ge=1)
+    demucs_filter_ms: float = Field(64.0, gt=0, le=1000)  # length of the filters, two strides
+    demucs_width: int = Field(512, ge=1, le=16_384)  # channels of encoder and decoder
+    demucs_bottleneck_width: int = Field(256, ge=2, le=16_384)
+    demucs_heads: int = Field(4, ge=1)  # of the self-attention
 
     # training
     start_from: str = ""  # run with the initial weights of the same models; empty: random
@@ -130,26 +135,24 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _rename(cls, values: Any) -> Any:
-        """Give stored settings their present names."""
-        is_dict = isinstance(values, dict)
-        return {RENAMED.get(key, key): values[key] for key in values} if is_dict else values
+        """Give stored settings their present names; leave out those of removed models."""
+        if not isinstance(values, dict):
+            return values
+        return {RENAMED.get(key, key): values[key] for key in values if key not in REMOVED}
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Settings:
         """Refuse settings with which no model can be built or trained."""
-        filters, max_filters = self.demucs_channels, self.demucs_max_channels
-        strides, heads = self.demucs_strides, self.attention_heads
-        width = min(filters * 2 ** (len(strides) - 1), max_filters)
-        pairs, divisor, step = 2 * self.channels, 2 ** (self.unet_depth + 1), math.prod(strides)
+        width, divisor = self.demucs_bottleneck_width, 2 ** (self.unet_depth + 1)
         errors = {
             f"sample_rate is none of {SAMPLE_RATES}": self.sample_rate not in SAMPLE_RATES,
             "song_min_s is above song_max_s": self.song_min_s > self.song_max_s,
             "hop is above half of n_fft": self.hop > self.n_fft // 2,
             f"n_fft is no multiple of {divisor} (2 ** (unet_depth + 1))": self.n_fft % divisor,
-            f"demucs_channels is no multiple of {pairs} (sine and cosine)": filters % pairs,
-            "demucs_max_channels is below demucs_channels": max_filters < filters,
-            f"attention_heads does not divide {width}, the width of the bottleneck": width % heads,
-            "segment_s is shorter than one step of the bottleneck": self.segment < step,
+            f"demucs_heads does not divide demucs_bottleneck_width={width}": width
+            % self.demucs_heads,
+            "demucs_filter_ms is shorter than two samples": self.demucs_taps < 4,
+            "segment_s is shorter than demucs_filter_ms": self.segment < self.demucs_taps,
         }
         for message, is_wrong in errors.items():
             if is_wrong:
@@ -161,6 +164,11 @@ class Settings(BaseModel):
         """Training segment in samples."""
         return round(self.segment_s * self.sample_rate)
 
+    @property
+    def demucs_taps(self) -> int:
+        """Length of the filters of B0, B1 and B2 in samples, an even number."""
+        return 2 * round(self.demucs_filter_ms * self.sample_rate / 2000)
+
 
 # What each profile changes: `smoke` is for tests, `demo` for two CPU cores, `musdb7` for the
 # 7-second excerpts, `musdb18` for the full dataset on a GPU.
@@ -168,7 +176,7 @@ PROFILES = {
     "smoke": (
         "n_train_songs=3 n_valid_songs=1 n_test_songs=3 song_min_s=8 song_max_s=12 segment_s=2 "
         "batch_size=2 stage2_step=3 stage3_step=6 unet_channels=4 unet_depth=3 "
-        "unet_full_band_channels=16 demucs_channels=16 demucs_max_channels=16 attention_heads=2 "
+        "unet_full_band_channels=16 demucs_width=16 demucs_bottleneck_width=16 demucs_heads=2 "
         "steps=12 warmup_steps=2 valid_every=6 valid_s=5 excerpt_s=3 ablations=unet "
         "cross_check_tracks=1 data_study=true"
     ),
@@ -179,7 +187,7 @@ PROFILES = {
     ),
     "musdb18": (
         "target=vocals sample_rate=22050 channels=2 segment_s=6 batch_size=16 unet_channels=32 "
-        "unet_full_band_channels=512 demucs_channels=512 demucs_max_channels=768 steps=60000 "
+        "unet_full_band_channels=512 demucs_width=1024 demucs_bottleneck_width=512 steps=60000 "
         "stage2_step=2000 stage3_step=6000 warmup_steps=1000 valid_every=2000 valid_s=60"
     ),
 }
@@ -318,6 +326,8 @@ def _parse_arguments(overrides: Changes, data: str = "", target: str = "") -> di
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"A setting is given as key=value, not {item!r}.")
+        if key in REMOVED:
+            raise ValueError(f"Setting {key!r} was removed; see the settings demucs_*.")
         values[RENAMED.get(key, key)] = value
     arguments = dict(data=data, target=target)
     return values | {key: value for key, value in arguments.items() if value}

@@ -31,7 +31,10 @@ MODEL_NOTEBOOKS = ("02_baseline_unet", "03_b1_lstm", "04_b2_attention")
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "01_data": ((), ("environment.json", "figures/data_levels.svg")),
     "02_baseline_unet": (("01_data",), ("models/*/unet/seed0/model.json",)),
-    "03_b1_lstm": (("01_data",), ("models/*/demucs_lstm/seed0/model.json",)),
+    "03_b1_lstm": (
+        ("01_data",),
+        ("models/*/demucs_framewise/seed0/model.json", "models/*/demucs_lstm/seed0/model.json"),
+    ),
     "04_b2_attention": (("01_data",), ("models/*/demucs_attention/seed0/model.json",)),
     "05_evaluation": (MODEL_NOTEBOOKS, tuple(f"tables/{name}.csv" for name in TABLES)),
     "06_listening": (("05_evaluation",), ("audio/*/*/*.mp3", "listening.html")),

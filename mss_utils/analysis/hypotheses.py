@@ -8,15 +8,17 @@ of these that applies; the rule was fixed before the numbers were known:
     cannot tell     anything else
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
+from mss_utils.analysis.bottleneck import INTERVENTIONS
 from mss_utils.analysis.phase import whole_band_rows
 from mss_utils.analysis.repetition import CONDITIONS, LAGS_S, lags_s
 from mss_utils.analysis.studies import data_gains
-from mss_utils.config import WAVEFORM_MODELS, Settings
+from mss_utils.config import SEQUENCE_MODELS, Settings
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.evaluation.statistics import (
     MIN_SEEDS,
@@ -30,7 +32,7 @@ Effect = pd.DataFrame | str  # a row per track and a column per seed, or a verdi
 
 
 def evaluate_hypotheses(settings: Settings, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Compute the table `hypotheses` from tracks, phase, attack, repetition and data_amount."""
+    """Compute the table `hypotheses` from tracks and the tables of `measurements`."""
     rows = []
     for target in tables["tracks"]["target"].unique():
         own = {name: table[table["target"] == target] for name, table in tables.items()}
@@ -43,10 +45,19 @@ def evaluate_hypotheses(settings: Settings, tables: Mapping[str, pd.DataFrame]) 
 
 def _effects(settings: Settings, tables: Mapping) -> Iterator[tuple[str, str, str, Effect]]:
     """Yield id, hypothesis, measure and effect; code finds a hypothesis by its id only."""
-    b1, b2 = WAVEFORM_MODELS
+    b1, b2 = SEQUENCE_MODELS
+    letters = {"B1": b1, "B2": b2}
+    for name, model in letters.items():
+        effect = _difference(tables["tracks"], "SDR", model, "demucs_framewise")
+        hypothesis, id_ = "sequence modelling helps", f"sequence_gain_{name.lower()}"
+        yield id_, hypothesis, f"SDR, {name} − B0", effect
+    for (name, model), key in itertools.product(letters.items(), INTERVENTIONS):
+        measure = f"utterance SDR lost {INTERVENTIONS[key]}, {name}"
+        effect = intervention_loss(tables["bottleneck"], model, key)
+        yield f"bottleneck_{key}_{name.lower()}", "the bottleneck is used", measure, effect
     hypothesis = "time-domain models preserve the phase better"
     phase = whole_band_rows(tables["phase"])
-    for model, name in ((b1, "B1"), (b2, "B2")):
+    for name, model in letters.items():
         measure = f"SDR of true magnitude with model phase, {name} − A"
         effect = _difference(phase, "sdr_true_magnitude", model, "unet")
         yield f"phase_true_magnitude_{name.lower()}", hypothesis, measure, effect
@@ -73,7 +84,7 @@ def _effects(settings: Settings, tables: Mapping) -> Iterator[tuple[str, str, st
     yield "data_gain_b2_minus_b1", "B2 needs more data", measure, effect
     hypothesis = "time-domain models preserve attacks better"
     attack = tables["attack"].eval("difference = attack_sdr - sustain_sdr")
-    for model, name in ((b1, "B1"), (b2, "B2")):
+    for name, model in letters.items():
         measure = f"attack SDR minus sustain SDR, {name} − A"
         effect = _difference(attack, "difference", model, "unet")
         yield f"attack_minus_sustain_{name.lower()}", hypothesis, measure, effect
@@ -101,6 +112,16 @@ def verdict(low: float, high: float, by_seed: np.ndarray) -> str:
     if high < 0 or (low >= -NEGLIGIBLE_DB and high <= NEGLIGIBLE_DB):
         return "not supported"
     return "cannot tell"  # also without an interval
+
+
+def intervention_loss(bottleneck: pd.DataFrame, model: str, intervention: str) -> pd.DataFrame:
+    """Compute the SDR that an intervention costs, in dB: a row per track, a column per seed."""
+    rows = bottleneck[bottleneck["model"] == model]
+    intact, changed = (
+        rows[rows["intervention"] == name].pivot_table(index="track", columns="seed", values="sdr")
+        for name in ("none", intervention)
+    )
+    return intact.clip(upper=MAX_SCORE_DB) - changed.clip(upper=MAX_SCORE_DB)
 
 
 def repetition_gains(

@@ -4,6 +4,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from mss_utils.analysis.attack import attack_scores, find_onsets, mean_envelopes
+from mss_utils.analysis.bottleneck import measure_bottleneck
 from mss_utils.analysis.hypotheses import evaluate_hypotheses
 from mss_utils.analysis.phase import phase_scores
 from mss_utils.analysis.repetition import measure_repetition
@@ -14,8 +15,10 @@ from mss_utils.files import write_text
 from mss_utils.models.unet import STFT
 from mss_utils.separation import read_all_estimates
 
-TABLES = ("phase", "attack", "envelopes", "repetition", "data_amount", "hypotheses", "ablations")
+TABLES = ("phase", "attack", "envelopes", "bottleneck", "repetition", "data_amount")
+TABLES += ("hypotheses", "ablations")
 ENVELOPE_KEYS = ["target", "model", "seed", "time_ms"]
+BOTTLENECK_COLUMNS = ["target", "track", "model", "seed", "intervention", "sdr"]
 REPETITION_COLUMNS = ["target", "track", "start_s", "model", "seed", "lag_s", "condition"]
 REPETITION_COLUMNS += ["sdr", "reason"]
 
@@ -27,10 +30,13 @@ def analyse(run: Run, store: Store, tracks: pd.DataFrame) -> dict[str, pd.DataFr
     trained. A repetition that cannot be measured has a row whose `reason` says why.
     """
     tables = _measure_estimates(run, store)
-    rows = []
+    bottleneck, rows = [], []
     for target in store.targets(run.settings.target):
+        changes = measure_bottleneck(run, store, target)
+        bottleneck += tqdm(changes, desc=f"Bottleneck changed, {target}", unit="row")
         repetition = measure_repetition(run, store, target)
         rows += tqdm(repetition, desc=f"Damaged repeat, {target}", unit="row")
+    tables["bottleneck"] = pd.DataFrame(bottleneck, columns=BOTTLENECK_COLUMNS)
     tables["repetition"] = pd.DataFrame(rows, columns=REPETITION_COLUMNS)
     tables["data_amount"] = data_amount(run, store, tracks)
     tables["hypotheses"] = evaluate_hypotheses(run.settings, tables | dict(tracks=tracks))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mss_utils.config import WAVEFORM_MODELS, Run
+from mss_utils.config import SEQUENCE_MODELS, Run
 from mss_utils.data import Store, Track, rms
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import load_model
@@ -38,7 +38,7 @@ def measure_repetition(run: Run, store: Store, target: str) -> Iterator[dict]:
         loops = find_loops(run, store, target, lag_s)
         if not loops:
             yield key | dict(reason="no track has three such stretches of target and residual")
-        for model, seed in itertools.product(WAVEFORM_MODELS, range(run.settings.seeds)):
+        for model, seed in itertools.product(SEQUENCE_MODELS, range(run.settings.seeds)):
             network = load_model(run.model_folder(target, model, seed))
             for (track, start_s), loop in loops.items():
                 place = dict(track=track, start_s=start_s, model=model, seed=seed)

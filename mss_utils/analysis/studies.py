@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from mss_utils.config import WAVEFORM_MODELS, Run
+from mss_utils.config import SEQUENCE_MODELS, Run
 from mss_utils.data import Store
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.evaluation.scores import score
@@ -55,11 +55,11 @@ def data_amount(run: Run, store: Store, tracks: pd.DataFrame) -> pd.DataFrame:
     """Score B1 and B2 trained with 10 %, 30 % and all of the training tracks; else empty."""
     if not run.settings.data_study:
         return pd.DataFrame(columns=DATA_COLUMNS)
-    parts = [tracks[tracks["model"].isin(WAVEFORM_MODELS)].assign(share=1.0)]
+    parts = [tracks[tracks["model"].isin(SEQUENCE_MODELS)].assign(share=1.0)]
     for share in DATA_SHARES:
         label = f"data_study/{100 * share:g}-percent"
         variant = run.variant(label, train_share=share * run.settings.train_share)
-        parts.append(score_variant(variant, store, WAVEFORM_MODELS).assign(share=share))
+        parts.append(score_variant(variant, store, SEQUENCE_MODELS).assign(share=share))
     return pd.concat(parts, ignore_index=True)[DATA_COLUMNS]
 
 

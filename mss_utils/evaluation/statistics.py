@@ -15,7 +15,13 @@ from scipy import stats
 from mss_utils.config import MODEL_LETTERS
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB, TRACK_METRICS
 
-PAIRS = (("demucs_lstm", "unet"), ("demucs_attention", "unet"), ("demucs_attention", "demucs_lstm"))
+PAIRS = (  # first what sequence modelling is worth, then the comparison of the models
+    ("demucs_lstm", "demucs_framewise"),
+    ("demucs_attention", "demucs_framewise"),
+    ("demucs_lstm", "unet"),
+    ("demucs_attention", "unet"),
+    ("demucs_attention", "demucs_lstm"),
+)
 MIN_SEEDS = 3  # with fewer, a difference is one of trained weights, not of architectures
 MIN_TRACKS = 6  # the range of fewer tracks covers their median less often than 95 times in 100
 N_BOOTSTRAP = 10_000

@@ -1,4 +1,4 @@
-"""Figures of phase, repetition and attack, and the table of hypotheses: notebook 05."""
+"""Figures of bottleneck, phase, repetition and attack, and the table of hypotheses: notebook 05."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from mss_utils.analysis import CONDITIONS, repetition_gains, whole_band_rows
-from mss_utils.config import MODELS, WAVEFORM_MODELS
+from mss_utils.analysis import (
+    CONDITIONS,
+    INTERVENTIONS,
+    intervention_loss,
+    repetition_gains,
+    whole_band_rows,
+)
+from mss_utils.config import MODELS, SEQUENCE_MODELS
 from mss_utils.data import MIXTURE
 from mss_utils.evaluation.statistics import median_with_interval, pivot_by_seed
 from mss_utils.figures import style
@@ -18,6 +24,27 @@ PHASE_SCORES = {  # column: label
     "sdr_true_phase": "true\nphase",
     "sdr_true_magnitude": "true\nmagnitude",
 }
+
+
+def bottleneck(table: pd.DataFrame, tracks: pd.DataFrame, target: str) -> np.ndarray:
+    """Plot SDR minus that of B0, and the SDR lost when the bottleneck is changed, per track."""
+    axes = style.new_axes(6.2, 1, 2, width_ratios=(1, 2.4))
+    rows = tracks[tracks["target"] == target]
+    b0 = pivot_by_seed(rows, "demucs_framewise", "SDR")
+    gains = [(model, pivot_by_seed(rows, model, "SDR") - b0) for model in SEQUENCE_MODELS]
+    rows = table[table["target"] == target]
+    places = [(model, name) for name in INTERVENTIONS for model in SEQUENCE_MODELS]
+    losses = [(model, intervention_loss(rows, model, name)) for model, name in places]
+    for ax, groups in zip(axes, (gains, losses), strict=True):
+        labels = [SHORT_LABELS[model] for model, _ in groups]
+        style.track_dots(ax, [_group(*group) for group in groups], labels)
+        ax.axhline(0, color=INK, linewidth=0.9)
+    axes[0].set(title="SDR minus that of B0", ylabel="difference (dB)")
+    axes[1].set(title="SDR lost when the bottleneck is changed", ylabel="loss (dB)")
+    middle = 2 * np.arange(len(INTERVENTIONS)) + 0.5
+    axes[1].set_xticks(middle, list(INTERVENTIONS.values()))
+    style.model_legend(axes, SEQUENCE_MODELS)
+    return axes
 
 
 def phase(table: pd.DataFrame, target: str) -> np.ndarray:
@@ -64,7 +91,7 @@ def damaged_repeat(repetition: pd.DataFrame, target: str) -> np.ndarray:
             ax.set(xticks=[], yticks=[])
     axes[0].set_title("Damaged repetition")
     axes[1].set_title("Gain from the context")
-    style.model_legend(axes, WAVEFORM_MODELS)
+    style.model_legend(axes, SEQUENCE_MODELS)
     return axes
 
 
@@ -72,7 +99,7 @@ def _sdr_by_condition(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> No
     loops = rows.groupby(["lag_s", "model", "condition", "track", "start_s"])["sdr"].mean()
     medians = loops.groupby(["lag_s", "model", "condition"]).median()
     for lag_s, line in zip(lags, ("-", "--", ":", "-."), strict=False):
-        for model in WAVEFORM_MODELS:
+        for model in SEQUENCE_MODELS:
             sdr = medians[lag_s, model].reindex(CONDITIONS[::-1])
             ax.plot(range(3), sdr, line, **style.look(model))
         ax.plot([], [], line, color=INK, label=f"lag {lag_s:g} s")
@@ -83,7 +110,7 @@ def _sdr_by_condition(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> No
 
 
 def _gains_by_lag(ax: Axes, rows: pd.DataFrame, lags: Sequence[float]) -> None:
-    places = [(model, lag_s) for lag_s in lags for model in WAVEFORM_MODELS]
+    places = [(model, lag_s) for lag_s in lags for model in SEQUENCE_MODELS]
     repetition, context = zip(*(repetition_gains(rows, *place) for place in places), strict=True)
     ax.axhline(0, color=INK, linewidth=0.9)
     groups = zip([model for model, _ in places] * 2, [*repetition, *context], strict=True)
@@ -104,7 +131,7 @@ def data_amount(table: pd.DataFrame, target: str) -> Axes:
     ax = style.new_axes(5.6)
     rows = table[table["target"] == target]
     shares = np.sort(rows["share"].unique())
-    for model, shift in zip(WAVEFORM_MODELS, (-0.4, 0.4), strict=True):
+    for model, shift in zip(SEQUENCE_MODELS, (-0.4, 0.4), strict=True):
         parts = [pivot_by_seed(rows[rows["share"] == share], model, "SDR") for share in shares]
         sdr = pd.DataFrame([median_with_interval(part) for part in parts])
         options = dict(marker=MARKERS[model], label=LABELS[model]) | style.line_look(model)

@@ -15,11 +15,12 @@ from mss_utils.config import MODEL_LETTERS, ROOT, Run
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.files import atomic_write, safe_name
 
-# A works on spectrograms (cold colour), B1 and B2 on waveforms (warm). Colours differ in lightness,
-# markers and lines in shape, so that a grey print is readable.
+# A works on spectrograms (cold colour), B0, B1 and B2 on waveforms (warm). Colours differ in
+# lightness, markers and lines in shape, so that a grey print is readable.
 STYLES = {  # label, colour, marker, line
     "mixture": ("mixture", "#9a9a9a", "v", ":"),
     "unet": ("A U-Net", "#1f5a99", "o", "-"),
+    "demucs_framewise": ("B0 Demucs, frame by frame", "#8a5a44", "P", (0, (4, 1, 1, 1, 1, 1))),
     "demucs_lstm": ("B1 Demucs + BiLSTM", "#d1553d", "s", "--"),
     "demucs_attention": ("B2 Demucs + attention", "#e9ae3c", "D", "-."),
     "irm": ("ratio-mask oracle", "#2b2b2b", "^", (0, (1, 1))),

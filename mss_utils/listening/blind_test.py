@@ -14,12 +14,13 @@ import pandas as pd
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from scipy import signal, stats
 
-from mss_utils.config import MODELS, Run
+from mss_utils.config import COMPARED_MODELS, Run
 from mss_utils.files import safe_name, write_bytes, write_text
 
 ANCHOR = "anchor"
 ANCHOR_HZ = 3500.0
-RATED = ("reference", ANCHOR, *MODELS)  # versions that listeners rate; the reference is hidden
+# Versions that listeners rate; the reference is hidden.
+RATED = ("reference", ANCHOR, *COMPARED_MODELS)
 MIN_REFERENCE_RATING = 90  # of the hidden reference
 MAX_MISSED_SHARE = 0.15  # of excerpts on which a listener may rate the hidden reference lower
 MIN_LISTENERS = 3  # for a confidence interval

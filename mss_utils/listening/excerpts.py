@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from mss_utils.config import MODELS, Run
+from mss_utils.config import COMPARED_MODELS, Run
 from mss_utils.data import Store, Track, loudest_start
 from mss_utils.evaluation.bsseval import score_track, utterance_sdr
 from mss_utils.figures import SHOWN_METRICS
@@ -40,7 +40,7 @@ def choose_tracks(tracks: pd.DataFrame, attack: pd.DataFrame, target: str) -> di
     best, median, worst: by the median over the models of their SDR (mean over seeds). widest
     disagreement: largest range of the models' SDR. most onsets: isolated onsets per second.
     """
-    rows = tracks[(tracks["target"] == target) & tracks["model"].isin(MODELS)]
+    rows = tracks[(tracks["target"] == target) & tracks["model"].isin(COMPARED_MODELS)]
     scores = rows.groupby(["track", "model"])["SDR"].mean().unstack()
     ranked = scores.median(axis=1).dropna().sort_values(ascending=False, kind="stable").index
     if ranked.empty:
@@ -94,7 +94,7 @@ def read_versions(run: Run, store: Store, target: str, name: str) -> dict[str, n
     track = find_track(store, name)
     mixture, stems = store.load(track)
     versions = {"mixture": mixture, "reference": stems[store.stem_index(target)]}
-    for model in (*MODELS, "irm"):
+    for model in (*COMPARED_MODELS, "irm"):
         versions[model] = read_estimate(run, store, track, target, model)
     return versions
 

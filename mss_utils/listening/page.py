@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.signal import resample_poly
 
 from mss_utils import analysis
-from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
+from mss_utils.config import COMPARED_MODELS, SEQUENCE_MODELS, Run
 from mss_utils.data import Store
 from mss_utils.evaluation.statistics import pivot_by_seed
 from mss_utils.figures import LABELS, SHORT_LABELS, SHOWN_METRICS
@@ -97,7 +97,8 @@ def equal_score_pair(tracks: pd.DataFrame, target: str) -> tuple[str, Scores]:
     Of all pairs within `EQUAL_DB` (first seed) it is the one whose SIR minus SAR differs most. See
     Manilow, Seetharaman, Salamon, "Open Source Tools & Data for Music Source Separation", 2020.
     """
-    rows = tracks[tracks["target"].eq(target) & tracks["seed"].eq(0) & tracks["model"].isin(MODELS)]
+    rows = tracks[tracks["target"].eq(target) & tracks["seed"].eq(0)]
+    rows = rows[rows["model"].isin(COMPARED_MODELS)]
     pairs = rows.merge(rows, on="track", suffixes=("_a", "_b"))
     pairs = pairs[(pairs["SDR_a"] - pairs["SDR_b"]).abs() <= EQUAL_DB]
     contrast = (pairs["SIR_a"] - pairs["SAR_a"]) - (pairs["SIR_b"] - pairs["SAR_b"])
@@ -141,7 +142,7 @@ def _phase_swap(run: Run, store: Store, target: str, phase: pd.DataFrame) -> Pla
     versions = unscored_excerpt(run, store, target, name).versions
     reference, stft = versions["reference"], STFT(run.settings.n_fft, run.settings.hop)
     swap = analysis.combine_magnitude_phase
-    for model in MODELS:
+    for model in COMPARED_MODELS:
         yield (
             LABELS[model],
             name,
@@ -161,13 +162,13 @@ def _damaged_repeat(run: Run, store: Store, target: str, repetition: pd.DataFram
     """
     rows = repetition.dropna(subset="sdr")
     lag_s = rows["lag_s"].min()
-    b1, b2 = (analysis.repetition_gains(rows, model, lag_s)[0] for model in WAVEFORM_MODELS)
+    b1, b2 = (analysis.repetition_gains(rows, model, lag_s)[0] for model in SEQUENCE_MODELS)
     track = _best_track((b2.mean(axis=1) - b1.mean(axis=1)).abs())
     if not track:
         return
     loops = analysis.find_loops(run, store, target, lag_s)
     name, start_s = next(key for key in loops if key[0] == track)
-    networks = {model: load_model(run.model_folder(target, model)) for model in WAVEFORM_MODELS}
+    networks = {model: load_model(run.model_folder(target, model)) for model in SEQUENCE_MODELS}
     for condition, heading in zip(analysis.CONDITIONS, LOOP_HEADINGS, strict=True):
         mixture, reference, _ = loops[name, start_s][condition]
         versions = {"mixture": mixture, "reference": reference}
@@ -190,7 +191,8 @@ def _attacks(run: Run, store: Store, target: str, attack: pd.DataFrame) -> Playe
     counts = [((onsets >= first) & (onsets < first + length)).sum() for first in onsets]
     start = max(0, onsets[np.argmax(counts)] - rate // 10)
     versions = read_versions(run, store, target, name)
-    versions = {key: versions[key][:, start : start + length] for key in ("reference", *MODELS)}
+    keys = ("reference", *COMPARED_MODELS)
+    versions = {key: versions[key][:, start : start + length] for key in keys}
     lead = f"{name}, from {start / rate:.1f} s"
     yield "as it is", lead, versions
     slow = {key: resample_poly(audio, 2, 1, axis=1) for key, audio in versions.items()}

@@ -1,4 +1,4 @@
-"""The three models of the comparison: build one from settings, or load a trained one."""
+"""The models of the comparison: build one from settings, or load a trained one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mss_utils.config import MODELS, Settings, is_valid_stem_name
-from mss_utils.models.demucs import AttentionBottleneck, Demucs, LSTMBottleneck
+from mss_utils.models.demucs import AttentionCore, Bottleneck, Demucs, FramewiseCore, LSTMCore
 from mss_utils.models.unet import UNet
 
 
 def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module:
-    """Build a model with random weights; B1 and B2 start with the same encoder and decoder.
+    """Build a model with random weights; B0, B1 and B2 start with the same encoder and decoder.
 
     Parameters
     ----------
     name : str
-        `unet`, `demucs_lstm` or `demucs_attention`; ValueError for another one.
+        One of `config.MODELS`; ValueError for another one.
     settings : Settings
     seed : int
         Of the initial weights. The global random state does not change.
@@ -39,14 +39,15 @@ def build_model(name: str, settings: Settings, seed: int = 0) -> torch.nn.Module
         if name == "unet":
             sizes = (settings.unet_channels, settings.unet_depth, settings.n_fft, settings.hop)
             return UNet(settings.channels, *sizes, settings.unet_full_band_channels)
-        widths = (settings.demucs_channels, settings.demucs_max_channels)
-        model = Demucs(settings.channels, *widths, settings.demucs_strides)
-        torch.manual_seed(seed + 1_000_003)  # B1 and B2 draw all other weights alike
-        width = model.bottleneck_width
-        if name == "demucs_lstm":
-            model.bottleneck = LSTMBottleneck(width)
+        width = settings.demucs_bottleneck_width
+        sizes = (settings.channels, settings.demucs_taps, settings.demucs_width, width)
+        model = Demucs(*sizes)
+        torch.manual_seed(seed + 1_000_003)  # B0, B1 and B2 draw all other weights alike
+        if name == "demucs_attention":
+            core = AttentionCore(width, settings.demucs_heads)
         else:
-            model.bottleneck = AttentionBottleneck(width, settings.attention_heads)
+            core = LSTMCore(width) if name == "demucs_lstm" else FramewiseCore(width)
+        model.bottleneck = Bottleneck(width, core)
         return model
 
 
@@ -113,14 +114,15 @@ def count_parameters(module: torch.nn.Module) -> int:
 
 def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
     """Return the receptive field of the convolutions in seconds, without the bottleneck."""
-    field, step = 1, 1  # in samples; in frames for the U-Net
+    if isinstance(model, Demucs):  # a sample lies in two frames of filters that overlap by half
+        return 1.5 * model.filters.taps / sample_rate
+    field, step = 1, 1  # in frames
     for layer in model.modules():
-        if isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d)):
+        if isinstance(layer, torch.nn.Conv2d):
             field += (layer.kernel_size[-1] - 1) * layer.dilation[-1] * step
             step *= layer.stride[-1]
-        elif isinstance(layer, (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d)):
+        elif isinstance(layer, torch.nn.ConvTranspose2d):
             field += (math.ceil(layer.kernel_size[-1] / layer.stride[-1]) - 1) * step
             step //= layer.stride[-1]
-    if isinstance(model, UNet):  # to samples, with the windows of the STFT and its inverse
-        field = (field - 1) * model.stft.hop + 2 * model.stft.n_fft
-    return field / sample_rate
+    # to samples, with the windows of the STFT and its inverse
+    return ((field - 1) * model.stft.hop + 2 * model.stft.n_fft) / sample_rate

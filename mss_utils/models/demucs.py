@@ -1,8 +1,9 @@
-"""Models B1 and B2: a simplified Demucs on the waveform; only their bottlenecks differ.
+"""Models B0, B1 and B2: a simplified Demucs on the waveform; only their bottlenecks differ.
 
 After Defossez et al., "Music source separation in the waveform domain" (2019), for one target; the
 gates on learned filters follow Luo and Mesgarani, "Conv-TasNet" (2019). Taught in notebooks 03
-and 04. Shapes: B batch, C audio channels, W width (filters or convolution channels), T frames.
+and 04. Shapes: B batch, C audio channels, K taps (and filters), P = K / 2 pairs of filters,
+T frames, W width.
 """
 
 from __future__ import annotations
@@ -14,115 +15,148 @@ import torch
 from torch import nn
 
 
-class Encoder(nn.Sequential):
-    """Strided convolution, normalisation, GELU, then a 1x1 convolution and a gated linear unit."""
+class Filters(nn.Module):
+    """K learned filters of K taps with stride K / 2: a cosine and a sine per frequency at first.
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__(
-            nn.Conv1d(channels_in, channels_out, 2 * stride, stride, padding=stride // 2),
-            nn.GroupNorm(1, channels_out),
-            nn.GELU(),
-            nn.Conv1d(channels_out, 2 * channels_out, 1),
-            nn.GLU(dim=1),  # halves the channels
-        )
+    A strided convolution, computed as a matrix product with overlapping frames, which is faster on
+    a CPU. Weights are stored sqrt(K) times as large as they are used (equalized learning rate,
+    Karras et al., "Progressive growing of GANs", 2018, section 4.1): Adam's steps, which do not
+    depend on the size of a weight, then change the filters slowly.
+    """
+
+    def __init__(self, taps: int):
+        super().__init__()
+        self.taps, self.hop = taps, taps // 2
+        self.weight = nn.Parameter(math.sqrt(taps) * fourier_basis(taps))  # (K, K): filters, taps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, C, samples)` to `(B, C, T, K)`."""
+        frames = x.unfold(-1, self.taps, self.hop)  # (B, C, T, K)
+        return nn.functional.linear(frames, self.weight / math.sqrt(self.taps))
 
 
-class Decoder(nn.Sequential):
-    """Mirror image of `Encoder`, with a transposed convolution."""
+class Synthesis(nn.Module):
+    """Transposed convolution that at first inverts `Filters`: matrix product and overlap-add."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__(
-            nn.Conv1d(channels_in, 2 * channels_in, 1),
-            nn.GLU(dim=1),
-            nn.ConvTranspose1d(channels_in, channels_out, 2 * stride, stride, padding=stride // 2),
-            nn.GroupNorm(1, channels_out),
-            nn.GELU(),
-        )
+    def __init__(self, taps: int):
+        super().__init__()
+        self.weight = nn.Parameter(math.sqrt(taps) / 2 * fourier_basis(taps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, C, T, K)` to `(B, C, samples)`."""
+        frames = x @ (self.weight / math.sqrt(len(self.weight)))  # (B, C, T, K)
+        first, second = frames.chunk(2, dim=-1)  # the halves of frames that overlap
+        first = nn.functional.pad(first, (0, 0, 0, 1))
+        return (first + nn.functional.pad(second, (0, 0, 1, 0))).flatten(-2)
+
+
+class Layer(nn.Sequential):
+    """Linear layer, batch normalisation, GELU for every frame on its own: a 1x1 convolution."""
+
+    def __init__(self, n_inputs: int, n_outputs: int):
+        super().__init__(nn.Linear(n_inputs, n_outputs), nn.BatchNorm1d(n_outputs), nn.GELU())
 
 
 class Demucs(nn.Module):
     """Mixture -> filters -> encoder -> bottleneck -> decoder -> gated filters -> target.
 
-    The first layer is linear: `width` filters, four strides long, initialised with a Fourier basis
-    and learned. The last layer is its transpose. In between, each filter output is multiplied by
-    a gate in [0, 1] from the decoder, and the decoder also adds a learned residual, initialised to
-    zero. Channels double from layer to layer up to `max_width`.
+    The encoder gets the magnitude of every pair of filters, and both outputs of the pair on the
+    same logarithmic scale. The decoder returns a gate in [0, 1] for every pair and a learned
+    residual, at first zero, for every filter. Outside the bottleneck, frames share nothing but the
+    level of the mixture.
     """
 
-    def __init__(self, channels: int, width: int, max_width: int, strides: tuple[int, ...]):
+    def __init__(self, channels: int, taps: int, width: int, bottleneck_width: int):
         super().__init__()
-        first, *rest = strides
-        widths = [min(width * 2**layer, max_width) for layer in range(len(strides))]
-        self.bottleneck_width, self.total_stride = widths[-1], math.prod(strides)
-        layers = list(zip(widths[:-1], widths[1:], rest, strict=True))
-        size: Any = dict(kernel_size=4 * first, stride=first, padding=3 * first // 2, bias=False)
-        self.filters = nn.Conv1d(channels, width, **size)
-        rewrite = nn.Sequential(nn.Conv1d(width, 2 * width, 1), nn.GLU(dim=1))
-        self.encoder = nn.ModuleList([rewrite, *(Encoder(*layer) for layer in layers)])
-        last = nn.Sequential(nn.GroupNorm(1, width), nn.Conv1d(width, 2 * width, 1))
-        ups = (Decoder(b, a, stride) for a, b, stride in reversed(layers))
-        self.decoder = nn.ModuleList([*ups, last])
-        self.synthesis = nn.ConvTranspose1d(width, channels, **size)
-        rescale_weights(self)
-        for parameter in last[1].parameters():
-            nn.init.zeros_(parameter[:width])  # the learned residual
-        basis = fourier_basis(channels, width, 4 * first)
-        self.filters.weight.data.copy_(basis)
-        self.synthesis.weight.data.copy_(basis / 4)  # every sample lies in the frames of 4 filters
+        n_filters = channels * taps
+        self.filters, self.synthesis = Filters(taps), Synthesis(taps)
+        self.norm = nn.BatchNorm1d(3 * n_filters // 2)
+        layers = [Layer(3 * n_filters // 2, width), Layer(width, bottleneck_width)]
+        self.encoder = nn.ModuleList(layers)
         self.bottleneck: nn.Module = nn.Identity()  # build_model replaces it
+        self.decoder = Layer(bottleneck_width, width)
+        self.gates = nn.Linear(width, n_filters // 2)
+        self.residual = nn.Linear(width, n_filters)
+        for parameter in self.residual.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
         """Estimate the target, `(B, C, samples)`, in a mixture of any length and that shape."""
-        samples = mixture.shape[-1]
+        samples, hop = mixture.shape[-1], self.filters.hop
         level = mixture.square().mean(dim=(1, 2), keepdim=True).sqrt() + 1e-5  # (B, 1, 1)
-        padding = -samples % self.total_stride  # so that every stride divides the length
-        left, right = padding // 2, padding - padding // 2
-        x = filtered = self.filters(nn.functional.pad(mixture / level, (left, right)))  # (B, W, T)
-        skips = []
-        for layer in self.encoder:
-            x = layer(x)  # (B, W of the layer, T / stride of the layer)
-            skips.append(x)
-        x = self.bottleneck(x.transpose(1, 2)).transpose(1, 2)  # (B, T, W) inside
-        for layer in self.decoder:
-            x = layer(x + skips.pop())  # (B, W of the layer, T * stride of the layer)
-        addition, gates = x.chunk(2, dim=1)  # each (B, W, T), as the filter outputs
-        estimate = self.synthesis(filtered * torch.sigmoid(gates) + addition)  # (B, C, padded)
-        return estimate[..., left : left + samples] * level
+        padded = nn.functional.pad(mixture / level, (hop, hop + -samples % hop))
+        pairs = self.filters(padded).unflatten(-1, (2, -1)).transpose(1, 2)  # (B, T, C, 2, P)
+        size = pairs.shape[:2]
+        skip = self.encoder[0](self.norm(features(pairs).flatten(0, 1)))  # (B * T, W)
+        x = self.encoder[1](skip).unflatten(0, size)  # (B, T, W of the bottleneck)
+        x = self.decoder(self.bottleneck(x).flatten(0, 1)) + skip  # (B * T, W)
+        gates = torch.sigmoid(self.gates(x)).view_as(pairs[:, :, :, :1])  # one for a pair
+        pairs = pairs * gates + self.residual(x).view_as(pairs)
+        estimate = self.synthesis(pairs.flatten(-2).transpose(1, 2))  # (B, C, padded)
+        return estimate[..., hop : hop + samples] * level
 
 
-class LSTMBottleneck(nn.Module):
-    """B1: two bidirectional LSTM layers and a linear layer, 42 W^2 weights."""
+class Bottleneck(nn.Module):
+    """Layer normalisation, a core, and a residual connection around both."""
+
+    def __init__(self, width: int, core: nn.Module):
+        super().__init__()
+        self.norm, self.core = nn.LayerNorm(width), core
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, T, W)` to the same shape, for any number of frames."""
+        return x + self.core(self.norm(x))
+
+
+class FramewiseCore(nn.Sequential):
+    """B0, the control: a feed-forward network for every frame on its own, 18 W^2 weights."""
+
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 9 * width), nn.GELU(), nn.Linear(9 * width, width))
+
+
+class LSTMCore(nn.Module):
+    """B1: a bidirectional LSTM layer and a linear layer, 18 W^2 weights.
+
+    Forget biases are at first the logarithm of a uniform draw from 1 to 128 frames, input biases
+    their negative: memories of that length (Tallec and Ollivier, "Can recurrent neural networks
+    warp time?", 2018).
+    """
 
     def __init__(self, width: int):
         super().__init__()
-        self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
+        self.lstm = nn.LSTM(width, width, bidirectional=True, batch_first=True)
         self.linear = nn.Linear(2 * width, width)
+        for name, bias in self.lstm.named_parameters():
+            if name.startswith("bias"):  # of the input and of the hidden state; they are added
+                nn.init.zeros_(bias)
+            if name.startswith("bias_ih"):
+                memory = torch.log(torch.empty(width).uniform_(1, 128))
+                bias.data[: 2 * width] = torch.cat([-memory, memory])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(B, T, W)` to the same shape."""
         x, _ = self.lstm(x)  # (B, T, 2 * W): forward and backward
-        return self.linear(x)  # (B, T, W)
+        return self.linear(x)
 
 
-class AttentionBottleneck(nn.Module):
-    """B2: three pre-norm self-attention layers with sinusoidal positions, 42 W^2 weights like B1.
+class AttentionCore(nn.Module):
+    """B2: two pre-norm self-attention layers with sinusoidal positions, 18 W^2 weights.
 
-    A layer has 4 W^2 weights for attention and 2 * 5 W^2 for its feed-forward network.
+    A layer has 4 W^2 weights for attention and 2 * 2.5 W^2 for its feed-forward network.
     """
 
-    def __init__(self, width: int, heads: int, n_layers: int = 3, expansion: int = 5):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        sizes = (width, heads, expansion * width)
+        sizes = (width, heads, 5 * width // 2)
         options: Any = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        layers = [nn.TransformerEncoderLayer(*sizes, **options) for _ in range(n_layers)]
-        self.layers = nn.ModuleList(layers)
+        layers = [nn.TransformerEncoderLayer(*sizes, **options) for _ in range(2)]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(B, T, W)` to the same shape, for any number of frames."""
-        x = x + sinusoidal_positions(x.shape[1], x.shape[2], x.device).to(x)  # (T, W), broadcast
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        """Map `(B, T, W)` to the same shape."""
+        positions = sinusoidal_positions(x.shape[1], x.shape[2], x.device)  # (T, W)
+        return self.layers(x + positions.to(x))
 
 
 def sinusoidal_positions(frames: int, width: int, device=None) -> torch.Tensor:
@@ -133,25 +167,27 @@ def sinusoidal_positions(frames: int, width: int, device=None) -> torch.Tensor:
     return torch.stack(pairs, dim=-1).flatten(1)[:, :width]  # sine and cosine in turn
 
 
-def fourier_basis(channels: int, n_filters: int, length: int) -> torch.Tensor:
-    """Return Hann-windowed cosines and sines of unit norm, `(n_filters, channels, length)`."""
-    n = n_filters // (2 * channels)
-    time = torch.arange(length) - (length - 1) / 2
-    phase = math.pi * torch.arange(1, n + 1)[:, None] / (n + 1) * time  # (n, length)
-    waves = torch.cat([torch.cos(phase), torch.sin(phase)])  # (2 * n, length)
-    waves = waves * torch.hann_window(length, periodic=False)
-    waves = waves / waves.norm(dim=1, keepdim=True)
-    basis = torch.zeros(channels, 2 * n, channels, length)
-    for channel in range(channels):
-        basis[channel, :, channel] = waves
-    return basis.flatten(0, 1)
+def features(pairs: torch.Tensor) -> torch.Tensor:
+    """Return log magnitudes and compressed outputs of filter pairs, `(B, T, 3 * C * P)`.
+
+    Parameters
+    ----------
+    pairs : Tensor
+        Outputs of the filters, `(B, T, C, 2, P)`, cosines first.
+    """
+    magnitude = (pairs.square().sum(dim=3, keepdim=True) + 1e-8).sqrt()  # (B, T, C, 1, P)
+    log_magnitude = torch.log1p(3 * magnitude)
+    compressed = pairs * (log_magnitude / magnitude)  # keeps the signs
+    return torch.cat([log_magnitude, compressed], dim=3).flatten(2)
 
 
-def rescale_weights(module: nn.Module, reference: float = 0.1) -> None:
-    """Scale convolutions to a standard deviation near `reference` (Defossez et al., 2019, 4.3)."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv1d, nn.ConvTranspose1d)):
-            scale = (layer.weight.std().detach() / reference) ** 0.5
-            layer.weight.data /= scale
-            if layer.bias is not None:
-                layer.bias.data /= scale
+def fourier_basis(taps: int) -> torch.Tensor:
+    """Return sine-windowed cosines, then sines: `(filters, taps)`, both `taps`.
+
+    Frequencies lie between the bins of a DFT. All but the lowest have unit norm. Analysis and its
+    transpose reconstruct frames that overlap by half, up to a factor of two.
+    """
+    time = torch.arange(taps) + 0.5
+    phase = 2 * math.pi / taps * (torch.arange(taps // 2)[:, None] + 0.5) * time  # (P, taps)
+    waves = torch.cat([torch.cos(phase), torch.sin(phase)])  # (taps, taps)
+    return 2 / math.sqrt(taps) * waves * torch.sin(math.pi / taps * time)

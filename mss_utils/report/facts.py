@@ -22,7 +22,7 @@ from mss_utils.analysis import whole_band_rows
 from mss_utils.analysis.attack import APART_S, ATTACK_S
 from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
 from mss_utils.analysis.repetition import BURST_DB
-from mss_utils.config import MODEL_LETTERS, MODELS, SPLITS, WAVEFORM_MODELS, Run, resolve_settings
+from mss_utils.config import MODEL_LETTERS, MODELS, SEQUENCE_MODELS, SPLITS, Run, resolve_settings
 from mss_utils.environment import dataset_kind
 from mss_utils.evaluation.statistics import MIN_SEEDS, PAIRS, detectable_difference
 from mss_utils.figures import LABELS, format_number
@@ -282,9 +282,9 @@ def _cross_check(runs: list[Run]) -> dict[str, str]:
 
 
 def _question_facts(parts: list[Part]) -> dict[str, Any]:
-    b1, b2 = WAVEFORM_MODELS
+    b1, b2 = SEQUENCE_MODELS
     cases = dict(
-        waveform=[_standing(part.paired(b, "unet")) for part in parts for b in WAVEFORM_MODELS],
+        waveform=[_standing(part.paired(b, "unet")) for part in parts for b in SEQUENCE_MODELS],
         attention=[_standing(part.paired(b2, b1)) for part in parts],
         phase=[_outcome(row) for part in parts for row in part.hypotheses(PHASE)],
         attack=[_outcome(row) for part in parts for row in part.hypotheses(ATTACK)],

@@ -38,6 +38,8 @@ def _fingerprint(identity: dict) -> dict:
     """Return the part of an identity that the weights depend on."""
     settings = Settings.model_validate(identity["settings"])  # adds settings of newer versions
     settings = settings.model_dump(mode="json", exclude=NO_EFFECT_ON_WEIGHTS)
+    other = "demucs_" if identity["model"] == "unet" else "unet_"  # settings of other models
+    settings = {key: settings[key] for key in settings if not key.startswith(other)}
     names = ("model", "target", "seed", "data")
     return {name: identity[name] for name in names} | {"settings": settings}
 

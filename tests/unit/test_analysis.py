@@ -19,7 +19,7 @@ from mss_utils.analysis import (
 )
 from mss_utils.analysis.phase import phase_scores
 from mss_utils.analysis.repetition import lags_s, least_similar, loop_scores, loop_starts, make_loop
-from mss_utils.config import WAVEFORM_MODELS, Run
+from mss_utils.config import SEQUENCE_MODELS, Run
 from mss_utils.data import level_db, rms
 from mss_utils.models.unet import STFT
 
@@ -187,7 +187,7 @@ def test_data_study_trains_with_smaller_shares(small_run, store, trained):
     run = run_with(small_run, data_study=True, train_share=0.5)
     table = studies.data_amount(run, store, tracks_of(store, run.settings))
     assert {(s.train_share, model) for s, _, model, _ in trained} == {
-        (share, model) for share in (0.05, 0.15) for model in WAVEFORM_MODELS
+        (share, model) for share in (0.05, 0.15) for model in SEQUENCE_MODELS
     }
     assert table.groupby(["model", "share"])["track"].nunique().tolist() == [2] * 6
     assert set(table["share"]) == {0.1, 0.3, 1.0} and table["SDR"].notna().all()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mss_utils import figures
-from mss_utils.config import MODELS, SPLITS, WAVEFORM_MODELS, Run, Settings
+from mss_utils.config import MODELS, SEQUENCE_MODELS, SPLITS, Run, Settings
 from mss_utils.evaluation.statistics import compare, summarise
 from mss_utils.figures import data, models, style
 
@@ -149,7 +149,7 @@ def test_phase_and_repetition_show_medians_over_tracks():
     axes = figures.phase(pd.concat([*parts, parts[0].assign(band_high_hz=500)]), "piano")
     assert axes[0].lines[0].get_ydata() == pytest.approx([0.35, 0.35])
     assert axes[1].lines[0].get_ydata() == pytest.approx([1, 2, 3])
-    rows = table(WAVEFORM_MODELS, start_s=0.0, lag_s=1.0)
+    rows = table(SEQUENCE_MODELS, start_s=0.0, lag_s=1.0)
     sdr = dict(silent=0.0, different=1.0, repeat=3.0)
     parts = [rows.assign(condition=name, sdr=sdr[name] + rows["track"]) for name in sdr]
     later = pd.DataFrame(dict(target=["piano"], lag_s=[2.0], reason=["too long"]))

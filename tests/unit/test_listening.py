@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mss_utils import analysis
-from mss_utils.config import MODELS, WAVEFORM_MODELS
+from mss_utils.config import MODELS, SEQUENCE_MODELS
 from mss_utils.data import level_db
 from mss_utils.listening import excerpts, page, players, widgets
 from mss_utils.listening.excerpts import choose_tracks, cut_excerpt, excerpt_scores
@@ -173,7 +173,7 @@ def test_page_separates_loops_only_and_names_gaps(small_run, store, table, monke
     assert names == {"mixture", "reference", *MODELS, "irm"}
     tracks = table[table["condition"] == "repeat"]
     html = page.listening_page(small_run, store, tracks, found, "</script>")
-    assert sorted(used) == sorted(3 * WAVEFORM_MODELS)
+    assert sorted(used) == sorted(3 * SEQUENCE_MODELS)
     figures = html.split("<script>")[0].split("<figure")
     assert [figure.count("<li") for figure in figures[-9:]] == 9 * [4]
     assert "</script" not in html.split('id="test">')[1].split("}]")[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mss_utils.config import MODELS, PROFILES, ROOT, WAVEFORM_MODELS, resolve_settings
+from mss_utils.config import MODELS, PROFILES, ROOT, SEQUENCE_MODELS, resolve_settings
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import (
     build_model,
@@ -64,7 +64,7 @@ def test_model_overfits_one_batch(small_settings, name):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_b1_and_b2_differ_in_bottlenecks_of_one_size(profile):
     settings = resolve_settings(profile)
-    models = [build_model(name, settings, seed=5) for name in WAVEFORM_MODELS]
+    models = [build_model(name, settings, seed=5) for name in SEQUENCE_MODELS]
     sizes = [count_parameters(model.bottleneck) for model in models]
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
     b1, b2 = (model.state_dict() for model in models)
