@@ -1,15 +1,17 @@
-"""Train our three models and four other models (peers) for the same time, and score them.
+"""Train our four models and four other models (peers) for the same time, and score them.
 
     speed     measure seconds per step of every candidate                  speed.csv
-    choose    train two sizes of each peer briefly, choose the better      choice.csv
+    choose    train three variants of each peer briefly, choose the best   choice.csv
     train     train our models and the chosen peers                        models/NAME/
     score     score the test tracks                                        tracks, paired, table.csv
 
     pip install --no-deps -r benchmarks/requirements.txt
     python benchmarks/peers.py --data DIR --profile musdb7 --target vocals --minutes 10
 
-A peer has its own loss, learning rate, weight decay, gradient clipping and normalisation. Store,
-batches, augmentation, curriculum and learning rate schedule are the same for all models. The stage
+The variants of a peer are its documented size, a size near ours, and the latter with our recipe:
+loss, learning rate, weight decay and gradient clipping of B0, B1 and B2. The other two have the
+peer's own recipe. Every peer has its own normalisation. Store, batches, augmentation, curriculum
+and learning rate schedule are the same for all models. The stage
 `speed` needs an otherwise idle machine; it converts the training time to a number of steps.
 Finished work in OUT is skipped, and a stopped training resumes. Several processes may run
 `--stage train --only NAME` in parallel, each with another model.
@@ -18,10 +20,11 @@ Finished work in OUT is skipped, and a stopped training resumes. Several process
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,7 @@ SHARES = dict(stage2_step=0.04, stage3_step=0.10, warmup_steps=0.05)  # of all s
 # The peers with the same input as each of our models: spectrogram or waveform.
 NEAREST = dict(
     unet=("open_unmix",),
+    demucs_framewise=("demucs", "conv_tasnet"),
     demucs_lstm=("demucs", "conv_tasnet"),
     demucs_attention=("demucs", "conv_tasnet"),
 )
@@ -79,7 +83,7 @@ class Bench:
     store: Store
     out: Path  # folder of tables and models
     minutes: float  # training time of each model
-    choice_minutes: float  # training time of each size of a peer, to choose one
+    choice_minutes: float  # training time of each variant of a peer, to choose one
     only: tuple[str, ...]  # names of the models to work on
 
     def table(self, name: str) -> pd.DataFrame:
@@ -109,7 +113,7 @@ def parse_arguments() -> argparse.Namespace:
         "--choice-minutes",
         type=float,
         default=1.5,
-        help="training time of each size of a peer, to choose one",
+        help="training time of each variant of a peer, to choose one",
     )
     parser.add_argument(
         "--out",
@@ -196,6 +200,7 @@ class OpenUnmixPeer(nn.Module):
         self.separator.istft.window = nn.Parameter(window, requires_grad=False)
 
     def forward(self, mixture: torch.Tensor) -> torch.Tensor:
+        self.separator.niter = 0 if self.training else 1  # a loss of the waveform needs no EM step
         return self.separator(_pad_to(self.n_fft, mixture))[:, 0, :, : mixture.shape[-1]]
 
 
@@ -312,21 +317,28 @@ SIZES = dict(
 )
 
 
+OUR_RECIPE = "near-our-recipe"
+VARIANTS = ("documented", "near", OUR_RECIPE)
+
+
 def candidates(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """List name and size of our models and of both sizes of the peers, if they are in `names`."""
+    """List name and variant of our models and of the peers, if they are in `names`."""
     ours = [(name, "profile") for name in MODELS]  # the profile sets the size of our models
-    peers = [(name, size) for name in PEERS for size in SIZES[name]]
-    return [(name, size) for name, size in ours + peers if name in names]
+    peers = list(itertools.product(PEERS, VARIANTS))
+    return [(name, variant) for name, variant in ours + peers if name in names]
 
 
-def candidate_recipe(name: str, size: str, settings: Settings, store: Store) -> Recipe:
+def candidate_recipe(name: str, variant: str, settings: Settings, store: Store) -> Recipe:
     """Return the recipe of a candidate; the initial weights are always the same."""
     if name in MODELS:
         return build_recipe(name, settings, SEED)
-    network, *training = PEERS[name]
+    build, *own = PEERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        return Recipe(network(settings, store, **SIZES[name][size]), *training)
+        network = build(settings, store, **SIZES[name][variant.removesuffix("-our-recipe")])
+    if variant == OUR_RECIPE:
+        return replace(build_recipe("demucs_lstm", settings), network=network)
+    return Recipe(network, *own)
 
 
 # --- speed: steps per training time
@@ -336,13 +348,13 @@ def speed(bench: Bench) -> None:
     """Measure candidates that are not in speed.csv yet, and write it after each of them."""
     path = bench.out / "speed.csv"
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    measured = {(row["name"], row["size"]) for row in rows}
-    for name, size in candidates(bench.only):
-        if (name, size) not in measured:
-            recipe = candidate_recipe(name, size, bench.settings, bench.store)
-            rows.append(dict(name=name, size=size) | measure_speed(bench, recipe))
+    measured = {(row["name"], row["variant"]) for row in rows}
+    for name, variant in candidates(bench.only):
+        if (name, variant) not in measured:
+            recipe = candidate_recipe(name, variant, bench.settings, bench.store)
+            rows.append(dict(name=name, variant=variant) | measure_speed(bench, recipe))
             bench.write("speed", pd.DataFrame(rows))
-            print(f"{name} ({size}): {rows[-1]['step_s']:.3f} s per step", flush=True)
+            print(f"{name} ({variant}): {rows[-1]['step_s']:.3f} s per step", flush=True)
 
 
 def measure_speed(bench: Bench, recipe: Recipe) -> dict:
@@ -377,55 +389,56 @@ def measure_speed(bench: Bench, recipe: Recipe) -> dict:
     return dict(parameters=parameters, step_s=step_s, audio_s_per_s=audio_s_per_s)
 
 
-def count_steps(minutes: float, bench: Bench, name: str, size: str) -> int:
+def count_steps(minutes: float, bench: Bench, name: str, variant: str) -> int:
     """Return the number of steps of a candidate in this time, by speed.csv; at least one."""
-    step_s = bench.table("speed").set_index(["name", "size"])["step_s"]
-    return max(1, int(60 * minutes / step_s[name, size]))
+    step_s = bench.table("speed").set_index(["name", "variant"])["step_s"]
+    return max(1, int(60 * minutes / step_s[name, variant]))
 
 
 # --- choose and train
 
 
 def choose(bench: Bench) -> None:
-    """Train both sizes of each peer briefly; mark the one with the better validation SDR."""
-    for name, size in candidates(tuple(name for name in bench.only if name in PEERS)):
-        folder = bench.out / "choice" / f"{name}-{size}"
-        n_steps = count_steps(bench.choice_minutes, bench, name, size)
-        train_candidate(bench, name, size, folder, n_steps)
+    """Train the variants of each peer briefly; mark the one with the best validation SDR."""
+    for name, variant in candidates(tuple(name for name in bench.only if name in PEERS)):
+        folder = bench.out / "choice" / f"{name}-{variant}"
+        n_steps = count_steps(bench.choice_minutes, bench, name, variant)
+        train_candidate(bench, name, variant, folder, n_steps)
     rows = []
-    for name, size in candidates(tuple(PEERS)):
-        path = bench.out / "choice" / f"{name}-{size}" / "model.json"
+    for name, variant in candidates(tuple(PEERS)):
+        path = bench.out / "choice" / f"{name}-{variant}" / "model.json"
         if path.exists():
-            size_settings = ", ".join(f"{key} {value}" for key, value in SIZES[name][size].items())
-            rows.append((name, size, size_settings, json.loads(path.read_text())["valid_sdr"]))
-    table = pd.DataFrame(rows, columns=["name", "size", "settings", "valid_sdr"])
+            size = SIZES[name][variant.removesuffix("-our-recipe")].items()
+            size_settings = ", ".join(f"{key} {value}" for key, value in size)
+            rows.append((name, variant, size_settings, json.loads(path.read_text())["valid_sdr"]))
+    table = pd.DataFrame(rows, columns=["name", "variant", "settings", "valid_sdr"])
     best = table.groupby("name")["valid_sdr"].idxmax()
     bench.write("choice", table.assign(chosen=table.index.isin(best)))
 
 
 def train(bench: Bench) -> None:
     """Train our models and the chosen peers, all for the same time."""
-    for name, size in chosen_candidates(bench):
-        n_steps = count_steps(bench.minutes, bench, name, size)
-        train_candidate(bench, name, size, bench.out / "models" / name, n_steps)
+    for name, variant in chosen_candidates(bench):
+        n_steps = count_steps(bench.minutes, bench, name, variant)
+        train_candidate(bench, name, variant, bench.out / "models" / name, n_steps)
 
 
 def chosen_candidates(bench: Bench) -> list[tuple[str, str]]:
-    """List name and size of our models and the chosen peers, if they are in `bench.only`."""
-    sizes = dict.fromkeys(MODELS, "profile")
+    """List name and variant of our models and the chosen peers, if they are in `bench.only`."""
+    variants = dict.fromkeys(MODELS, "profile")
     if any(name in PEERS for name in bench.only):
         choice = bench.table("choice")
-        sizes |= choice[choice["chosen"]].set_index("name")["size"].to_dict()
-    return [(name, size) for name, size in candidates(bench.only) if sizes.get(name) == size]
+        variants |= choice[choice["chosen"]].set_index("name")["variant"].to_dict()
+    return [pair for pair in candidates(bench.only) if variants.get(pair[0]) == pair[1]]
 
 
-def train_candidate(bench: Bench, name: str, size: str, folder: Path, n_steps: int) -> None:
+def train_candidate(bench: Bench, name: str, variant: str, folder: Path, n_steps: int) -> None:
     """Train one candidate in `folder`, unless it is finished; then write model.json."""
     settings = with_schedule(bench.settings, n_steps)
-    model = name if name in MODELS else f"{name}-{size}"
+    model = name if name in MODELS else f"{name}-{variant}"
     identity = training_identity(settings, bench.store, settings.target, model, SEED)
     if not is_trained(folder, identity):
-        recipe = candidate_recipe(name, size, settings, bench.store)
+        recipe = candidate_recipe(name, variant, settings, bench.store)
         state = fit(settings, bench.store, identity, folder, recipe)
         results = dict(
             steps=state["step"],
@@ -448,8 +461,8 @@ def with_schedule(settings: Settings, steps: int) -> Settings:
 def score(bench: Bench) -> None:
     """Separate and score the test tracks; write tracks.csv, paired.csv and table.csv."""
     networks = {
-        name: load_network(bench, name, size)
-        for name, size in chosen_candidates(bench)
+        name: load_network(bench, name, variant)
+        for name, variant in chosen_candidates(bench)
         if (bench.out / "models" / name / "model.json").exists()
     }
 
@@ -469,9 +482,9 @@ def score(bench: Bench) -> None:
     print_table(f"{bench.settings.target}, {bench.minutes:g} minutes each", table)
 
 
-def load_network(bench: Bench, name: str, size: str) -> nn.Module:
+def load_network(bench: Bench, name: str, variant: str) -> nn.Module:
     """Load a trained network with its best weights and the attributes that `separate` reads."""
-    network = candidate_recipe(name, size, bench.settings, bench.store).network
+    network = candidate_recipe(name, variant, bench.settings, bench.store).network
     network.load_state_dict(load_file(bench.out / "models" / name / "model.safetensors"))
     network.sample_rate = bench.store.sample_rate
     network.channels = bench.store.channels
@@ -510,16 +523,16 @@ def compare_pairs(tracks: pd.DataFrame) -> pd.DataFrame:
 def tabulate(
     bench: Bench, networks: dict[str, nn.Module], tracks: pd.DataFrame, differences: pd.DataFrame
 ) -> pd.DataFrame:
-    """Tabulate size, cost and scores, one row per model, and how ours differ from the peers."""
+    """Tabulate variant, cost and scores, one row per model, and how ours differ from the peers."""
     medians = tracks.groupby("model")[["utterance_SDR", "SDR"]].median()
-    speeds = bench.table("speed").set_index(["name", "size"])
+    speeds = bench.table("speed").set_index(["name", "variant"])
     rows = [dict(model=MIXTURE) | medians.loc[MIXTURE].to_dict()]
-    for name, size in ((name, size) for name, size in chosen_candidates(bench) if name in networks):
+    for name, variant in (pair for pair in chosen_candidates(bench) if pair[0] in networks):
         description = json.loads((bench.out / "models" / name / "model.json").read_text())
-        measured = speeds.loc[(name, size)]
+        measured = speeds.loc[(name, variant)]
         row = dict(
             model=name,
-            size=size,
+            variant=variant,
             parameters=int(measured["parameters"]),
             steps=description["steps"],
         )
@@ -536,8 +549,8 @@ def tabulate(
                 for which in ("best", "nearest")
             }
         )
-    columns = "model size parameters steps audio_s_per_s inference_rtf utterance_SDR SDR valid_sdr"
-    columns += " minus_best_peer minus_nearest_peer"
+    columns = "model variant parameters steps audio_s_per_s inference_rtf utterance_SDR SDR"
+    columns += " valid_sdr minus_best_peer minus_nearest_peer"
     return pd.DataFrame(rows, columns=columns.split()).astype(
         dict(parameters="Int64", steps="Int64")
     )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,23 +47,26 @@ def measure_bottleneck(run: Run, store: Store, target: str) -> Iterator[dict]:
     models = ("demucs_framewise", *SEQUENCE_MODELS)
     for model, seed in itertools.product(models, range(run.settings.seeds)):
         network = load_model(run.model_folder(target, model, seed))
-        core = network.bottleneck.core
-        constant = mean_output(network, run, store, target)
+        bottleneck: Any = network.bottleneck
+        core = bottleneck.core
+        constant = mean_output(network, core, run, store, target)
         cores = {name: ChangedCore(core, name, constant) for name in INTERVENTIONS}
         excerpts = middle_excerpts(store, run.settings, target, "test")
         for track, (mixture, reference) in zip(store.split("test"), excerpts, strict=True):
             for intervention, changed in {"none": core, **cores}.items():
-                network.bottleneck.core = changed
+                bottleneck.core = changed
                 estimate = separate(network, mixture, store.sample_rate)
                 key = dict(target=target, track=track.name, model=model, seed=seed)
                 sdr = utterance_sdr(reference.T, estimate.T)
                 yield key | dict(intervention=intervention, sdr=sdr)
 
 
-def mean_output(network: nn.Module, run: Run, store: Store, target: str) -> torch.Tensor:
+def mean_output(
+    network: nn.Module, core: nn.Module, run: Run, store: Store, target: str
+) -> torch.Tensor:
     """Return the mean output of the core, `(width,)`, over the middle of the validation tracks."""
     outputs = []
-    hook = network.bottleneck.core.register_forward_hook(
+    hook = core.register_forward_hook(
         lambda module, inputs, output: outputs.append(output.mean(dim=(0, 1)))
     )
     for mixture, _ in middle_excerpts(store, run.settings, target):

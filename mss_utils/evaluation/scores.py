@@ -1,4 +1,4 @@
-"""Score tables of the three models, the mixture and two oracles on the test tracks of a run.
+"""Score tables of the models, the mixture and two oracles on the test tracks of a run.
 
     estimates -> frames (one row a second) -> tracks (medians) -> summary, paired (statistics.py)
 

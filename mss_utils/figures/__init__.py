@@ -4,7 +4,14 @@ A figure function takes tables of a run and a target, and returns its axes. `sho
 displays them, `save` only saves them.
 """
 
-from mss_utils.figures.analysis import attack, damaged_repeat, data_amount, hypothesis_table, phase
+from mss_utils.figures.analysis import (
+    attack,
+    bottleneck,
+    damaged_repeat,
+    data_amount,
+    hypothesis_table,
+    phase,
+)
 from mss_utils.figures.data import co_activity, data_levels, mixing, spectrograms
 from mss_utils.figures.models import live_curves, reconstruction, training_curves
 from mss_utils.figures.scores import (

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from mss_utils.config import COMPARED_MODELS
 from mss_utils.data import MIXTURE
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.figures import style
@@ -103,13 +104,14 @@ def trade_off(tracks: pd.DataFrame, summary: pd.DataFrame, target: str) -> np.nd
 
 
 def track_lines(tracks: pd.DataFrame, paired: pd.DataFrame, target: str) -> np.ndarray:
-    """Plot the SDR of every track under two models, joined by a line; one of the axes per pair.
+    """Plot the SDR of every track under two of A, B1 and B2, joined by a line; axes per pair.
 
     A line has the colour of the better model; the title is the median difference and its interval.
     """
     axes = style.new_axes(7, 1, 3, sharey=True)
     sdr = _track_means(tracks, target)["SDR"]
-    for ax, row in zip(axes, _differences(paired, target, "SDR"), strict=False):
+    paired = paired[paired[["a", "b"]].isin(COMPARED_MODELS).all(axis=1)]
+    for ax, row in zip(axes, _differences(paired, target, "SDR"), strict=True):
         a, b = row["a"], row["b"]
         both = sdr[[b, a]].dropna()
         for left, right in both.itertuples(index=False):

@@ -124,5 +124,6 @@ def receptive_field_s(model: torch.nn.Module, sample_rate: int) -> float:
         elif isinstance(layer, torch.nn.ConvTranspose2d):
             field += (math.ceil(layer.kernel_size[-1] / layer.stride[-1]) - 1) * step
             step //= layer.stride[-1]
-    # to samples, with the windows of the STFT and its inverse
-    return ((field - 1) * model.stft.hop + 2 * model.stft.n_fft) / sample_rate
+    if isinstance(model, UNet):  # to samples, with the windows of the STFT and its inverse
+        field = (field - 1) * model.stft.hop + 2 * model.stft.n_fft
+    return field / sample_rate

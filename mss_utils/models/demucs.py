@@ -62,8 +62,8 @@ class Demucs(nn.Module):
 
     The encoder gets the magnitude of every pair of filters, and both outputs of the pair on the
     same logarithmic scale. The decoder returns a gate in [0, 1] for every pair and a learned
-    residual, at first zero, for every filter. Outside the bottleneck, frames share nothing but the
-    level of the mixture.
+    residual, at first zero, for every filter. Outside the bottleneck, a frame depends on its own K
+    samples and the level of the mixture.
     """
 
     def __init__(self, channels: int, taps: int, width: int, bottleneck_width: int):

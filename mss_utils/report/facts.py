@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mss_utils.analysis import whole_band_rows
+from mss_utils.analysis import INTERVENTIONS, whole_band_rows
 from mss_utils.analysis.attack import APART_S, ATTACK_S
 from mss_utils.analysis.hypotheses import NEGLIGIBLE_DB
 from mss_utils.analysis.repetition import BURST_DB
@@ -32,7 +32,8 @@ from mss_utils.report.wording import argument, interval, join, plain, quantity, 
 SCORE_METRICS = ("SDR", "SIR", "SAR", "utterance_SDR")
 MUSIC = dict(songs="built-in songs", excerpts="MUSDB18 excerpts", musdb="MUSDB18")
 ABLATION_NAMES = dict(random_mix="random mixing", curriculum="the curriculum")
-PHASE, ATTACK = "phase_true_magnitude", "attack_minus_sustain"  # ids of hypotheses begin so
+# Ids of hypotheses begin so.
+SEQUENCE, PHASE, ATTACK = "sequence_gain", "phase_true_magnitude", "attack_minus_sustain"
 PHASE_UNITS = dict(sdr_true_magnitude="dB", phase_error_rad="rad")
 ATTACK_UNITS = dict(attack_sdr="dB", sustain_sdr="dB", attack_time_error_ms="ms")
 VERDICT_MARKS = {"supported": "✓", "not supported": "✗", "cannot tell": "?"}
@@ -150,8 +151,6 @@ def _data_facts(runs: list[Run]) -> dict[str, Any]:
 def _method_facts(runs: list[Run]) -> dict[str, Any]:
     every = [run.settings for run in runs]
     settings, rate = every[0], tables.read_environment(runs[0])["sample_rate"]
-    strides = settings.demucs_strides
-    width = min(settings.demucs_channels * 2 ** (len(strides) - 1), settings.demucs_max_channels)
     texts = {}
     for key in type(settings).model_fields:
         values = [getattr(one, key) for one in every]
@@ -168,13 +167,9 @@ def _method_facts(runs: list[Run]) -> dict[str, Any]:
         flip_polarity=any(one.flip_polarity for one in every),
         speed=join(f"{n} semitones" for n in sorted({one.speed_semitones for one in every} - {0})),
         window_ms=_same_or_each(runs, (f"{1000 * one.n_fft / rate:.0f} ms" for one in every)),
-        filters_ms=plain(round(4000 * strides[0] / rate, 1)) + " ms",
         taps_ms=plain(round(512_000 / rate, 1)) + " ms",
-        n_filters=plain(settings.demucs_channels),
-        n_taps=plain(4 * strides[0]),
-        strides=join(map(str, strides[1:])),
-        width=plain(width),
-        frame_rate=f"{rate / np.prod(strides):.1f}",
+        n_filters=f"{settings.demucs_taps:,}",
+        frame_rate=f"{2 * rate / settings.demucs_taps:.1f}",
         parameters={model: f"{values['parameters']:,}" for model, values in models.items()},
     )
 
@@ -284,6 +279,7 @@ def _cross_check(runs: list[Run]) -> dict[str, str]:
 def _question_facts(parts: list[Part]) -> dict[str, Any]:
     b1, b2 = SEQUENCE_MODELS
     cases = dict(
+        sequence=[_outcome(row) for part in parts for row in part.hypotheses(SEQUENCE)],
         waveform=[_standing(part.paired(b, "unet")) for part in parts for b in SEQUENCE_MODELS],
         attention=[_standing(part.paired(b2, b1)) for part in parts],
         phase=[_outcome(row) for part in parts for row in part.hypotheses(PHASE)],
@@ -293,6 +289,8 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
     onsets = [[part.label, part.rows("attack")] for part in parts]
     return dict(
         answer={name: _shares(outcomes) for name, outcomes in cases.items()},
+        bottleneck=[[part.label, _bottleneck_facts(part)] for part in parts],
+        sequence=[[part.label, _common_outcome(part, SEQUENCE)] for part in parts],
         phase_scores=[[label, _medians(rows, **PHASE_UNITS)] for label, rows in bands],
         phase=[[part.label, _common_outcome(part, PHASE)] for part in parts],
         repetition=_repetition_facts(parts),
@@ -300,6 +298,20 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
         attack=[[part.label, _common_outcome(part, ATTACK)] for part in parts],
         hypotheses=_hypothesis_rows(parts),
     )
+
+
+def _bottleneck_facts(part: Part) -> dict[str, str]:
+    """Return what sequence modelling is worth, and what every intervention costs, as text."""
+    prefixes = {"gain": SEQUENCE} | {name: f"bottleneck_{name}" for name in INTERVENTIONS}
+    texts = {}
+    for name, prefix in prefixes.items():
+        rows, sign = part.hypotheses(prefix), "+" if name == "gain" else ""
+        texts[name] = join(
+            f"{format_number(row['effect'], sign=sign)} dB {interval(row, sign=sign)} for "
+            f"{row['id'].rpartition('_')[2].upper()}"
+            for row in rows
+        )
+    return texts
 
 
 def _standing(row: Mapping[str, Any]) -> str:

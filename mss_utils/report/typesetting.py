@@ -110,6 +110,9 @@ def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     drawings = dict(
         overview=figures.overview(scores),
         training=figures.training_curves(histories),
+        bottleneck=figures.bottleneck(
+            longest.rows("bottleneck"), longest.rows("tracks"), longest.target
+        ),
         phase=figures.phase(first.rows("phase"), first.target),
         repetition=figures.damaged_repeat(longest.rows("repetition"), longest.target),
         attack=figures.attack(piano.rows("envelopes"), piano.rows("attack"), piano.target),
@@ -117,7 +120,7 @@ def draw_figures(name: str, runs: list[Run]) -> dict[str, str]:
     own = Run(name, first.run.settings, results_folder() / name)
     for figure, axes in drawings.items():
         figures.save(axes, own, figure)
-    shown = dict(training=first, phase=first, repetition=longest, attack=piano)
+    shown = dict(training=first, bottleneck=longest, phase=first, repetition=longest, attack=piano)
     return {figure: f"{part.target}, {music(part.run)}" for figure, part in shown.items()}
 
 

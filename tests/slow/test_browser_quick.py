@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mss_utils.config import MODELS
+from mss_utils.config import COMPARED_MODELS
 from mss_utils.listening import cut_excerpt, page, players
 
 RATE = 16000
-NAMES = ("mixture", "reference", *MODELS, "irm")
+NAMES = ("mixture", "reference", *COMPARED_MODELS, "irm")
 PITCHES = dict(zip(NAMES, (400, 900, 1400, 1900, 2400, 2900), strict=True))
 HOSTILE = "</script><script>window.harmed = 1</script><img src=x onerror='window.harmed=1'>"
 FIRST = "document.querySelector('figure.player').player"

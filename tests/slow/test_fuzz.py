@@ -125,8 +125,8 @@ def test_damaged_settings_file_is_read_or_refused(tmp_path, changes):
 names = st.sampled_from(sorted(Settings.model_fields)) | st.text(max_size=10)
 hostile = st.sampled_from(["nan", "1e400", "9" * 30, "none", "[]", "a->b", "a+b->../c", "\0"])
 values = hostile | st.integers(-3, 10**9) | st.floats() | st.text(max_size=12)
-sizes = ["segment_s", "hop", "n_fft", "attention_heads", "unet_depth", "demucs_strides"]
-likely = st.integers(1, 8) | st.sampled_from([64, 512, 4096, "3,3", "16,2,2"])
+sizes = ["segment_s", "hop", "n_fft", "demucs_heads", "unet_depth", "demucs_filter_ms"]
+likely = st.integers(1, 8) | st.sampled_from([64, 512, 4096])
 overrides = st.lists(
     st.tuples(names, values) | st.tuples(st.sampled_from(sizes), likely), min_size=1, max_size=3
 )
@@ -147,9 +147,8 @@ def test_accepted_settings_can_be_built(tmp_path, monkeypatch):
         assert create_or_load_run("smoke", "fuzz").settings == run.settings
         shutil.rmtree(tmp_path / "fuzz")
         chosen = run.settings
-        width = max(
-            chosen.unet_channels * 2**chosen.unet_depth, chosen.demucs_channels, chosen.n_fft
-        )
+        sizes = (chosen.unet_channels * 2**chosen.unet_depth, chosen.demucs_width, chosen.n_fft)
+        width = max(*sizes, chosen.demucs_bottleneck_width, chosen.channels * chosen.demucs_taps)
         if width < 10_000:  # larger models do not fit into memory
             mixture = torch.zeros(1, chosen.channels, min(chosen.segment, 44100))
             for name in MODELS:

@@ -9,14 +9,17 @@ import torch
 
 from mss_utils.analysis import (
     CONDITIONS,
+    INTERVENTIONS,
     TABLES,
     analyse,
     combine_magnitude_phase,
     find_loops,
+    intervention_loss,
     measurements,
     run_ablations,
     studies,
 )
+from mss_utils.analysis.bottleneck import measure_bottleneck
 from mss_utils.analysis.phase import phase_scores
 from mss_utils.analysis.repetition import lags_s, least_similar, loop_scores, loop_starts, make_loop
 from mss_utils.config import SEQUENCE_MODELS, Run
@@ -25,7 +28,9 @@ from mss_utils.models.unet import STFT
 
 RATE = 16000
 STFT_A = STFT(1024, 256)
-LEVEL = dict(mixture=1.0, unet=0.3, demucs_lstm=0.2, demucs_attention=0.1)  # of the mixture
+LEVEL = dict(
+    mixture=1.0, unet=0.3, demucs_framewise=0.3, demucs_lstm=0.2, demucs_attention=0.1
+)  # of the mixture
 
 
 def noise(seconds=2, seed=0):
@@ -195,6 +200,7 @@ def test_data_study_trains_with_smaller_shares(small_run, store, trained):
 
 def test_analyse_without_studies_trains_nothing(small_run, store, trained, monkeypatch):
     monkeypatch.setattr(measurements, "read_all_estimates", lambda _, *rest: all_estimates(*rest))
+    monkeypatch.setattr(measurements, "measure_bottleneck", lambda *_: [])
     run = run_with(small_run, ablations=(), data_study=False)
     tracks = tracks_of(store, run.settings)
     assert run_ablations(run, store, tracks).empty and run.table("ablations").exists()
@@ -205,3 +211,14 @@ def test_analyse_without_studies_trains_nothing(small_run, store, trained, monke
     assert tables["repetition"]["reason"].str.startswith("not askable").all()  # segments of 0.5 s
     verdicts = tables["hypotheses"].set_index("id")["verdict"]
     assert verdicts["repetition_gain_b2_1s"] == "not askable" and "supported" not in set(verdicts)
+
+
+def test_frame_by_frame_model_loses_nothing_without_order(two_seed_run, store):
+    rows = pd.DataFrame(measure_bottleneck(two_seed_run, store, "piano"))
+    assert set(rows["intervention"]) == {"none", *INTERVENTIONS} and rows["seed"].nunique() == 2
+    for model in rows["model"].unique():
+        loss = {
+            name: intervention_loss(rows, model, name).abs().max().max() for name in INTERVENTIONS
+        }
+        assert loss.pop("constant") > 1e-5
+        assert (max(loss.values()) < 1e-5) == (model == "demucs_framewise")

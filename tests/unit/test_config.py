@@ -26,9 +26,10 @@ def test_profile_resolves(profile):
         ("sample_rate=48000", "sample_rate.*16000"),
         ("segment_s=nan", "finite"),
         ("groups=synth+fx->../out", "a group is written"),
-        ("demucs_strides=4,3", "multiple of 2"),
-        ("attention_heads=3", "does not divide 256"),
-        ("segment_s=0.1 demucs_strides=64,64", "shorter than one step"),
+        ("demucs_strides=4,3", "was removed"),
+        ("demucs_heads=3", "does not divide .*256"),
+        ("segment_s=0.1 demucs_filter_ms=101", "shorter than demucs_filter_ms"),
+        ("demucs_filter_ms=0.1", "shorter than two samples"),
     ],
 )
 def test_wrong_setting_is_one_sentence(overrides, words):
@@ -38,7 +39,7 @@ def test_wrong_setting_is_one_sentence(overrides, words):
 
 
 def test_stored_settings_take_precedence(results):
-    text = ["steps=20", "demucs_strides=4,4", "groups=synth + fx -> other, my snare->drums"]
+    text = ["steps=20", "swap_channels=no", "groups=synth + fx -> other, my snare->drums"]
     run = create_or_load_run("smoke", "mine", overrides=text)
     assert run.settings.groups == {"other": ("synth", "fx"), "drums": ("my snare",)}
     assert not list(results.iterdir())  # nothing is written yet
@@ -54,7 +55,10 @@ def test_stored_settings_take_precedence(results):
 
 
 def test_old_and_damaged_settings_files(results):
-    write_text(results / "old" / "settings.json", '{"profile": "smoke", "referee_tracks": 5}')
+    write_text(
+        results / "old" / "settings.json",
+        '{"profile": "smoke", "referee_tracks": 5, "attention_heads": 8}',
+    )
     assert load_run("old").settings.cross_check_tracks == 5
     for content, words in (('{"gone": 1}', "Unknown setting 'gone'"), ("[1", "json is damaged")):
         write_text(results / "old" / "settings.json", content)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mss_utils.analysis.bottleneck import INTERVENTIONS
 from mss_utils.analysis.hypotheses import evaluate_hypotheses, format_hypothesis, verdict
 from mss_utils.analysis.repetition import CONDITIONS
 from mss_utils.config import MODELS
@@ -11,13 +12,19 @@ from mss_utils.config import MODELS
 ONE_MODEL = {"context_gain_b1_1s", "repetition_gain_b2_1s"}
 B2_MINUS_B1 = {"repetition_gain_b2_minus_b1_1s", "sdr_b2_minus_b1", "data_gain_b2_minus_b1"}
 MINUS_A = {"phase_true_magnitude_b1", "phase_true_magnitude_b2"}
+BOTTLENECK = {"sequence_gain_b1", "sequence_gain_b2"}
+BOTTLENECK |= {f"bottleneck_{name}_{b}" for name in INTERVENTIONS for b in ("b1", "b2")}
 MINUS_A |= {"attack_minus_sustain_b1", "attack_minus_sustain_b2"}
+ALL = ONE_MODEL | B2_MINUS_B1 | MINUS_A | BOTTLENECK
 
 
 def tables(**quality):
     """Two targets, ten tracks, three seeds; a model is better by its quality in dB on piano."""
     rng = np.random.default_rng(0)
-    rows = {name: [] for name in ("tracks", "phase", "attack", "repetition", "data_amount")}
+    rows = {
+        name: []
+        for name in ("tracks", "phase", "attack", "bottleneck", "repetition", "data_amount")
+    }
     for i, track, m, seed in np.ndindex(2, 10, len(MODELS), 3):
         model = MODELS[m]
         q = i * quality.get(model, 0.0) + 0.02 * rng.standard_normal()
@@ -30,6 +37,9 @@ def tables(**quality):
         for condition, sdr in zip(CONDITIONS, (3 + 2 * q, 3 + q, 3.0), strict=True):
             rows["repetition"].append(key | dict(lag_s=1.0, condition=condition, sdr=sdr))
             rows["repetition"].append(key | dict(lag_s=2.0, condition=condition, sdr=3.0))
+        for intervention in ("none", *INTERVENTIONS):
+            sdr = 5 + q * (intervention == "none")
+            rows["bottleneck"].append(key | dict(intervention=intervention, sdr=sdr))
         for share in (0.1, 0.3, 1.0):
             rows["data_amount"].append(key | dict(share=share, SDR=5 + q * np.log10(share)))
     return {name: pd.DataFrame(table) for name, table in rows.items()}
@@ -38,16 +48,17 @@ def tables(**quality):
 @pytest.mark.parametrize(
     "quality, supported, not_supported",
     [
-        (dict(demucs_lstm=1, demucs_attention=2), ONE_MODEL | B2_MINUS_B1 | MINUS_A, set()),
-        (dict(demucs_lstm=2, demucs_attention=1), ONE_MODEL | MINUS_A, B2_MINUS_B1),
+        (dict(demucs_lstm=1, demucs_attention=2), ALL, set()),
+        (dict(demucs_lstm=2, demucs_attention=1), ALL - B2_MINUS_B1, B2_MINUS_B1),
         (dict(unet=1), set(), MINUS_A),
+        (dict(demucs_framewise=1), set(), {"sequence_gain_b1", "sequence_gain_b2"}),
     ],
 )
 def test_hypotheses_predict_positive_effects(small_settings, quality, supported, not_supported):
     settings = small_settings.model_copy(update=dict(data_study=True, segment_s=3.0))
     table = evaluate_hypotheses(settings, tables(**quality))
     table = table[table["target"] == "piano"].set_index("id")
-    assert set(table.index[table["seeds"] == 3]) == ONE_MODEL | B2_MINUS_B1 | MINUS_A
+    assert set(table.index[table["seeds"] == 3]) == ALL
     assert set(table.index[table["verdict"] == "supported"]) == supported
     assert set(table.index[table["verdict"] == "not supported"]) >= not_supported
     effect = quality.get("demucs_attention", 0) - quality.get("demucs_lstm", 0)

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from mss_utils import analysis
-from mss_utils.config import MODELS, SEQUENCE_MODELS
+from mss_utils.config import COMPARED_MODELS, SEQUENCE_MODELS
 from mss_utils.data import level_db
 from mss_utils.listening import excerpts, page, players, widgets
 from mss_utils.listening.excerpts import choose_tracks, cut_excerpt, excerpt_scores
@@ -26,7 +26,9 @@ def make_versions():
     """Four seconds of noise at different levels; the target is loud in the third second."""
     noise = np.random.default_rng(0).standard_normal((4, 1, 4 * RATE)).astype(np.float32)
     levels = np.array([0.1, 0.01, 0.03, 0.003], np.float32)[:, None, None]
-    versions = dict(zip(("mixture", "reference", *MODELS[:2]), levels * noise, strict=True))
+    versions = dict(
+        zip(("mixture", "reference", "unet", "demucs_lstm"), levels * noise, strict=True)
+    )
     versions["reference"][:, 2 * RATE : 3 * RATE] *= 10
     return versions
 
@@ -39,7 +41,11 @@ def decode_sounds(page):
 
 def test_tracks_are_chosen_by_rule():
     scores = dict(a=(0, 1, 90), b=(2, 2, 2), c=(5, -9, -9), d=(3, 3, 3), e=(np.nan,) * 3)
-    rows = [(track, *row) for track in scores for row in zip(MODELS, scores[track], strict=True)]
+    rows = [
+        (track, *row)
+        for track in scores
+        for row in zip(COMPARED_MODELS, scores[track], strict=True)
+    ]
     table = pd.DataFrame(rows, columns=["track", "model", "SDR"]).assign(target="piano", frames=10)
     table.loc[table["track"] == "d", "frames"] = 100
     others = [table.assign(SDR=50, model="irm"), table.assign(SDR=50, target="bass")]
@@ -55,7 +61,7 @@ def test_tracks_are_chosen_by_rule():
 
 
 def test_pair_has_equal_sdr_and_different_errors():
-    a, b1, b2 = MODELS
+    a, b1, b2 = COMPARED_MODELS
     rows = [("t", a, 5.0, 12, 6), ("t", b1, 5.1, 6, 12), ("t", b2, 9.0, 30, 2)]
     rows += [("u", a, 5.0, 9, 8), ("u", b1, 5.1, 8, 9), ("u", b2, 5.1, 8, 9)]
     table = pd.DataFrame(rows, columns=["track", "model", "SDR", "SIR", "SAR"])
@@ -151,7 +157,7 @@ def table(small_run, store, monkeypatch):
         path = estimate_paths(small_run, track, "piano", model)[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, 0.5 * store.load(track)[0].T, RATE, "FLOAT")
-    rows = product([track.name for track in tracks], MODELS, analysis.CONDITIONS)
+    rows = product([track.name for track in tracks], COMPARED_MODELS, analysis.CONDITIONS)
     table = pd.DataFrame(rows, columns=["track", "model", "condition"])
     table = table.assign(target="piano", seed=0, lag_s=0.25, band_low_hz=0, band_high_hz=8000)
     names = ("sdr", "sdr_true_phase", "attack_sdr", "sustain_sdr", "n_onsets", "SIR", "SAR")
@@ -170,7 +176,7 @@ def test_page_separates_loops_only_and_names_gaps(small_run, store, table, monke
     monkeypatch.setattr(page, "separate", lambda model, audio, _: used.append(model) or audio)
     found = {"piano": excerpts(small_run, store, "piano", table)}
     names = {path.stem for path in small_run.folder.rglob("*.mp3")}
-    assert names == {"mixture", "reference", *MODELS, "irm"}
+    assert names == {"mixture", "reference", *COMPARED_MODELS, "irm"}
     tracks = table[table["condition"] == "repeat"]
     html = page.listening_page(small_run, store, tracks, found, "</script>")
     assert sorted(used) == sorted(3 * SEQUENCE_MODELS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mss_utils.config import MODELS, PROFILES, ROOT, SEQUENCE_MODELS, resolve_settings
+from mss_utils.config import MODELS, ROOT, resolve_settings
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import (
     build_model,
@@ -13,9 +13,12 @@ from mss_utils.models import (
     receptive_field_s,
     upgrade_weights,
 )
+from mss_utils.models.demucs import Filters, Synthesis
 from mss_utils.models.oracles import ORACLES, oracle, wiener
 from mss_utils.training.checkpoints import write_tensors
 from mss_utils.training.loop import snr_loss
+
+WAVEFORM_MODELS = MODELS[1:]
 
 
 @pytest.mark.parametrize("samples", [1, 12345])
@@ -61,26 +64,47 @@ def test_model_overfits_one_batch(small_settings, name):
     assert loss.item() < -8
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-def test_b1_and_b2_differ_in_bottlenecks_of_one_size(profile):
+@pytest.mark.parametrize("profile", ["demo", "musdb7", "musdb18"])
+def test_waveform_models_differ_in_bottlenecks_of_one_size(profile):
     settings = resolve_settings(profile)
-    models = [build_model(name, settings, seed=5) for name in SEQUENCE_MODELS]
+    models = [build_model(name, settings, seed=5) for name in WAVEFORM_MODELS]
     sizes = [count_parameters(model.bottleneck) for model in models]
-    assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
-    b1, b2 = (model.state_dict() for model in models)
-    shared = [key for key in b1 if not key.startswith("bottleneck")]
-    assert shared == [key for key in b2 if not key.startswith("bottleneck")]
-    assert all(torch.equal(b1[key], b2[key]) for key in shared)
+    assert max(sizes) < 1.02 * min(sizes)
+    first, *others = (model.state_dict() for model in models)
+    shared = [key for key in first if not key.startswith("bottleneck.core")]
+    for other in others:
+        assert shared == [key for key in other if not key.startswith("bottleneck.core")]
+        assert all(torch.equal(first[key], other[key]) for key in shared)
     other = build_model("demucs_lstm", settings, seed=6).state_dict()
-    assert not torch.equal(b1["encoder.0.0.weight"], other["encoder.0.0.weight"])
+    assert not torch.equal(first["encoder.0.0.weight"], other["encoder.0.0.weight"])
 
 
-def test_attention_spans_the_segment_and_convolutions_do_not(small_settings):
-    model = build_model("demucs_attention", small_settings).eval()
-    frames = torch.randn(1, 16, model.bottleneck_width, requires_grad=True)
-    model.bottleneck(frames)[0, 0, 0].backward()
-    assert frames.grad[0, -1].abs().max() > 0
-    assert receptive_field_s(model, 16000) * 16000 < 16 * model.total_stride
+@pytest.mark.parametrize("name", WAVEFORM_MODELS)
+def test_only_sequence_models_connect_distant_frames(name, small_settings):
+    model = build_model(name, small_settings).eval()
+    audio = torch.randn(1, 1, 16000)
+    other = torch.cat([audio[..., :4000].flip(-1), audio[..., 4000:]], dim=-1)  # same level
+    first = 4000 + round(receptive_field_s(model, 16000) * 16000)
+    with torch.no_grad():
+        difference = (model(audio) - model(other))[..., first:].abs().max()
+    assert (difference > 1e-4) == (name != "demucs_framewise")
+
+
+@pytest.mark.parametrize(("sample_rate", "channels"), [(16000, 1), (22050, 2), (44100, 2)])
+def test_filters_are_convolutions_that_reconstruct(sample_rate, channels):
+    taps = resolve_settings("demo", overrides=f"sample_rate={sample_rate}").demucs_taps
+    filters, synthesis = Filters(taps), Synthesis(taps)
+    audio, scale = torch.randn(2, channels, 10 * taps), taps**0.5
+    outputs = filters(audio)  # (batch, channels, frames, filters)
+    weight = filters.weight[:, None] / scale
+    expected = torch.nn.functional.conv1d(audio.flatten(0, 1)[:, None], weight, stride=filters.hop)
+    assert torch.allclose(outputs.flatten(0, 1).mT, expected, atol=1e-4)
+    weight = synthesis.weight[:, None] / scale
+    expected = torch.nn.functional.conv_transpose1d(expected, weight, stride=filters.hop)
+    estimate = synthesis(outputs)
+    assert torch.allclose(estimate.flatten(0, 1), expected[:, 0], atol=1e-4)
+    middle = slice(filters.hop, -filters.hop)  # where two frames overlap
+    assert torch.allclose(estimate[..., middle], audio[..., middle], atol=1e-3)
 
 
 def test_receptive_field_of_the_unet(small_settings):
@@ -94,13 +118,13 @@ def test_receptive_field_of_the_unet(small_settings):
 
 
 def test_unknown_model_lists_the_models(small_settings):
-    with pytest.raises(ValueError, match="unet, demucs_lstm, demucs_attention"):
+    with pytest.raises(ValueError, match="unet, demucs_framewise, demucs_lstm, demucs_attention"):
         build_model("open_unmix", small_settings)
 
 
 def test_committed_weights_load():
     """Those of model A have the names of an older version."""
-    folders = [path.parent for path in (ROOT / "results").rglob("model.safetensors")]
+    folders = [path.parent for path in (ROOT / "results" / "reference").rglob("*.safetensors")]
     assert len(folders) >= len(MODELS)
     for folder in folders:
         model = load_model(folder)

@@ -51,7 +51,7 @@ def test_tables_of_a_run(separated, store):
     rows = [(row, 0) for row in ROWS] + [(model, 1) for model in MODELS]
     assert sorted(tables["tracks"].groupby(["model", "seed"]).groups) == sorted(rows)
     assert len(tables["frames"]) == 2 * len(rows) * 3, "two test tracks of three seconds"
-    assert len(tables["cost"]) == 6 and (tables["cost"]["inference_rtf"] > 0).all()
+    assert len(tables["cost"]) == 8 and (tables["cost"]["inference_rtf"] > 0).all()
     track = store.split("test")[1]
     mixture, stems = store.load(track)
     target = stems[store.stem_index("piano")]
