@@ -112,14 +112,14 @@ class Settings(BaseModel):
 
     # training
     start_from: str = ""  # run with the initial weights of the same models; empty: random
-    steps: int = Field(1350, ge=1, le=10**9)
+    steps: int = Field(900, ge=1, le=10**9)
     unet_lr: float = Field(2e-3, gt=0, le=10)
     demucs_lr: float = Field(2e-3, gt=0, le=10)
     warmup_steps: int = Field(100, ge=0, le=10**9)
     weight_decay: float = Field(1e-2, ge=0, le=10)
     grad_clip: float = Field(5.0, gt=0)  # largest norm of the gradients
     ema_decay: float = Field(0.99, ge=0, lt=1)  # moving average (EMA) of the weights
-    valid_every: int = Field(225, ge=1, le=10**9)  # steps
+    valid_every: int = Field(150, ge=1, le=10**9)  # steps
     valid_s: float = Field(20.0, ge=0.1, le=3600)  # scored seconds of each validation track
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1, le=1_024)  # GPUs of this machine that share every batch
@@ -176,7 +176,7 @@ PROFILES = {
     "smoke": (
         "n_train_songs=3 n_valid_songs=1 n_test_songs=3 song_min_s=8 song_max_s=12 segment_s=2 "
         "batch_size=2 stage2_step=3 stage3_step=6 unet_channels=4 unet_depth=3 "
-        "unet_full_band_channels=16 demucs_width=16 demucs_bottleneck_width=16 demucs_heads=2 "
+        "unet_full_band_channels=16 demucs_width=16 demucs_bottleneck_width=64 demucs_heads=2 "
         "steps=12 warmup_steps=2 valid_every=6 valid_s=5 excerpt_s=3 ablations=unet "
         "cross_check_tracks=1 data_study=true"
     ),

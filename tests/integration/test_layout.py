@@ -27,7 +27,7 @@ ORDER = [
     "pipeline",
 ]
 MODULES = sorted(PACKAGE.rglob("*.py"))
-MAX_LINES, MAX_FUNCTION_LINES = 7500, 45
+MAX_LINES, MAX_FUNCTION_LINES = 7750, 45
 
 
 def imported_rooms(path):

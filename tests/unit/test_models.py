@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mss_utils.config import MODELS, ROOT, resolve_settings
+from mss_utils.config import MODELS, PROFILES, ROOT, resolve_settings
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import (
     build_model,
@@ -64,7 +64,7 @@ def test_model_overfits_one_batch(small_settings, name):
     assert loss.item() < -8
 
 
-@pytest.mark.parametrize("profile", ["demo", "musdb7", "musdb18"])
+@pytest.mark.parametrize("profile", PROFILES)
 def test_waveform_models_differ_in_bottlenecks_of_one_size(profile):
     settings = resolve_settings(profile)
     models = [build_model(name, settings, seed=5) for name in WAVEFORM_MODELS]
