@@ -42,7 +42,7 @@ def bottleneck(table: pd.DataFrame, tracks: pd.DataFrame, target: str) -> np.nda
     axes[0].set(title="SDR minus that of B0", ylabel="difference (dB)")
     axes[1].set(title="SDR lost when the bottleneck is changed", ylabel="loss (dB)")
     middle = 2 * np.arange(len(INTERVENTIONS)) + 0.5
-    axes[1].set_xticks(middle, list(INTERVENTIONS.values()))
+    axes[1].set_xticks(middle, list(INTERVENTIONS))
     style.model_legend(axes, SEQUENCE_MODELS)
     return axes
 

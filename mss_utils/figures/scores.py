@@ -137,7 +137,8 @@ def paired(tracks: pd.DataFrame, table: pd.DataFrame, target: str) -> np.ndarray
             (row["a"], means[metric, row["a"]] - means[metric, row["b"]], row) for row in rows
         ]
         ax.axhline(0, color=INK, linewidth=0.9)
-        style.track_dots(ax, groups, list(map(_pair_label, rows)))
+        labels = [_pair_label(row).replace(" − ", "\n− ") for row in rows]
+        style.track_dots(ax, groups, labels)
         ax.set_title(metric)
     axes[0].set_ylabel("difference (dB): tracks; median, 95 % interval")
     return axes

@@ -127,7 +127,7 @@ def test_score_figures_accept_one_track_and_no_intervals(tracks):
     axes = figures.opinion(rows.assign(ci_low=np.nan, ci_high=60), summary, "piano")
     x = axes[1].containers[0].lines[0].get_xdata()
     assert x == pytest.approx(one[one["model"] == "unet"]["SDR"].mean())
-    assert "B2 − B1" in texts(figures.paired(one, differences, "piano"))
+    assert "B2\n− B1" in texts(figures.paired(one, differences, "piano"))
     assert len(figures.trade_off(one, summary, "piano")[0].collections) == 12  # no mixture
 
 
