@@ -104,7 +104,7 @@ class Settings(BaseModel):
     hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1, le=1024)
     unet_depth: int = Field(5, ge=2, le=10)
-    unet_full_band_channels: int = Field(256, ge=1, le=16_384)
+    unet_full_band_channels: int = Field(128, ge=1, le=16_384)
     demucs_filter_ms: float = Field(64.0, gt=0, le=1000)  # length of the filters, two strides
     demucs_width: int = Field(512, ge=1, le=16_384)  # channels of encoder and decoder
     demucs_bottleneck_width: int = Field(256, ge=2, le=16_384)
@@ -112,14 +112,14 @@ class Settings(BaseModel):
 
     # training
     start_from: str = ""  # run with the initial weights of the same models; empty: random
-    steps: int = Field(900, ge=1, le=10**9)
+    steps: int = Field(700, ge=1, le=10**9)
     unet_lr: float = Field(2e-3, gt=0, le=10)
     demucs_lr: float = Field(2e-3, gt=0, le=10)
     warmup_steps: int = Field(100, ge=0, le=10**9)
     weight_decay: float = Field(1e-2, ge=0, le=10)
     grad_clip: float = Field(5.0, gt=0)  # largest norm of the gradients
     ema_decay: float = Field(0.99, ge=0, lt=1)  # moving average (EMA) of the weights
-    valid_every: int = Field(150, ge=1, le=10**9)  # steps
+    valid_every: int = Field(175, ge=1, le=10**9)  # steps
     valid_s: float = Field(20.0, ge=0.1, le=3600)  # scored seconds of each validation track
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1, le=1_024)  # GPUs of this machine that share every batch
