@@ -20,7 +20,7 @@ from mss_utils.files import atomic_write, safe_name
 STYLES = {  # label, colour, marker, line
     "mixture": ("mixture", "#9a9a9a", "v", ":"),
     "unet": ("A U-Net", "#1f5a99", "o", "-"),
-    "demucs_framewise": ("B0 Demucs, frame by frame", "#b08968", "P", (0, (4, 1, 1, 1, 1, 1))),
+    "demucs_framewise": ("B0 Demucs, framewise", "#b08968", "P", (0, (4, 1, 1, 1, 1, 1))),
     "demucs_lstm": ("B1 Demucs + BiLSTM", "#d1553d", "s", "--"),
     "demucs_attention": ("B2 Demucs + attention", "#e9ae3c", "D", "-."),
     "irm": ("ratio-mask oracle", "#2b2b2b", "^", (0, (1, 1))),

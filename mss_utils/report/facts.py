@@ -279,7 +279,8 @@ def _cross_check(runs: list[Run]) -> dict[str, str]:
 def _question_facts(parts: list[Part]) -> dict[str, Any]:
     b1, b2 = SEQUENCE_MODELS
     cases = dict(
-        sequence=[_outcome(row) for part in parts for row in part.hypotheses(SEQUENCE)],
+        b1=[_outcome(row) for part in parts for row in part.hypotheses(f"{SEQUENCE}_b1")],
+        b2=[_outcome(row) for part in parts for row in part.hypotheses(f"{SEQUENCE}_b2")],
         waveform=[_standing(part.paired(b, "unet")) for part in parts for b in SEQUENCE_MODELS],
         attention=[_standing(part.paired(b2, b1)) for part in parts],
         phase=[_outcome(row) for part in parts for row in part.hypotheses(PHASE)],
