@@ -156,9 +156,9 @@ def attack(envelopes: pd.DataFrame, attack: pd.DataFrame, target: str) -> np.nda
     rows = attack[attack["target"] == target]
     places = [(model, part) for model in MODELS for part in ("attack", "sustain")]
     groups = [_group(model, pivot_by_seed(rows, model, f"{part}_sdr")) for model, part in places]
-    labels = [f"{part}\n{SHORT_LABELS[model]}" for model, part in places]
-    style.track_dots(axes[1], groups, labels)
-    axes[1].set(title="SDR in attack and sustain", ylabel="SDR (dB)")
+    style.track_dots(axes[1], groups, [SHORT_LABELS[model] for model, _ in places])
+    axes[1].set_xticks(2 * np.arange(len(MODELS)) + 0.5, [SHORT_LABELS[model] for model in MODELS])
+    axes[1].set(title="SDR in attack (left) and sustain (right)", ylabel="SDR (dB)")
     style.model_legend(axes, MODELS)
     return axes
 
