@@ -328,6 +328,11 @@ def candidates(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(name, variant) for name, variant in ours + peers if name in names]
 
 
+def size_of(name: str, variant: str) -> dict[str, int]:
+    """Return the arguments that set the size of a variant of a peer."""
+    return SIZES[name][variant.removesuffix("-our-recipe")]
+
+
 def candidate_recipe(name: str, variant: str, settings: Settings, store: Store) -> Recipe:
     """Return the recipe of a candidate; the initial weights are always the same."""
     if name in MODELS:
@@ -335,7 +340,7 @@ def candidate_recipe(name: str, variant: str, settings: Settings, store: Store) 
     build, *own = PEERS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        network = build(settings, store, **SIZES[name][variant.removesuffix("-our-recipe")])
+        network = build(settings, store, **size_of(name, variant))
     if variant == OUR_RECIPE:
         return replace(build_recipe("demucs_lstm", settings), network=network)
     return Recipe(network, *own)
@@ -408,8 +413,8 @@ def choose(bench: Bench) -> None:
     for name, variant in candidates(tuple(PEERS)):
         path = bench.out / "choice" / f"{name}-{variant}" / "model.json"
         if path.exists():
-            size = SIZES[name][variant.removesuffix("-our-recipe")].items()
-            size_settings = ", ".join(f"{key} {value}" for key, value in size)
+            size = size_of(name, variant)
+            size_settings = ", ".join(f"{key} {value}" for key, value in size.items())
             rows.append((name, variant, size_settings, json.loads(path.read_text())["valid_sdr"]))
     table = pd.DataFrame(rows, columns=["name", "variant", "settings", "valid_sdr"])
     best = table.groupby("name")["valid_sdr"].idxmax()

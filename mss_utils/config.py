@@ -25,8 +25,9 @@ MODEL_LETTERS = {
 }
 MODELS = tuple(MODEL_LETTERS)
 ModelName = Literal["unet", "demucs_framewise", "demucs_lstm", "demucs_attention"]
-COMPARED_MODELS = tuple(model for model in MODELS if model != "demucs_framewise")  # B0 is a control
-SEQUENCE_MODELS = ("demucs_lstm", "demucs_attention")  # their bottlenecks connect frames
+WAVEFORM_MODELS = MODELS[1:]
+SEQUENCE_MODELS = WAVEFORM_MODELS[1:]  # their bottlenecks connect frames
+COMPARED_MODELS = (MODELS[0], *SEQUENCE_MODELS)  # without the control B0
 SPLITS = ("train", "valid", "test")
 SAMPLE_RATES = (16000, 22050, 44100)
 RESERVED_NAMES = ("all", "mixture", "residual")  # not allowed as stem names

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mss_utils.config import SEQUENCE_MODELS, Run
+from mss_utils.config import WAVEFORM_MODELS, Run
 from mss_utils.data import Store
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import load_model
@@ -44,8 +44,7 @@ def measure_bottleneck(run: Run, store: Store, target: str) -> Iterator[dict]:
 
     The constant is the mean output of the core over the middle of the validation tracks.
     """
-    models = ("demucs_framewise", *SEQUENCE_MODELS)
-    for model, seed in itertools.product(models, range(run.settings.seeds)):
+    for model, seed in itertools.product(WAVEFORM_MODELS, range(run.settings.seeds)):
         network = load_model(run.model_folder(target, model, seed))
         bottleneck: Any = network.bottleneck
         core = bottleneck.core

@@ -18,7 +18,7 @@ from mss_utils.analysis.bottleneck import INTERVENTIONS
 from mss_utils.analysis.phase import whole_band_rows
 from mss_utils.analysis.repetition import CONDITIONS, LAGS_S, lags_s
 from mss_utils.analysis.studies import data_gains
-from mss_utils.config import SEQUENCE_MODELS, Settings
+from mss_utils.config import MODEL_LETTERS, SEQUENCE_MODELS, Settings
 from mss_utils.evaluation.bsseval import MAX_SCORE_DB
 from mss_utils.evaluation.statistics import (
     MIN_SEEDS,
@@ -46,7 +46,7 @@ def evaluate_hypotheses(settings: Settings, tables: Mapping[str, pd.DataFrame]) 
 def _effects(settings: Settings, tables: Mapping) -> Iterator[tuple[str, str, str, Effect]]:
     """Yield id, hypothesis, measure and effect; code finds a hypothesis by its id only."""
     b1, b2 = SEQUENCE_MODELS
-    letters = {"B1": b1, "B2": b2}
+    letters = {MODEL_LETTERS[model]: model for model in SEQUENCE_MODELS}
     for name, model in letters.items():
         effect = _difference(tables["tracks"], "SDR", model, "demucs_framewise")
         hypothesis, id_ = "sequence modelling helps", f"sequence_gain_{name.lower()}"
@@ -116,12 +116,11 @@ def verdict(low: float, high: float, by_seed: np.ndarray) -> str:
 
 def intervention_loss(bottleneck: pd.DataFrame, model: str, intervention: str) -> pd.DataFrame:
     """Compute the SDR that an intervention costs, in dB: a row per track, a column per seed."""
-    rows = bottleneck[bottleneck["model"] == model]
     intact, changed = (
-        rows[rows["intervention"] == name].pivot_table(index="track", columns="seed", values="sdr")
+        pivot_by_seed(bottleneck[bottleneck["intervention"] == name], model, "sdr")
         for name in ("none", intervention)
     )
-    return intact.clip(upper=MAX_SCORE_DB) - changed.clip(upper=MAX_SCORE_DB)
+    return intact - changed
 
 
 def repetition_gains(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mss_utils.config import MODELS, PROFILES, ROOT, resolve_settings
+from mss_utils.config import MODELS, PROFILES, ROOT, WAVEFORM_MODELS, resolve_settings
 from mss_utils.evaluation.bsseval import utterance_sdr
 from mss_utils.models import (
     build_model,
@@ -17,8 +17,6 @@ from mss_utils.models.demucs import Filters, Synthesis
 from mss_utils.models.oracles import ORACLES, oracle, wiener
 from mss_utils.training.checkpoints import write_tensors
 from mss_utils.training.loop import snr_loss
-
-WAVEFORM_MODELS = MODELS[1:]
 
 
 @pytest.mark.parametrize("samples", [1, 12345])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import mss_utils.training.loop as loop
 import mss_utils.training.monitor as monitor
-from mss_utils.config import MODELS, Run
+from mss_utils.config import MODELS, WAVEFORM_MODELS, Run
 from mss_utils.data import Store
 from mss_utils.mixing import Mixer
 from mss_utils.training import load_history, train
@@ -86,7 +86,7 @@ def test_trained_model_is_loaded_unless_settings_changed(small_run, store, monke
 def test_waveform_models_get_the_same_batches(small_run, store, monkeypatch):
     batches, assemble = [], Mixer.assemble
     monkeypatch.setattr(Mixer, "assemble", lambda *a: batches.append(assemble(*a)) or batches[-1])
-    for name in ("demucs_framewise", "demucs_lstm", "demucs_attention"):
+    for name in WAVEFORM_MODELS:
         train(small_run, store, "piano", name)
     assert len(batches) == 18
     for same in zip(batches[:6], batches[6:12], batches[12:], strict=True):
