@@ -379,11 +379,11 @@ def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarra
 
     Mono is the mean of all channels; stereo is the first two, or a single one twice.
     """
-    audio, rate = recording[0].T, recording[1]
+    audio, rate = np.ascontiguousarray(recording[0].T), recording[1]
     if channels == 1:
         audio = audio.mean(axis=0, keepdims=True)
     else:
         audio = np.resize(audio[:channels], (channels, audio.shape[1]))
     ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)
-    tensor = torch.from_numpy(np.ascontiguousarray(audio))
-    return torchaudio.functional.resample(tensor, ratio.numerator, ratio.denominator).numpy()
+    resample = torchaudio.functional.resample
+    return resample(torch.from_numpy(audio), ratio.numerator, ratio.denominator).numpy()

@@ -36,6 +36,7 @@ ABLATION_NAMES = dict(random_mix="random mixing", curriculum="the curriculum")
 SEQUENCE, PHASE, ATTACK = "sequence_gain", "phase_true_magnitude", "attack_minus_sustain"
 PHASE_UNITS = dict(sdr_true_magnitude="dB", phase_error_rad="rad")
 ATTACK_UNITS = dict(attack_sdr="dB", sustain_sdr="dB", attack_time_error_ms="ms")
+NO_EFFECT = ["–", ""]
 VERDICT_MARKS = {"supported": "✓", "not supported": "✗", "cannot tell": "?"}
 
 
@@ -290,7 +291,7 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
     onsets = [[part.label, part.rows("attack")] for part in parts]
     return dict(
         answer={name: _shares(outcomes) for name, outcomes in cases.items()},
-        bottleneck=[[part.label, _bottleneck_facts(part)] for part in parts],
+        bottleneck=[[part.label, _bottleneck_rows(part)] for part in parts],
         sequence=[[part.label, _common_outcome(part, SEQUENCE)] for part in parts],
         phase_scores=[[label, _medians(rows, **PHASE_UNITS)] for label, rows in bands],
         phase=[[part.label, _common_outcome(part, PHASE)] for part in parts],
@@ -301,18 +302,21 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
     )
 
 
-def _bottleneck_facts(part: Part) -> dict[str, str]:
-    """Return what sequence modelling is worth, and what every intervention costs, as text."""
-    prefixes = {"gain": SEQUENCE} | {name: f"bottleneck_{name}" for name in INTERVENTIONS}
-    texts = {}
-    for name, prefix in prefixes.items():
-        rows, sign = part.hypotheses(prefix), "+" if name == "gain" else ""
-        texts[name] = join(
-            f"{format_number(row['effect'], sign=sign)} dB {interval(row, sign=sign)} for "
-            f"{row['id'].rpartition('_')[2].upper()}"
-            for row in rows
-        )
-    return texts
+def _bottleneck_rows(part: Part) -> list[dict[str, Any]]:
+    """Return for B1 and B2 what sequence modelling is worth and what every intervention costs."""
+    effects = {row["id"]: _effect_cell(row) for row in part.hypotheses("")}
+    prefixes = (SEQUENCE, *(f"bottleneck_{name}" for name in INTERVENTIONS))
+    rows = []
+    for model in SEQUENCE_MODELS:
+        ids = [f"{prefix}_{MODEL_LETTERS[model].lower()}" for prefix in prefixes]
+        cells = [effects.get(id_, NO_EFFECT) for id_ in ids]
+        rows.append(dict(label=LABELS[model], cells=cells))
+    return rows
+
+
+def _effect_cell(row: Mapping[str, Any]) -> list[str]:
+    """Return effect and interval of a hypothesis as text."""
+    return [format_number(row["effect"], sign="+"), interval(row, sign="+")]
 
 
 def _standing(row: Mapping[str, Any]) -> str:
@@ -369,11 +373,11 @@ def _hypothesis_rows(parts: list[Part]) -> list[dict[str, Any]]:
     table = pd.concat([part.rows("hypotheses").assign(part=i) for i, part in enumerate(parts)])
     rows = []
     for _, of_parts in table.groupby("id", sort=False):
-        cells = [["–", "", ""] for _ in parts]  # a run with short segments lacks long lags
+        cells = [[*NO_EFFECT, ""] for _ in parts]  # a run with short segments lacks long lags
         for row in of_parts.to_dict("records"):
-            effect, mark = format_number(row["effect"], sign="+"), row["verdict"]
-            cell = [effect, interval(row, sign="+"), VERDICT_MARKS.get(mark, mark)]
-            cells[int(row["part"])] = cell
+            verdict = row["verdict"]
+            mark = VERDICT_MARKS.get(verdict, verdict)
+            cells[int(row["part"])] = [*_effect_cell(row), mark]
         first = of_parts.iloc[0]
         measure = f"{first['measure']}, {first['unit']}"
         rows.append(dict(hypothesis=first["hypothesis"], measure=measure, cells=cells))

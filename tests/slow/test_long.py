@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from mss_utils.config import SEQUENCE_MODELS
+from mss_utils.config import WAVEFORM_MODELS
 from mss_utils.training import reconstruction_check
 
 COMMAND = """
@@ -40,7 +40,7 @@ def test_hour_long_song_needs_no_more_memory(smoke_run, tmp_path):
     assert long < short + 60
 
 
-@pytest.mark.parametrize("name", SEQUENCE_MODELS)
+@pytest.mark.parametrize("name", WAVEFORM_MODELS)
 def test_waveform_models_reconstruct_an_unseen_track(name, songs_store):
     store, settings = songs_store
     assert reconstruction_check(name, store, settings, n_steps=100)["sdr_db"].max() >= 20
