@@ -78,9 +78,9 @@ class Settings(BaseModel):
     sample_rate: int = Field(16000, ge=1, le=10**6)  # 16000, 22050 or 44100
     channels: int = Field(1, ge=1, le=2)
     groups: Annotated[dict[str, tuple[str, ...]], BeforeValidator(_parse_groups)] = {}
-    n_train_songs: int = Field(100, ge=1, le=100_000)  # built-in songs only, as the next four
+    n_train_songs: int = Field(60, ge=1, le=100_000)  # built-in songs only, as the next four
     n_valid_songs: int = Field(12, ge=1, le=100_000)
-    n_test_songs: int = Field(20, ge=1, le=100_000)
+    n_test_songs: int = Field(16, ge=1, le=100_000)
     song_min_s: float = Field(45.0, ge=4, le=3600)
     song_max_s: float = Field(90.0, ge=4, le=3600)
 
@@ -113,15 +113,15 @@ class Settings(BaseModel):
 
     # training
     start_from: str = ""  # run with the initial weights of the same models; empty: random
-    steps: int = Field(700, ge=1, le=10**9)
+    steps: int = Field(500, ge=1, le=10**9)
     unet_lr: float = Field(2e-3, gt=0, le=10)
     demucs_lr: float = Field(2e-3, gt=0, le=10)
     warmup_steps: int = Field(100, ge=0, le=10**9)
     weight_decay: float = Field(1e-2, ge=0, le=10)
     grad_clip: float = Field(5.0, gt=0)  # largest norm of the gradients
     ema_decay: float = Field(0.99, ge=0, lt=1)  # moving average (EMA) of the weights
-    valid_every: int = Field(175, ge=1, le=10**9)  # steps
-    valid_s: float = Field(20.0, ge=0.1, le=3600)  # scored seconds of each validation track
+    valid_every: int = Field(125, ge=1, le=10**9)  # steps
+    valid_s: float = Field(10.0, ge=0.1, le=3600)  # scored seconds of each validation track
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1, le=1_024)  # GPUs of this machine that share every batch
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -181,7 +181,10 @@ PROFILES = {
         "steps=12 warmup_steps=2 valid_every=6 valid_s=5 excerpt_s=3 ablations=unet "
         "cross_check_tracks=1 data_study=true"
     ),
-    "demo": "",
+    "demo": (
+        "coherent_share=0.9 stage2_step=20 stage3_step=60 warmup_steps=50 unet_channels=8 "
+        "unet_full_band_channels=256"
+    ),
     "musdb7": (
         "target=vocals speed_semitones=2 unet_full_band_channels=64 steps=4000 ema_decay=0.998 "
         "valid_s=7 excerpt_s=6"

@@ -292,7 +292,7 @@ def middle_excerpts(
 
 
 def reconstruction_check(
-    model_name: str, store: Store, settings: Settings, n_steps: int = 100, every: int = 10
+    model_name: str, store: Store, settings: Settings, n_steps: int = 50, every: int = 5
 ) -> pd.DataFrame:
     """Train a model to return the mixture itself and score it on an unseen track.
 

@@ -43,4 +43,4 @@ def test_hour_long_song_needs_no_more_memory(smoke_run, tmp_path):
 @pytest.mark.parametrize("name", WAVEFORM_MODELS)
 def test_waveform_models_reconstruct_an_unseen_track(name, songs_store):
     store, settings = songs_store
-    assert reconstruction_check(name, store, settings, n_steps=100)["sdr_db"].max() >= 20
+    assert reconstruction_check(name, store, settings)["sdr_db"].max() >= 20
