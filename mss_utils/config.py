@@ -187,7 +187,7 @@ PROFILES = {
     ),
     "musdb7": (
         "target=vocals speed_semitones=2 unet_full_band_channels=64 steps=4000 ema_decay=0.998 "
-        "valid_s=7 excerpt_s=6"
+        "valid_every=200 valid_s=7 excerpt_s=6"
     ),
     "musdb18": (
         "target=vocals sample_rate=22050 channels=2 segment_s=6 batch_size=16 unet_channels=32 "
