@@ -375,7 +375,7 @@ def _hypothesis_rows(parts: list[Part]) -> list[dict[str, Any]]:
     for _, of_parts in table.groupby("id", sort=False):
         cells = [[*NO_EFFECT, ""] for _ in parts]  # a run with short segments lacks long lags
         for row in of_parts.to_dict("records"):
-            verdict = row["verdict"]
+            verdict = str(row["verdict"])
             mark = VERDICT_MARKS.get(verdict, verdict)
             cells[int(row["part"])] = [*_effect_cell(row), mark]
         first = of_parts.iloc[0]
