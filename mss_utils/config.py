@@ -105,7 +105,7 @@ class Settings(BaseModel):
     hop: int = Field(512, ge=4)
     unet_channels: int = Field(16, ge=1, le=1024)
     unet_depth: int = Field(5, ge=2, le=10)
-    unet_full_band_channels: int = Field(128, ge=1, le=16_384)
+    unet_full_band_channels: int = Field(256, ge=1, le=16_384)
     demucs_filter_ms: float = Field(64.0, gt=0, le=1000)  # length of the filters, two strides
     demucs_width: int = Field(512, ge=1, le=16_384)  # channels of encoder and decoder
     demucs_bottleneck_width: int = Field(256, ge=2, le=16_384)
@@ -181,10 +181,7 @@ PROFILES = {
         "steps=12 warmup_steps=2 valid_every=6 valid_s=5 excerpt_s=3 ablations=unet "
         "cross_check_tracks=1 data_study=true"
     ),
-    "demo": (
-        "coherent_share=0.9 stage2_step=20 stage3_step=60 warmup_steps=50 unet_channels=8 "
-        "unet_full_band_channels=256"
-    ),
+    "demo": "coherent_share=0.9 stage2_step=20 stage3_step=60 warmup_steps=50 unet_channels=8",
     "musdb7": (
         "target=vocals speed_semitones=2 unet_full_band_channels=64 steps=4000 ema_decay=0.998 "
         "valid_every=200 valid_s=7 excerpt_s=6"

@@ -379,9 +379,9 @@ def _conform(recording: Recording, sample_rate: int, channels: int) -> np.ndarra
 
     Mono is the mean of all channels; stereo is the first two, or a single one twice.
     """
-    audio, rate = np.ascontiguousarray(recording[0].T), recording[1]
+    audio, rate = recording[0].T, recording[1]
     if channels == 1:
-        audio = audio.mean(axis=0, keepdims=True)
+        audio = np.ascontiguousarray(audio).mean(axis=0, keepdims=True)
     else:
         audio = np.resize(audio[:channels], (channels, audio.shape[1]))
     ratio = Fraction(rate, sample_rate).limit_denominator(MAX_RATIO)

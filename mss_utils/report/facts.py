@@ -36,7 +36,6 @@ ABLATION_NAMES = dict(random_mix="random mixing", curriculum="the curriculum")
 SEQUENCE, PHASE, ATTACK = "sequence_gain", "phase_true_magnitude", "attack_minus_sustain"
 PHASE_UNITS = dict(sdr_true_magnitude="dB", phase_error_rad="rad")
 ATTACK_UNITS = dict(attack_sdr="dB", sustain_sdr="dB", attack_time_error_ms="ms")
-NO_EFFECT = ["–", ""]
 VERDICT_MARKS = {"supported": "✓", "not supported": "✗", "cannot tell": "?"}
 
 
@@ -304,17 +303,17 @@ def _question_facts(parts: list[Part]) -> dict[str, Any]:
 
 def _bottleneck_rows(part: Part) -> list[dict[str, Any]]:
     """Return for B1 and B2 what sequence modelling is worth and what every intervention costs."""
-    effects = {row["id"]: _effect_cell(row) for row in part.hypotheses("")}
+    effects = part.rows("hypotheses").set_index("id")
     prefixes = (SEQUENCE, *(f"bottleneck_{name}" for name in INTERVENTIONS))
     rows = []
     for model in SEQUENCE_MODELS:
-        ids = [f"{prefix}_{MODEL_LETTERS[model].lower()}" for prefix in prefixes]
-        cells = [effects.get(id_, NO_EFFECT) for id_ in ids]
+        letter = MODEL_LETTERS[model].lower()
+        cells = [_effect_cell(effects.loc[f"{prefix}_{letter}"]) for prefix in prefixes]
         rows.append(dict(label=LABELS[model], cells=cells))
     return rows
 
 
-def _effect_cell(row: Mapping[str, Any]) -> list[str]:
+def _effect_cell(row: Mapping[str, Any] | pd.Series) -> list[str]:
     """Return effect and interval of a hypothesis as text."""
     return [format_number(row["effect"], sign="+"), interval(row, sign="+")]
 
@@ -373,7 +372,7 @@ def _hypothesis_rows(parts: list[Part]) -> list[dict[str, Any]]:
     table = pd.concat([part.rows("hypotheses").assign(part=i) for i, part in enumerate(parts)])
     rows = []
     for _, of_parts in table.groupby("id", sort=False):
-        cells = [[*NO_EFFECT, ""] for _ in parts]  # a run with short segments lacks long lags
+        cells = [["–", "", ""] for _ in parts]  # a run with short segments lacks long lags
         for row in of_parts.to_dict("records"):
             verdict = str(row["verdict"])
             mark = VERDICT_MARKS.get(verdict, verdict)

@@ -32,9 +32,9 @@ RECIPE = 1  # raise it if the same seed gives other songs; older folders are the
 
 def render_songs(
     root,
-    n_train: int = 100,
-    n_valid: int = 12,
-    n_test: int = 20,
+    n_train: int,
+    n_valid: int,
+    n_test: int,
     seed: int = 0,
     duration_s: tuple[float, float] = (45.0, 90.0),
     n_jobs: int | None = None,
